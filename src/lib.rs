@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A vhost-user block back-end that keeps one virtual disk on N replicas and returns, sector by
+//! sector, what at least T of them agree on.
+//!
+//! The map, from the inside out; imports point upwards only:
+//!
+//! - [`units`]: sectors, ranges, replicas, time.
+//! - [`quorum`]: the voting core, a state machine without I/O.
+//! - [`io`], [`replica`]: the ring, the buffers, and how an operation becomes I/O on a replica.
+//! - [`device`]: the virtio-blk and vhost-user side: descriptor chains, config space, connections.
+//! - [`config`]: what the user asked for, checked.
+//! - [`control`]: events for people and programs, counters.
+//! - [`daemon`]: workers, signals, the life of the process.
+//! - [`front_end`], [`demo`]: a small virtio-blk driver of our own and the demonstration that uses it.
+
+pub mod quorum;
+pub mod units;

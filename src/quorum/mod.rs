@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The voting core: a state machine without I/O.
+//!
+//! A lane is handed events and a time and appends actions; what lanes must agree on is shared,
+//! small and in one place. There is no file, socket, thread, clock, random source or unordered
+//! map in here, so that the same logic runs under io_uring and in a seeded simulator.
+
+mod buffers;
+mod event;
+mod policy;
+
+pub use buffers::{Buffers, Purpose};
+pub use event::{
+    Action, BadCause, BehindCause, BufferId, During, Event, LaneId, LockTicket, OpId, Operation,
+    OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
+};
+pub use policy::{Geometry, Policy, PolicyError, ReadPattern};
