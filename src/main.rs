@@ -1,3 +1,68 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line program; everything it does is in the library.
-fn main() {}
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use quorum_blk::cli::{self, Command, UsageError};
+use quorum_blk::control::logging;
+use quorum_blk::daemon;
+
+fn main() -> ExitCode {
+    let command = match cli::parse(std::env::args_os()) {
+        Ok(command) => command,
+        Err(error) => return refuse(&error),
+    };
+    match command {
+        Command::PrintCapabilities => {
+            println!("{}", cli::CAPABILITIES);
+            ExitCode::from(cli::EXIT_OK)
+        }
+        Command::Serve(config) => {
+            if let Err(error) = logging::init(config.log_format, config.log_level) {
+                return fail(&error);
+            }
+            match daemon::run(*config) {
+                Ok(()) => ExitCode::from(cli::EXIT_OK),
+                Err(error) => fail(&error),
+            }
+        }
+        Command::Demo(_) => {
+            eprintln!("quorum-blk: this build has no demonstration");
+            ExitCode::from(cli::EXIT_FAILURE)
+        }
+    }
+}
+
+/// Shows why nothing could be done. Help and version come this way too and are no failure.
+fn refuse(error: &UsageError) -> ExitCode {
+    if let UsageError::Line(error) = error {
+        // Nothing can be done if even that cannot be shown.
+        let _ = error.print();
+        return if error.use_stderr() {
+            ExitCode::from(cli::EXIT_USAGE)
+        } else {
+            ExitCode::from(cli::EXIT_OK)
+        };
+    }
+    show(error);
+    eprintln!("For more information, try 'quorum-blk serve --help'.");
+    ExitCode::from(cli::EXIT_USAGE)
+}
+
+fn fail(error: &dyn Error) -> ExitCode {
+    show(error);
+    ExitCode::from(cli::EXIT_FAILURE)
+}
+
+/// Prints an error and what it came from, once, on one line.
+fn show(error: &dyn Error) {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    eprintln!("quorum-blk: {text}");
+}
