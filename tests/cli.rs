@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The program as users and management layers meet it: messages, exit codes, signals.
+#![allow(clippy::unwrap_used, reason = "a test that meets the unexpected fails")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -68,7 +68,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let mut control = ControlLoop::new(clock, signals, receiver, reporter, source)
         .map_err(DaemonError::Control)?;
     loop {
-        match control.next().map_err(DaemonError::Control)? {
+        match control.wait().map_err(DaemonError::Control)? {
             Wakeup::Connection(stream) => {
                 drop(stream);
                 if !control.accept_next().map_err(DaemonError::Control)? {
