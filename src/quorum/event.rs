@@ -200,8 +200,15 @@ pub enum Status {
 pub enum Wakeup {
     /// A range lock was granted to the holder of this ticket.
     Granted(LockTicket),
-    /// The flush run `run` has ended, or the next one is yours to start.
-    Flush,
+    /// A flush run that covers requests of this lane is this lane's to begin.
+    FlushStart,
+    /// A flush run that covers requests of this lane has ended.
+    FlushDone {
+        /// Number of the run.
+        run: u64,
+        /// Whether the rule for success held (rule F2).
+        ok: bool,
+    },
 }
 
 /// Names a lock request to the lane that made it.

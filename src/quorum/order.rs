@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Order among overlapping requests of all lanes: range locks (rules L1-L5).
+//!
+//! Requests lie in one extent, and an extent belongs to one shard, so a request takes exactly one
+//! short mutex. A shard keeps its locks in the order of arrival; a lock is granted once nothing
+//! that arrived before it conflicts with it, so a waiting exclusive lock bars those behind it.
+//! A lane that must wait is woken by the lane that releases.
+
+use super::event::{LaneId, LockTicket};
+use super::sync::{AtomicU64, Mutex, Ordering, fence};
+use crate::units::SectorRange;
+
+/// Shards; a power of two. Enough that a few workers seldom meet in one.
+const SHARDS: usize = 128;
+
+/// How a range is held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LockMode {
+    /// Beside other shared holders.
+    Shared,
+    /// Alone.
+    Exclusive,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Lock {
+    range: SectorRange,
+    mode: LockMode,
+    granted: bool,
+    lane: LaneId,
+    ticket: LockTicket,
+}
+
+impl Lock {
+    fn conflicts(&self, range: SectorRange, mode: LockMode) -> bool {
+        (self.mode == LockMode::Exclusive || mode == LockMode::Exclusive)
+            && self.range.overlaps(range)
+    }
+}
+
+/// A cache line pair of its own, so that lanes at work in different shards do not slow each other.
+#[repr(align(128))]
+struct Shard {
+    /// Exclusive locks ever granted here. Raised before anything is written under the lock.
+    exclusive_granted: AtomicU64,
+    /// Exclusive locks ever released here.
+    exclusive_released: AtomicU64,
+    locks: Mutex<Vec<Lock>>,
+}
+
+/// What a read without a lock remembers of its beginning (rule V7).
+#[derive(Clone, Copy, Debug)]
+pub struct ReadStamp {
+    granted: u64,
+    quiet: bool,
+}
+
+/// The range locks of a disk, shared by its lanes.
+pub struct Order {
+    shards: Box<[Shard]>,
+    extent_shift: u32,
+}
+
+impl Order {
+    /// Locks for a disk whose extents have `2^extent_shift` sectors.
+    #[must_use]
+    pub fn new(extent_shift: u32) -> Self {
+        let shards = (0..SHARDS)
+            .map(|_| Shard {
+                exclusive_granted: AtomicU64::new(0),
+                exclusive_released: AtomicU64::new(0),
+                // More locks at once than this in one shard are exceptional; the vector grows then.
+                locks: Mutex::new(Vec::with_capacity(64)),
+            })
+            .collect();
+        Self {
+            shards,
+            extent_shift,
+        }
+    }
+
+    fn shard(&self, range: SectorRange) -> &Shard {
+        let extent = range.start() >> self.extent_shift;
+        debug_assert_eq!(
+            extent,
+            (range.end() - 1) >> self.extent_shift,
+            "one extent, one shard"
+        );
+        // Neighbouring extents land in neighbouring shards; that spreads sequential work too.
+        let shard = usize::try_from(extent % SHARDS as u64).expect("below SHARDS");
+        &self.shards[shard]
+    }
+
+    /// Queues for `range`. Returns whether the lock is held now; otherwise some later
+    /// [`Order::release`] returns the ticket.
+    pub fn acquire(
+        &self,
+        range: SectorRange,
+        mode: LockMode,
+        lane: LaneId,
+        ticket: LockTicket,
+    ) -> bool {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let granted = !locks.iter().any(|lock| lock.conflicts(range, mode));
+        if granted && mode == LockMode::Exclusive {
+            shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
+        }
+        locks.push(Lock {
+            range,
+            mode,
+            granted,
+            lane,
+            ticket,
+        });
+        granted
+    }
+
+    /// Gives a granted lock back and appends those that are granted because of it.
+    ///
+    /// # Panics
+    /// If the lock is not held: a broken invariant (I10).
+    pub fn release(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let held = locks
+            .iter()
+            .position(|lock| lock.lane == lane && lock.ticket == ticket)
+            .expect("a released lock is in its shard");
+        let gone = locks.remove(held);
+        assert!(gone.granted, "a lock is released by its holder (I10)");
+        assert_eq!(gone.range, range, "a lock is released as it was taken");
+        if gone.mode == LockMode::Exclusive {
+            shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        }
+        for index in held..locks.len() {
+            let waiter = locks[index];
+            if waiter.granted || !waiter.range.overlaps(range) {
+                continue;
+            }
+            if locks[..index]
+                .iter()
+                .any(|lock| lock.conflicts(waiter.range, waiter.mode))
+            {
+                continue;
+            }
+            locks[index].granted = true;
+            if waiter.mode == LockMode::Exclusive {
+                shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
+            }
+            woken.push((waiter.lane, waiter.ticket));
+        }
+    }
+
+    /// Taken before a read without a lock is submitted.
+    #[must_use]
+    pub fn read_stamp(&self, range: SectorRange) -> ReadStamp {
+        let shard = self.shard(range);
+        // Released first: if the two are equal, every lock granted so far was released before.
+        let released = shard.exclusive_released.load(Ordering::Acquire);
+        let granted = shard.exclusive_granted.load(Ordering::Acquire);
+        ReadStamp {
+            granted,
+            quiet: released == granted,
+        }
+    }
+
+    /// Whether no exclusive lock was held near `range` at any moment since `stamp` was taken. Only
+    /// then does a difference among the ballots of such a read mean anything (rule V7).
+    #[must_use]
+    pub fn undisturbed(&self, range: SectorRange, stamp: ReadStamp) -> bool {
+        fence(Ordering::SeqCst);
+        stamp.quiet && self.shard(range).exclusive_granted.load(Ordering::Acquire) == stamp.granted
+    }
+
+    /// Number of locks held or waited for.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.shards
+            .iter()
+            .map(|s| s.locks.lock().expect("no panic under this lock").len())
+            .sum()
+    }
+
+    /// Whether no lock is held or waited for.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, count: u32) -> SectorRange {
+        SectorRange::new(start, count).unwrap()
+    }
+
+    fn ticket(n: u64) -> LockTicket {
+        LockTicket(n)
+    }
+
+    const LANE: LaneId = LaneId(0);
+
+    #[test]
+    fn acquire_disjoint_ranges_are_granted() {
+        let order = Order::new(11);
+        assert!(order.acquire(range(0, 8), LockMode::Exclusive, LANE, ticket(1)));
+        assert!(order.acquire(range(8, 8), LockMode::Exclusive, LANE, ticket(2)));
+        assert!(!order.acquire(range(7, 2), LockMode::Shared, LANE, ticket(3)));
+    }
+
+    #[test]
+    fn waiting_exclusive_bars_later_shared() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        assert!(order.acquire(range(0, 8), LockMode::Shared, LANE, ticket(1)));
+        assert!(!order.acquire(range(0, 8), LockMode::Exclusive, LANE, ticket(2)));
+        assert!(!order.acquire(range(0, 8), LockMode::Shared, LANE, ticket(3)));
+        order.release(range(0, 8), LANE, ticket(1), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(2))]);
+        woken.clear();
+        order.release(range(0, 8), LANE, ticket(2), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(3))]);
+    }
+
+    #[test]
+    fn read_stamp_notices_a_write_before_during_and_after() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        let r = range(0, 8);
+        let before = order.read_stamp(r);
+        assert!(order.undisturbed(r, before));
+        assert!(order.acquire(r, LockMode::Exclusive, LANE, ticket(1)));
+        assert!(!order.undisturbed(r, before));
+        let during = order.read_stamp(r);
+        order.release(r, LANE, ticket(1), &mut woken);
+        assert!(!order.undisturbed(r, during));
+        assert!(!order.undisturbed(r, before));
+        let after = order.read_stamp(r);
+        assert!(order.undisturbed(r, after));
+    }
+
+    proptest::proptest! {
+        /// Against the obvious model: a list in arrival order, in which a lock is held when
+        /// nothing before it conflicts.
+        #[test]
+        fn order_agrees_with_naive_model(
+            steps in proptest::collection::vec((0u64..24, 1u32..8, 0u8..3, 0usize..64), 1..120)
+        ) {
+            let order = Order::new(11);
+            let mut model: Vec<(SectorRange, LockMode, LockTicket)> = Vec::new();
+            let held = |model: &[(SectorRange, LockMode, LockTicket)], at: usize| {
+                !model[..at].iter().any(|(r, m, _)| {
+                    r.overlaps(model[at].0)
+                        && (*m == LockMode::Exclusive || model[at].1 == LockMode::Exclusive)
+                })
+            };
+            for (n, (start, count, mode, pick)) in (0u64..).zip(steps) {
+                let holders: Vec<usize> = (0..model.len()).filter(|&i| held(&model, i)).collect();
+                if mode == 2 && !holders.is_empty() {
+                    let at = holders[pick % holders.len()];
+                    let waiting: Vec<LockTicket> = (0..model.len())
+                        .filter(|&i| !held(&model, i)).map(|i| model[i].2).collect();
+                    let (r, _, t) = model.remove(at);
+                    let mut woken = Vec::new();
+                    order.release(r, LANE, t, &mut woken);
+                    let expected: Vec<(LaneId, LockTicket)> = (0..model.len())
+                        .filter(|&i| held(&model, i) && waiting.contains(&model[i].2))
+                        .map(|i| (LANE, model[i].2)).collect();
+                    assert_eq!(woken, expected);
+                } else {
+                    let mode = if mode == 0 { LockMode::Shared } else { LockMode::Exclusive };
+                    let r = range(start, count);
+                    model.push((r, mode, ticket(n)));
+                    let expected = held(&model, model.len() - 1);
+                    assert_eq!(order.acquire(r, mode, LANE, ticket(n)), expected);
+                }
+            }
+            assert_eq!(order.len(), model.len());
+        }
+    }
+}
