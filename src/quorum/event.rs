@@ -91,6 +91,13 @@ pub enum Event {
         /// From the reply.
         request: RequestId,
     },
+    /// The reply to this request has to wait for the publication of an earlier request of the same
+    /// queue (rule Q3). Owed at most once, between the reply and [`Event::Published`], whenever
+    /// publication does not follow at once: the two requests could wait for each other.
+    Deferred {
+        /// From the reply.
+        request: RequestId,
+    },
     /// Nothing but the passing of time. Owed when [`Lane::deadline`](super::Lane::deadline) has
     /// passed; harmless at any other moment.
     Tick,

@@ -5,6 +5,13 @@
 //! short mutex. A shard keeps its locks in the order of arrival; a lock is granted once nothing
 //! that arrived before it conflicts with it, so a waiting exclusive lock bars those behind it.
 //! A lane that must wait is woken by the lane that releases.
+//!
+//! Two modes exist because of publication in ring order (rule Q3). A write that is complete but
+//! waits for an earlier request of its queue to be published keeps later *writes* out (rule L3).
+//! The earlier request may be a read that has to be settled in the very same sectors: it would
+//! wait for the write and the write for it. So the write is [deferred](Order::defer), and a
+//! settlement, which never changes what the sectors mean, passes deferred writes and everybody
+//! who waits for them.
 
 use super::event::{LaneId, LockTicket};
 use super::sync::{AtomicU64, Mutex, Ordering, fence};
@@ -18,8 +25,31 @@ const SHARDS: usize = 128;
 pub enum LockMode {
     /// Beside other shared holders.
     Shared,
-    /// Alone.
+    /// Alone: a guest's write.
     Exclusive,
+    /// Alone but for deferred writes, and before all that wait: a settlement.
+    Settle,
+    /// What an exclusive lock becomes when its write is complete and not yet published.
+    Deferred,
+}
+
+impl LockMode {
+    fn excludes(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Shared, Self::Shared | Self::Deferred)
+            | (Self::Deferred, Self::Shared | Self::Settle | Self::Deferred)
+            | (Self::Settle, Self::Deferred) => false,
+            (Self::Shared, Self::Exclusive | Self::Settle)
+            | (Self::Deferred, Self::Exclusive)
+            | (Self::Settle, Self::Shared | Self::Exclusive | Self::Settle)
+            | (Self::Exclusive, _) => true,
+        }
+    }
+
+    /// Whether ballots read under it by others may differ because of the holder.
+    fn disturbs(self) -> bool {
+        matches!(self, Self::Exclusive | Self::Settle)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -33,8 +63,7 @@ struct Lock {
 
 impl Lock {
     fn conflicts(&self, range: SectorRange, mode: LockMode) -> bool {
-        (self.mode == LockMode::Exclusive || mode == LockMode::Exclusive)
-            && self.range.overlaps(range)
+        self.mode.excludes(mode) && self.range.overlaps(range)
     }
 }
 
@@ -46,6 +75,44 @@ struct Shard {
     /// Exclusive locks ever released here.
     exclusive_released: AtomicU64,
     locks: Mutex<Vec<Lock>>,
+}
+
+impl Shard {
+    /// Grants what overlaps `range` and nothing before it bars any more.
+    fn grant(&self, locks: &mut [Lock], range: SectorRange, woken: &mut Vec<(LaneId, LockTicket)>) {
+        for index in 0..locks.len() {
+            let waiter = locks[index];
+            if waiter.granted || !waiter.range.overlaps(range) {
+                continue;
+            }
+            if locks[..index]
+                .iter()
+                .any(|lock| lock.conflicts(waiter.range, waiter.mode))
+            {
+                continue;
+            }
+            // A settlement passes others that wait, so one may hold from behind.
+            let later = &locks[index + 1..];
+            if later
+                .iter()
+                .any(|lock| lock.granted && lock.conflicts(waiter.range, waiter.mode))
+            {
+                continue;
+            }
+            locks[index].granted = true;
+            if waiter.mode.disturbs() {
+                self.exclusive_granted.fetch_add(1, Ordering::AcqRel);
+            }
+            woken.push((waiter.lane, waiter.ticket));
+        }
+    }
+}
+
+fn position(locks: &[Lock], lane: LaneId, ticket: LockTicket) -> usize {
+    locks
+        .iter()
+        .position(|lock| lock.lane == lane && lock.ticket == ticket)
+        .expect("who holds a lock is in its shard")
 }
 
 /// What a read without a lock remembers of its beginning (rule V7).
@@ -129,33 +196,14 @@ impl Order {
     ) {
         let shard = self.shard(range);
         let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let held = locks
-            .iter()
-            .position(|lock| lock.lane == lane && lock.ticket == ticket)
-            .expect("a released lock is in its shard");
+        let held = position(&locks, lane, ticket);
         let gone = locks.remove(held);
         assert!(gone.granted, "a lock is released by its holder (I10)");
         assert_eq!(gone.range, range, "a lock is released as it was taken");
-        if gone.mode == LockMode::Exclusive {
+        if gone.mode.disturbs() {
             shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
         }
-        for index in held..locks.len() {
-            let waiter = locks[index];
-            if waiter.granted || !waiter.range.overlaps(range) {
-                continue;
-            }
-            if locks[..index]
-                .iter()
-                .any(|lock| lock.conflicts(waiter.range, waiter.mode))
-            {
-                continue;
-            }
-            locks[index].granted = true;
-            if waiter.mode == LockMode::Exclusive {
-                shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
-            }
-            woken.push((waiter.lane, waiter.ticket));
-        }
+        shard.grant(&mut locks, range, woken);
     }
 
     /// Taken before a read without a lock is submitted.
@@ -246,6 +294,24 @@ mod tests {
         assert!(!order.undisturbed(r, before));
         let after = order.read_stamp(r);
         assert!(order.undisturbed(r, after));
+    }
+
+    #[test]
+    fn settle_passes_a_deferred_write_and_who_waits_for_it() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        let r = range(0, 8);
+        assert!(order.acquire(r, LockMode::Exclusive, LANE, ticket(1)));
+        assert!(!order.acquire(r, LockMode::Exclusive, LANE, ticket(2)));
+        assert!(!order.acquire(r, LockMode::Settle, LANE, ticket(3)));
+        order.defer(r, LANE, ticket(1), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(3))]);
+        woken.clear();
+        // The write that waits is kept out by both.
+        order.release(r, LANE, ticket(1), &mut woken);
+        assert!(woken.is_empty());
+        order.release(r, LANE, ticket(3), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(2))]);
     }
 
     proptest::proptest! {

@@ -269,6 +269,7 @@ impl Lane {
             Event::Request { tag, request } => self.begin(turn, tag, request),
             Event::Completed { op, outcome } => self.completed(turn, op, outcome),
             Event::Published { request } => self.published(turn, SlotId::unpack(request.0)),
+            Event::Deferred { request } => self.deferred(turn, SlotId::unpack(request.0)),
             Event::Wake(Wakeup::Granted(ticket)) => self.granted.push_back(ticket),
             Event::Wake(Wakeup::FlushStart) => self.run_due = true,
             Event::Wake(Wakeup::FlushDone { run, ok }) => self.flush_answer(turn, run, ok),
@@ -331,6 +332,22 @@ impl Lane {
             Activity::FlushRequest(_) | Activity::Replied => {
                 self.activities.remove(slot);
             }
+        }
+    }
+
+    fn deferred<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        match self
+            .activities
+            .get_mut(slot)
+            .expect("a request lives until it is published")
+        {
+            Activity::Write(_) => self.write_deferred(turn, slot),
+            Activity::FlushRun(_) => unreachable!("a flush run has no reply"),
+            // These hold no lock once they are replied to.
+            Activity::Read(_)
+            | Activity::Settle(_)
+            | Activity::FlushRequest(_)
+            | Activity::Replied => {}
         }
     }
 

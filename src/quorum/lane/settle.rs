@@ -209,7 +209,7 @@ impl Lane {
             deadline: None,
         })));
         self.settles.push(slot);
-        if self.lock(turn, slot, matter.range, LockMode::Exclusive) {
+        if self.lock(turn, slot, matter.range, LockMode::Settle) {
             self.settle_granted(turn, slot);
         }
     }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::super::event::{
-    BehindCause, BufferId, During, OperationKind, Outcome, Report, Status, Tag,
+    BehindCause, BufferId, During, LockTicket, OperationKind, Outcome, Report, Status, Tag,
 };
 use super::super::mutation::broken;
 use super::super::{Buffers, LockMode};
@@ -220,6 +220,8 @@ impl Lane {
         }
         // Rules W4, W5: everybody else is behind before the guest hears of it.
         if let Some(marked) = shared.membership.settle_for(extent, holders) {
+            // Every current copy holds it: whatever was undecided here is decided.
+            shared.unresolved.remove(range);
             let extent = shared.geometry.extent_range(extent);
             for replica in marked.iter() {
                 let why = self.write_mut(slot).behind_cause(replica);
@@ -282,6 +284,22 @@ impl Lane {
             if std::mem::take(&mut write.locked) {
                 self.unlock(turn, slot, range);
             }
+        }
+    }
+
+    /// Complete, but published later: settlements may pass, writes may not (rules L3, Q3).
+    pub(super) fn write_deferred<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let write = self.write_mut(slot);
+        assert!(
+            write.phase == Phase::Replied && !write.published,
+            "deferred after the reply"
+        );
+        if write.locked {
+            let (range, ticket) = (write.range, LockTicket(slot.pack()));
+            turn.shared
+                .order
+                .defer(range, self.id, ticket, &mut self.woken);
+            self.wake(turn);
         }
     }
 
