@@ -65,6 +65,22 @@ impl Lock {
     fn conflicts(&self, range: SectorRange, mode: LockMode) -> bool {
         self.mode.excludes(mode) && self.range.overlaps(range)
     }
+
+    fn is_settle(&self) -> bool {
+        self.mode == LockMode::Settle
+    }
+
+    /// Whether this lock has to wait for `other`, which arrived `before` it or after it.
+    /// Settlements wait for holders only; everybody else also for those who came before and for
+    /// settlements.
+    fn is_barred_by(&self, other: &Self, before: bool) -> bool {
+        let counts = other.granted || !self.is_settle() && (before || other.is_settle());
+        counts && other.ticket_of() != self.ticket_of() && other.conflicts(self.range, self.mode)
+    }
+
+    fn ticket_of(&self) -> (LaneId, LockTicket) {
+        (self.lane, self.ticket)
+    }
 }
 
 /// A cache line pair of its own, so that lanes at work in different shards do not slow each other.
@@ -78,32 +94,27 @@ struct Shard {
 }
 
 impl Shard {
-    /// Grants what overlaps `range` and nothing before it bars any more.
+    /// Grants what overlaps `range` and nothing bars any more; settlements first.
     fn grant(&self, locks: &mut [Lock], range: SectorRange, woken: &mut Vec<(LaneId, LockTicket)>) {
-        for index in 0..locks.len() {
-            let waiter = locks[index];
-            if waiter.granted || !waiter.range.overlaps(range) {
-                continue;
+        for settling in [true, false] {
+            for index in 0..locks.len() {
+                let waiter = locks[index];
+                if waiter.granted
+                    || waiter.is_settle() != settling
+                    || !waiter.range.overlaps(range)
+                    || locks
+                        .iter()
+                        .enumerate()
+                        .any(|(at, lock)| waiter.is_barred_by(lock, at < index))
+                {
+                    continue;
+                }
+                locks[index].granted = true;
+                if waiter.mode.disturbs() {
+                    self.exclusive_granted.fetch_add(1, Ordering::AcqRel);
+                }
+                woken.push((waiter.lane, waiter.ticket));
             }
-            if locks[..index]
-                .iter()
-                .any(|lock| lock.conflicts(waiter.range, waiter.mode))
-            {
-                continue;
-            }
-            // A settlement passes others that wait, so one may hold from behind.
-            let later = &locks[index + 1..];
-            if later
-                .iter()
-                .any(|lock| lock.granted && lock.conflicts(waiter.range, waiter.mode))
-            {
-                continue;
-            }
-            locks[index].granted = true;
-            if waiter.mode.disturbs() {
-                self.exclusive_granted.fetch_add(1, Ordering::AcqRel);
-            }
-            woken.push((waiter.lane, waiter.ticket));
         }
     }
 }
@@ -140,19 +151,12 @@ impl Order {
                 locks: Mutex::new(Vec::with_capacity(64)),
             })
             .collect();
-        Self {
-            shards,
-            extent_shift,
-        }
+        Self { shards, extent_shift }
     }
 
     fn shard(&self, range: SectorRange) -> &Shard {
         let extent = range.start() >> self.extent_shift;
-        debug_assert_eq!(
-            extent,
-            (range.end() - 1) >> self.extent_shift,
-            "one extent, one shard"
-        );
+        debug_assert_eq!(extent, (range.end() - 1) >> self.extent_shift, "one extent, one shard");
         // Neighbouring extents land in neighbouring shards; that spreads sequential work too.
         let shard = usize::try_from(extent % SHARDS as u64).expect("below SHARDS");
         &self.shards[shard]
@@ -169,18 +173,32 @@ impl Order {
     ) -> bool {
         let shard = self.shard(range);
         let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let granted = !locks.iter().any(|lock| lock.conflicts(range, mode));
-        if granted && mode == LockMode::Exclusive {
+        let mut lock = Lock { range, mode, granted: false, lane, ticket };
+        lock.granted = !locks.iter().any(|other| lock.is_barred_by(other, true));
+        if lock.granted && mode.disturbs() {
             shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
         }
-        locks.push(Lock {
-            range,
-            mode,
-            granted,
-            lane,
-            ticket,
-        });
-        granted
+        locks.push(lock);
+        lock.granted
+    }
+
+    /// The write under this exclusive lock is complete on all current copies but not yet
+    /// published. Keeps other writes out until the release.
+    pub fn defer(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let index = position(&locks, lane, ticket);
+        let held = &mut locks[index];
+        assert!(held.granted && held.mode == LockMode::Exclusive, "once, by its holder");
+        held.mode = LockMode::Deferred;
+        shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        shard.grant(&mut locks, range, woken);
     }
 
     /// Gives a granted lock back and appends those that are granted because of it.
@@ -213,10 +231,7 @@ impl Order {
         // Released first: if the two are equal, every lock granted so far was released before.
         let released = shard.exclusive_released.load(Ordering::Acquire);
         let granted = shard.exclusive_granted.load(Ordering::Acquire);
-        ReadStamp {
-            granted,
-            quiet: released == granted,
-        }
+        ReadStamp { granted, quiet: released == granted }
     }
 
     /// Whether no exclusive lock was held near `range` at any moment since `stamp` was taken. Only
@@ -230,10 +245,7 @@ impl Order {
     /// Number of locks held or waited for.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.shards
-            .iter()
-            .map(|s| s.locks.lock().expect("no panic under this lock").len())
-            .sum()
+        self.shards.iter().map(|s| s.locks.lock().expect("no panic under this lock").len()).sum()
     }
 
     /// Whether no lock is held or waited for.
