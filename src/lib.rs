@@ -13,6 +13,7 @@
 //! - [`daemon`]: workers, signals, the life of the process.
 //! - [`front_end`], [`demo`]: a small virtio-blk driver of our own and the demonstration that uses it.
 
+pub mod demo;
 pub mod front_end;
 pub mod quorum;
 pub mod units;

@@ -5,10 +5,7 @@
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-};
+use virtio_bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::error::FrontEndError;
@@ -22,7 +19,7 @@ const USED_HEADER_BYTES: u64 = 4;
 /// Bytes of a used element: id and length.
 const USED_ELEMENT_BYTES: u64 = 8;
 
-/// One entry of a descriptor table.
+/// One entry of a descriptor table (section 2.7.5, flags from there).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Descriptor {
     /// Guest address of the buffer, or of the indirect table.
@@ -37,11 +34,11 @@ pub struct Descriptor {
 
 impl Descriptor {
     /// The chain goes on at `next`.
-    pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+    pub const NEXT: u16 = 1;
     /// The device writes this buffer.
-    pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+    pub const WRITE: u16 = 2;
     /// The buffer is a table of descriptors.
-    pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+    pub const INDIRECT: u16 = 4;
 
     pub(super) fn encode(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
@@ -299,8 +296,8 @@ impl Ring {
     }
 }
 
-/// The flag of the available ring that asks for no interrupts.
-const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
+/// The flag of the available ring that asks for no interrupts (section 2.7.6).
+const NO_INTERRUPT: u16 = 1;
 
 /// Distances of the parts from the descriptor table, aligned as section 2.7 demands: the
 /// available ring to 2 bytes, the used ring to 4.
@@ -338,10 +335,7 @@ mod tests {
     #[test]
     fn layout_matches_the_specification() {
         let ring = ring(0, false);
-        assert_eq!(
-            ring.addresses().map(|address| address.0),
-            [0, 8 * 16, (8 * 16 + 4 + 16 + 2 + 3) / 4 * 4]
-        );
+        assert_eq!(ring.addresses().map(|address| address.0), [0, 128, 152]);
         assert_eq!(Ring::bytes(8), ring.used.0 + 4 + 64 + 2);
     }
 
