@@ -27,6 +27,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::front_end::FrontEndError;
+use crate::units::REPLICAS_MAX;
 
 pub use story::run;
 
@@ -35,16 +36,21 @@ pub use story::run;
 pub struct DemoOptions {
     /// The program that is started with `serve`.
     pub program: PathBuf,
-    /// Where the temporary folder is made; it is removed in the end.
+    /// Where the folder of the demonstration is made.
     pub parent: PathBuf,
-    /// Size of the disk in bytes, rounded down to whole MiB, at least 8 MiB.
+    /// Whether the folder is left there in the end.
+    pub keep: bool,
+    /// Number of replicas, 3 to [`REPLICAS_MAX`]; fewer become 3, more become that.
+    pub replicas: usize,
+    /// Size of the disk in bytes, rounded down to whole MiB, at least 4 MiB.
     pub disk_bytes: u64,
     /// Decides the data and the order of requests.
     pub seed: u64,
 }
 
 impl DemoOptions {
-    /// This program, the system's temporary folder, 64 MiB, the usual seed.
+    /// This program, three replicas of 64 MiB in the system's temporary folder, removed in the
+    /// end.
     ///
     /// # Errors
     /// If the program does not know where it is.
@@ -53,6 +59,8 @@ impl DemoOptions {
         Ok(Self {
             program,
             parent: std::env::temp_dir(),
+            keep: false,
+            replicas: 3,
             disk_bytes: 64 << 20,
             seed: 1,
         })

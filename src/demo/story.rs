@@ -12,10 +12,10 @@ use super::replicas::Replicas;
 use super::report::{Report, mebibytes, per_second, speed, time};
 use super::{DemoError, DemoOptions};
 use crate::front_end::{FrontEnd, Options};
-use crate::units::SectorRange;
+use crate::units::{REPLICAS_MAX, SectorRange};
 
-/// Replicas of the disk; two of them agree on every sector.
-const REPLICAS: usize = 3;
+/// With fewer replicas a liar cannot be told from an honest one.
+const REPLICAS_MIN: usize = 3;
 /// Queues that are driven at the same time.
 const QUEUES: u16 = 4;
 /// Longest request of the first pass: 256 KiB.
@@ -24,8 +24,8 @@ const SECTORS_MAX: u32 = 512;
 const MEASURE: Duration = Duration::from_millis(500);
 /// Sectors in a small read: 4 KiB.
 const SMALL: u32 = 8;
-/// Smallest disk: the places that are spoiled are MiB apart.
-const DISK_BYTES_MIN: u64 = 8 << 20;
+/// Smallest disk: the places that are spoiled are a MiB apart.
+const DISK_BYTES_MIN: u64 = 4 << 20;
 
 /// One replica's damaged sectors.
 type Damage = (usize, SectorRange);
@@ -37,7 +37,8 @@ type Damage = (usize, SectorRange);
 /// If it cannot be run at all, or the disk stops answering.
 pub fn run(options: &DemoOptions, out: &mut impl Write) -> Result<bool, DemoError> {
     let disk_bytes = options.disk_bytes.max(DISK_BYTES_MIN) >> 20 << 20;
-    let folder = tempfile::Builder::new()
+    let count = options.replicas.clamp(REPLICAS_MIN, REPLICAS_MAX);
+    let mut folder = tempfile::Builder::new()
         .prefix("quorum-blk-demo-")
         .tempdir_in(&options.parent)
         .map_err(|source| DemoError::File {
@@ -45,7 +46,8 @@ pub fn run(options: &DemoOptions, out: &mut impl Write) -> Result<bool, DemoErro
             path: options.parent.clone(),
             source,
         })?;
-    let replicas = Replicas::create(folder.path(), REPLICAS, disk_bytes)?;
+    folder.disable_cleanup(options.keep);
+    let replicas = Replicas::create(folder.path(), count, disk_bytes)?;
     let cache = if replicas.direct() {
         "direct"
     } else {
@@ -58,8 +60,9 @@ pub fn run(options: &DemoOptions, out: &mut impl Write) -> Result<bool, DemoErro
     )?;
     let mut report = Report::new(out);
     report.heading(&format!(
-        "One disk of {} on {REPLICAS} replicas; 2 must agree on every sector",
-        mebibytes(disk_bytes)
+        "One disk of {} on {count} replicas; {} must agree on every sector",
+        mebibytes(disk_bytes),
+        count / 2 + 1
     ))?;
     report.tell("folder", &folder.path().display().to_string())?;
     report.tell(
@@ -231,7 +234,7 @@ impl Story {
         let text = format!("{} in one request, {}", sectors_of(whole), time(elapsed));
         report.check("read", &text, right)?;
         for &(replica, range) in damage {
-            let votes = REPLICAS - 1;
+            let votes = replicas.paths().len() - 1;
             let text = format!(
                 "replica{replica} outvoted {votes} to 1 in exactly {}",
                 sectors_of(range)
@@ -263,7 +266,10 @@ fn end(
     report.check("stop", &text, status.success() && removed)?;
     report.check(
         "compare",
-        "the three files are the same, byte by byte",
+        &format!(
+            "{} files are the same, byte by byte",
+            replicas.paths().len()
+        ),
         replicas.identical()?,
     )?;
     let wrong = replicas.first_wrong(pattern)?;
