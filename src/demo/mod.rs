@@ -27,7 +27,6 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::front_end::FrontEndError;
-use crate::units::REPLICAS_MAX;
 
 pub use story::run;
 
