@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use quorum_blk::quorum::{BufferId, Buffers, OpId, Operation, OperationKind, Outcome, Purpose};
 use quorum_blk::replica::{Cache, Executor, ExecutorConfig, RawOptions, open_set};
 use quorum_blk::units::{ReplicaId, SectorRange};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 const REPLICAS: usize = 3;
 const IMAGE_BYTES: u64 = 256 << 20;
@@ -80,6 +81,7 @@ fn measure(options: &[RawOptions], len: u32, depth: usize, cache: Cache) {
     }
     let mut executor =
         Executor::new(&replicas, ExecutorConfig::default()).expect("io_uring works here");
+    let epoll = watch(&executor);
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut requests = vec![None; depth];
     let mut ended: Vec<(OpId, Outcome)> = Vec::with_capacity(1024);
@@ -93,7 +95,7 @@ fn measure(options: &[RawOptions], len: u32, depth: usize, cache: Cache) {
         executor.reap(&mut ended).expect("the ring works");
         if ended.is_empty() {
             if executor.wait_limit().expect("the ring works").is_none() {
-                wait(&executor);
+                wait(&epoll);
             }
             continue;
         }
@@ -146,15 +148,23 @@ fn begin(executor: &mut Executor, random: &mut Random, slot: usize, len: u32) ->
     }
 }
 
-#[allow(unsafe_code, reason = "poll has no safe wrapper here")]
-fn wait(executor: &Executor) {
-    let mut poll = libc::pollfd {
-        fd: executor.wake_fd().as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one valid entry.
-    unsafe { libc::poll(&raw mut poll, 1, 1000) };
+/// Watches the executor as a worker does: by edges, so that nothing needs to be read.
+fn watch(executor: &Executor) -> Epoll {
+    let epoll = Epoll::new().expect("epoll works here");
+    let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    epoll
+        .ctl(ControlOperation::Add, executor.wake_fd().as_raw_fd(), event)
+        .expect("an eventfd can be watched");
+    epoll
+}
+
+fn wait(epoll: &Epoll) {
+    let mut events = [EpollEvent::default()];
+    match epoll.wait(1000, &mut events) {
+        Ok(woken) => assert_eq!(woken, 1, "a wake-up was lost"),
+        // The ring interrupts its thread when it needs another kernel thread.
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::Interrupted),
+    }
 }
 
 /// Processor time of all threads of this process, those of the kernel that work for it included.

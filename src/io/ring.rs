@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
@@ -334,9 +334,13 @@ impl Ring {
     }
 }
 
-impl AsFd for Ring {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.wake_fd()
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel takes a ring down some time after its descriptor is closed, and would keep
+        // the files, and the locks on them, until then: whoever opens them next would be refused.
+        // Operations that are still in flight keep their file all the same. There is nothing to
+        // do about an error, and none if nothing was registered.
+        let _ = self.uring.submitter().unregister_files();
     }
 }
 
