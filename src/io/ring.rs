@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
@@ -87,6 +87,8 @@ pub struct Ring {
     mode: Mode,
     /// Submissions for which the queue had no room, oldest first.
     backlog: VecDeque<squeue::Entry>,
+    /// Submissions whose completion was not reaped yet.
+    outstanding: usize,
     /// Whether the eventfd is to be signalled. It is only while the worker means to sleep:
     /// signalling costs the kernel an atomic and the worker a wake-up for nothing.
     armed: bool,
@@ -118,6 +120,7 @@ impl Ring {
             wake,
             mode,
             backlog: VecDeque::with_capacity(entries as usize * 4),
+            outstanding: 0,
             armed: true,
             _not_send: std::marker::PhantomData,
         };
@@ -169,6 +172,7 @@ impl Ring {
     /// The memory the entry points to stays valid, and used by nobody in a conflicting way, until
     /// the completion with its user data was reaped.
     pub unsafe fn push(&mut self, entry: squeue::Entry) {
+        self.outstanding += 1;
         if self.backlog.is_empty() {
             // SAFETY: the caller's promise.
             if unsafe { self.uring.submission().push(&entry) }.is_ok() {
@@ -219,13 +223,7 @@ impl Ring {
     pub fn reap(&mut self, out: &mut Vec<Completion>) -> Result<(), RingError> {
         self.disarm();
         for _ in 0..REAP_ROUNDS {
-            let completions = self.uring.completion();
-            out.extend(
-                completions.map(|entry| Completion {
-                    user_data: entry.user_data(),
-                    result: entry.result(),
-                }),
-            );
+            self.collect(out);
             if !self.unposted() {
                 return Ok(());
             }
@@ -237,12 +235,20 @@ impl Ring {
                 },
             }
         }
-        let completions = self.uring.completion();
+        self.collect(out);
+        Ok(())
+    }
+
+    /// Empties the completion queue.
+    fn collect(&mut self, out: &mut Vec<Completion>) {
+        let before = out.len();
         out.extend(
-            completions
+            self.uring
+                .completion()
                 .map(|entry| Completion { user_data: entry.user_data(), result: entry.result() }),
         );
-        Ok(())
+        // Every submission here has one completion: none is of the kind that has several.
+        self.outstanding -= out.len() - before;
     }
 
     /// To be asked last before sleeping: for how long at most. `None` means that
@@ -323,9 +329,15 @@ impl Ring {
     }
 }
 
-impl AsFd for Ring {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.wake_fd()
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel takes a ring down some time after its descriptor is closed, and would keep
+        // the files, and the locks on them, until then: whoever opens them next would be refused.
+        // With operations in flight the locks have to stay (rule K2), and kernels before 6.13
+        // would wait here for as long as they hang. An error means that nothing is registered.
+        if self.outstanding == 0 {
+            let _ = self.uring.submitter().unregister_files();
+        }
     }
 }
 

@@ -86,7 +86,8 @@ pub enum SetError {
     /// Rule Z3.
     #[error(
         "replica '{name}' ({path}) has {length_bytes} bytes, but the disk has {disk_bytes}; \
-         grow it with 'qemu-img resize -f raw {path} {disk_bytes}', or leave it out"
+         {}, or leave it out",
+        cure(path, *disk_bytes, *is_device)
     )]
     TooShort {
         /// Its name.
@@ -97,6 +98,8 @@ pub enum SetError {
         length_bytes: u64,
         /// The disk's size.
         disk_bytes: u64,
+        /// Whether it is a block device.
+        is_device: bool,
     },
     /// Rule L2: there is no read-modify-write.
     #[error(
@@ -123,6 +126,15 @@ pub enum SetError {
         /// Logical block size.
         block_bytes: u32,
     },
+}
+
+/// What helps against a replica that is too short.
+fn cure(path: &str, disk_bytes: u64, is_device: bool) -> String {
+    if is_device {
+        format!("use a device of at least {disk_bytes} bytes")
+    } else {
+        format!("grow it with 'qemu-img resize -f raw {path} {disk_bytes}'")
+    }
 }
 
 /// What the set's rules look at.
@@ -177,6 +189,7 @@ fn check(
                 path: member.path.clone(),
                 length_bytes: member.length_bytes,
                 disk_bytes,
+                is_device: member.identity.device_number().is_some(),
             });
         }
         if member.length_bytes > disk_bytes {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
 use super::*;
 use crate::quorum::{Buffers, OperationKind, Purpose};
 use crate::replica::{Cache, RawOptions, open_set};
@@ -38,6 +40,11 @@ fn operation(op: u64, replica: usize, kind: OperationKind) -> Operation {
 
 /// Runs operations until all have ended, sleeping on the wake descriptor as a worker does.
 fn run(executor: &mut Executor, operations: &[Operation]) -> Vec<Outcome> {
+    // By edges: nobody reads the descriptor.
+    let epoll = Epoll::new().unwrap();
+    let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    let wake = executor.wake_fd().as_raw_fd();
+    epoll.ctl(ControlOperation::Add, wake, event).unwrap();
     for operation in operations {
         executor.start(operation);
     }
@@ -52,10 +59,12 @@ fn run(executor: &mut Executor, operations: &[Operation]) -> Vec<Outcome> {
         }
         let limit = executor.wait_limit().unwrap();
         let timeout = limit.map_or(10_000, |limit| i32::try_from(limit.as_millis()).unwrap());
-        let mut poll =
-            libc::pollfd { fd: executor.wake_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one valid entry.
-        unsafe { libc::poll(&raw mut poll, 1, timeout) };
+        let mut events = [EpollEvent::default()];
+        match epoll.wait(timeout, &mut events) {
+            Ok(woken) => assert!(woken == 1 || limit.is_some(), "a wake-up was lost"),
+            // The ring interrupts its thread when it needs another kernel thread.
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::Interrupted),
+        }
     }
     assert_eq!(executor.in_flight(), 0);
     operations
@@ -282,6 +291,19 @@ fn write_to_a_full_file_system_fails_with_enospc() {
     let errno = libc::ENOSPC;
     assert_eq!(run_one(&mut executor, kind), Outcome::Failed { errno });
     assert_eq!(executor.pool().busy_buffers(), 0);
+}
+
+#[test]
+fn drop_lets_go_of_the_locks_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let set = [options(directory.path(), "a", Cache::Direct)];
+    for _ in 0..20 {
+        let mut executor = executor(&set);
+        let outcome = run_one(&mut executor, write_zeroes(8, 8, false));
+        assert_eq!(outcome, Outcome::Done);
+        let outcome = run_one(&mut executor, OperationKind::Flush);
+        assert_eq!(outcome, Outcome::Done);
+    }
 }
 
 #[test]
