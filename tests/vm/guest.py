@@ -23,7 +23,10 @@ HERE = Path(__file__).resolve().parent
 MODULES = ("virtio_pci", "virtio_blk", "nls_cp437", "nls_ascii", "vfat")
 
 # Programs on the disk of tools.
-TOOLS = ("fio", "mkfs.ext4", "e2fsck", "blkdiscard", "fallocate", "fstrim", "blockdev")
+TOOLS = ("fio", "mkfs.ext4", "e2fsck", "blkdiscard", "fallocate", "fstrim")
+
+# Quiet for speed; a panic ends QEMU, which is started with -no-reboot.
+KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on"
 
 
 class Guest:
@@ -47,6 +50,20 @@ class Guest:
             self._build_initrd()
         if not is_newer(self.tools, [HERE / "guest.py"] + [find_program(name) for name in TOOLS]):
             self._build_tools()
+
+    def make_bootable(self, image):
+        """Puts a FAT file system with a boot loader, the kernel and the initial file system on an
+        existing image, for a firmware to boot from."""
+        configuration = self._folder / "syslinux.cfg"
+        configuration.write_text(
+            "SERIAL 0\nDEFAULT linux\nLABEL linux\nLINUX linux\nINITRD initrd\n"
+            f"APPEND {KERNEL_ARGUMENTS}\n"
+        )
+        files = [(self.kernel, "linux"), (self.initrd, "initrd"), (configuration, "syslinux.cfg")]
+        run(find_program("mkfs.vfat"), image)
+        for source, name in files:
+            run(find_program("mcopy"), "-i", image, source, f"::{name}")
+        run(find_program("syslinux"), "--install", image)
 
     def _build_initrd(self):
         archive = CpioArchive()
@@ -84,16 +101,16 @@ class Guest:
         root = self._folder / "tools"
         shutil.rmtree(root, ignore_errors=True)
         for name in TOOLS:
-            copy_with_libraries(find_program(name), root)
+            program = find_program(name)
+            (root / "bin").mkdir(parents=True, exist_ok=True)
+            shutil.copy(program, root / "bin" / name)
+            copy_libraries(program, root)
         image = self._folder / "tools.img.new"
         image.unlink(missing_ok=True)
         size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
         with open(image, "wb") as file:
             file.truncate((size * 5 // 4 + (8 << 20)) & ~0xFFF)
-        subprocess.run(
-            [find_program("mkfs.ext4"), "-q", "-O", "^has_journal", "-d", root, image],
-            check=True,
-        )
+        run(find_program("mkfs.ext4"), "-q", "-O", "^has_journal", "-d", root, image)
         shutil.rmtree(root)
         image.rename(self.tools)
 
@@ -140,11 +157,10 @@ def read_module(path):
     return content
 
 
-def copy_with_libraries(program, root):
-    """Copies a program and the shared libraries it names to `root`, at the same paths."""
-    listing = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
-    libraries = re.findall(r"(?:=> )?(/\S+) \(0x", listing)
-    for source in [str(program), *libraries]:
+def copy_libraries(program, root):
+    """Copies the shared libraries that a program names to `root`, at the same paths."""
+    listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    for source in re.findall(r"(?:=> )?(/\S+) \(0x", listing):
         copy = root / source.lstrip("/")
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +173,13 @@ def find_program(name):
     if path is None:
         raise Failure(f"{name} is not installed: run scripts/install-test-deps")
     return Path(path)
+
+
+def run(*command):
+    """Runs a program of the host, which must succeed."""
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise Failure(f"{command[0]} failed: {result.stderr.strip()}")
 
 
 def is_newer(path, inputs):
