@@ -58,7 +58,7 @@ class Bench:
         if self.peer:
             return
         events = daemon.events()
-        expect(any(event.get("node-name") == name for event in events), f"no event names {name}")
+        expect(any(event.get("replica") == name for event in events), f"no event names {name}")
 
     def expect_locked(self, replica):
         """Fails unless QEMU's tools refuse an image that is being served (rule K1)."""

@@ -95,7 +95,7 @@ def healthy(bench):
                 bench.expect_locked(replicas[0])
                 machine.shut_down()
             daemon.stop()
-            bench.expect_counters(daemon, "flush", "discard", "write_zeroes", "read", "write")
+            bench.expect_counters(daemon, "flush", "discard", "write-zeroes", "read", "write")
             expect_no_fault(daemon)
         expect_equal(replicas)
 
@@ -157,16 +157,9 @@ def spoil_while_running(bench, choose, guilty):
 
 def expect_blame_is_right(event, spoiled):
     """Every sector an event names was spoiled on the replica it names."""
-    for sector, count in reported_ranges(event):
-        innocent = set(range(sector, sector + count)) - spoiled[event["node-name"]]
-        expect(not innocent, f"{event} names sectors that were never spoiled: {innocent}")
-
-
-def reported_ranges(event):
-    """The exact sector ranges of an event, as pairs of first sector and count."""
-    if "ranges" in event:
-        return [(each["sector-num"], each["sectors-count"]) for each in event["ranges"]]
-    return [(event["sector-num"], event["sectors-count"])]
+    sectors = range(event["sector-num"], event["sector-num"] + event["sectors-count"])
+    innocent = set(sectors) - spoiled[event["node-name"]]
+    expect(not innocent, f"{event} names sectors that were never spoiled: {innocent}")
 
 
 def garbage_one(bench):

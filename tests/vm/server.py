@@ -2,6 +2,7 @@
 """Who serves the disk: the daemon under test, or QEMU's quorum driver for comparison."""
 
 import json
+import re
 import signal
 import subprocess
 
@@ -9,6 +10,9 @@ from guest import find_program
 from host import Failure, expect, stop_process, wait_until
 
 THRESHOLD = 2
+
+# A row of the table of guest requests that the daemon prints at its end.
+COUNTER_ROW = re.compile(r"^\s*(read|write|flush|discard|write-zeroes|get-id)\s+(\d+)\s", re.M)
 
 
 class Daemon:
@@ -65,6 +69,10 @@ class Daemon:
     def log(self):
         """Everything it has written to standard error."""
         return self._log_path.read_text(errors="replace")
+
+    def counters(self):
+        """Guest requests by kind, as printed last."""
+        return {kind: int(count) for kind, count in COUNTER_ROW.findall(self.log())}
 
     def events(self, name=None):
         """The data of the events so far, or of those with one name."""
