@@ -236,12 +236,18 @@ impl fmt::Debug for ReplicaSet {
     }
 }
 
+impl Extend<ReplicaId> for ReplicaSet {
+    fn extend<I: IntoIterator<Item = ReplicaId>>(&mut self, replicas: I) {
+        for replica in replicas {
+            self.insert(replica);
+        }
+    }
+}
+
 impl FromIterator<ReplicaId> for ReplicaSet {
     fn from_iter<I: IntoIterator<Item = ReplicaId>>(replicas: I) -> Self {
         let mut set = Self::EMPTY;
-        for replica in replicas {
-            set.insert(replica);
-        }
+        set.extend(replicas);
         set
     }
 }
@@ -298,13 +304,7 @@ mod tests {
     #[test]
     fn range_overlap_and_rounding() {
         let a = SectorRange::new(8, 8).unwrap();
-        let cases = [
-            (0, 8, false),
-            (0, 9, true),
-            (15, 1, true),
-            (16, 4, false),
-            (9, 2, true),
-        ];
+        let cases = [(0, 8, false), (0, 9, true), (15, 1, true), (16, 4, false), (9, 2, true)];
         for (start, count, overlaps) in cases {
             let b = SectorRange::new(start, count).unwrap();
             assert_eq!(a.overlaps(b), overlaps, "{a} {b}");

@@ -51,19 +51,12 @@ impl Geometry {
     ) -> Result<Self, PolicyError> {
         assert!(block_sectors.is_power_of_two() && block_sectors <= 8);
         if sectors == 0
-            || sectors % u64::from(block_sectors) != 0
+            || !sectors.is_multiple_of(u64::from(block_sectors))
             || sectors > i64::MAX as u64 / 512
         {
-            return Err(PolicyError::Size {
-                sectors,
-                block_sectors,
-            });
+            return Err(PolicyError::Size { sectors, block_sectors });
         }
-        Ok(Self {
-            sectors,
-            block_sectors,
-            extent_shift,
-        })
+        Ok(Self { sectors, block_sectors, extent_shift })
     }
 
     /// Sectors of the disk.
@@ -83,6 +76,12 @@ impl Geometry {
     pub fn request_sectors_max(&self) -> u32 {
         let extent = 1u64 << self.extent_shift;
         REQUEST_SECTORS_MAX.min(u32::try_from(extent).unwrap_or(REQUEST_SECTORS_MAX))
+    }
+
+    /// Extents have `2^extent_shift` sectors.
+    #[must_use]
+    pub fn extent_shift(&self) -> u32 {
+        self.extent_shift
     }
 
     /// Number of extents.
@@ -196,9 +195,7 @@ impl Policy {
     /// The first rule that is broken.
     pub fn validate(&self) -> Result<(), PolicyError> {
         if self.replicas == 0 || self.replicas > REPLICAS_MAX {
-            return Err(PolicyError::Replicas {
-                replicas: self.replicas,
-            });
+            return Err(PolicyError::Replicas { replicas: self.replicas });
         }
         if self.threshold == 0 || self.threshold > self.replicas {
             return Err(PolicyError::Threshold {
