@@ -12,9 +12,7 @@ use std::sync::{Mutex, PoisonError};
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn scenario(name: &str) {
-    let _turn = ONE_AT_A_TIME
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let driver = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm/run.py");
     let output = Command::new("python3")
         .arg(driver)

@@ -51,11 +51,7 @@ impl Daemon {
             .stderr(log)
             .spawn()
             .map_err(failed("start", program))?;
-        Ok(Self {
-            child,
-            socket,
-            errors,
-        })
+        Ok(Self { child, socket, errors })
     }
 
     /// Process number.

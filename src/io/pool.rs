@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The buffers of a worker: one arena, handed out last in first out.
-#![allow(
-    unsafe_code,
-    reason = "lends slices of memory that the kernel also uses"
-)]
+#![allow(unsafe_code, reason = "lends slices of memory that the kernel also uses")]
 
 use std::io;
 
@@ -157,19 +154,11 @@ impl Pool {
         let was_busy = used.busy();
         match access {
             Access::KernelReads => {
-                assert!(
-                    !used.kernel_writes,
-                    "buffer {} is being read into",
-                    buffer.0
-                );
+                assert!(!used.kernel_writes, "buffer {} is being read into", buffer.0);
                 used.kernel_reads += 1;
             }
             Access::KernelWrites => {
-                assert!(
-                    !was_busy,
-                    "buffer {} is used by another operation",
-                    buffer.0
-                );
+                assert!(!was_busy, "buffer {} is used by another operation", buffer.0);
                 used.kernel_writes = true;
             }
         }
@@ -236,21 +225,14 @@ impl Pool {
     /// Offset in the arena and length of a buffer that was handed out.
     fn extent(&self, buffer: BufferId) -> (usize, usize) {
         let order = self.buddy.taken_order(buffer.0);
-        (
-            buffer.0 as usize * BLOCK_BYTES_MIN,
-            BLOCK_BYTES_MIN << order,
-        )
+        (buffer.0 as usize * BLOCK_BYTES_MIN, BLOCK_BYTES_MIN << order)
     }
 
     /// The place in `uses` of a buffer that somebody has.
     fn taken(&self, buffer: BufferId) -> usize {
         let _ = self.buddy.taken_order(buffer.0);
         let index = buffer.0 as usize;
-        assert!(
-            !self.uses[index].given,
-            "buffer {} was given back",
-            buffer.0
-        );
+        assert!(!self.uses[index].given, "buffer {} was given back", buffer.0);
         index
     }
 }
@@ -293,11 +275,7 @@ impl Buffers for Pool {
 
     fn bytes_mut(&mut self, buffer: BufferId) -> &mut [u8] {
         let index = self.taken(buffer);
-        assert!(
-            !self.uses[index].busy(),
-            "buffer {} changed while an operation uses it",
-            buffer.0
-        );
+        assert!(!self.uses[index].busy(), "buffer {} changed while an operation uses it", buffer.0);
         let (start, len) = self.extent(buffer);
         // SAFETY: no operation uses it (asserted), and none can begin while the pool is borrowed.
         unsafe { self.arena.slice_mut(start, len) }
@@ -333,9 +311,7 @@ mod tests {
     fn take_for_guest_leaves_the_reserve() {
         let mut pool = Pool::new(2 * BLOCK, BLOCK).unwrap();
         assert_eq!(pool.capacity_bytes(), 3 * BLOCK);
-        let guest: Vec<_> = (0..2)
-            .map(|_| pool.take(BLOCK, Purpose::Guest).unwrap())
-            .collect();
+        let guest: Vec<_> = (0..2).map(|_| pool.take(BLOCK, Purpose::Guest).unwrap()).collect();
         assert_eq!(pool.take(1, Purpose::Guest), None);
         assert_eq!(pool.available_bytes(), 0);
         let settle = pool.take(BLOCK, Purpose::Settle).unwrap();
@@ -467,12 +443,7 @@ mod tests {
         fn new(guest_blocks: usize, reserve_blocks: usize) -> Self {
             let pool = Pool::new(guest_blocks * BLOCK, reserve_blocks * BLOCK).unwrap();
             let base = pool.pieces(BLOCK).next().unwrap().0.addr();
-            Self {
-                pool,
-                base,
-                held: Vec::new(),
-                guest_blocks,
-            }
+            Self { pool, base, held: Vec::new(), guest_blocks }
         }
 
         fn used(&self, reserve: bool) -> usize {
@@ -482,11 +453,8 @@ mod tests {
 
         /// Whether an aligned hole of `len` exists among `blocks` from `start`.
         fn hole(&self, start: usize, blocks: usize, len: usize) -> bool {
-            let taken: BTreeMap<usize, usize> = self
-                .held
-                .iter()
-                .map(|held| (self.offset(held), held.len))
-                .collect();
+            let taken: BTreeMap<usize, usize> =
+                self.held.iter().map(|held| (self.offset(held), held.len)).collect();
             (start..start + blocks * BLOCK).step_by(len).any(|at| {
                 let before = taken.range(..at + len).next_back();
                 before.is_none_or(|(&other, &other_len)| other + other_len <= at)
@@ -506,10 +474,7 @@ mod tests {
                     || (purpose == Purpose::Settle
                         && self.hole(guest_end, reserve_blocks, rounded)));
             let Some(id) = self.pool.take(len, purpose) else {
-                assert!(
-                    !fits,
-                    "refused {len} for {purpose:?} though there is a hole"
-                );
+                assert!(!fits, "refused {len} for {purpose:?} though there is a hole");
                 return;
             };
             assert!(fits, "{len} for {purpose:?} came from nowhere");
@@ -535,9 +500,8 @@ mod tests {
         }
 
         fn give(&mut self, which: usize) {
-            let candidates: Vec<usize> = (0..self.held.len())
-                .filter(|&i| !self.held[i].given)
-                .collect();
+            let candidates: Vec<usize> =
+                (0..self.held.len()).filter(|&i| !self.held[i].given).collect();
             if candidates.is_empty() {
                 return;
             }
@@ -589,15 +553,8 @@ mod tests {
             let guest_free = self.guest_blocks * BLOCK - self.used(false);
             assert_eq!(self.pool.available_bytes(), guest_free);
             let reserve = self.pool.capacity_bytes() - self.guest_blocks * BLOCK;
-            assert_eq!(
-                self.pool.reserve_available_bytes(),
-                reserve - self.used(true)
-            );
-            let busy = self
-                .held
-                .iter()
-                .filter(|held| !held.pins.is_empty())
-                .count();
+            assert_eq!(self.pool.reserve_available_bytes(), reserve - self.used(true));
+            let busy = self.held.iter().filter(|held| !held.pins.is_empty()).count();
             assert_eq!(self.pool.busy_buffers(), busy);
         }
     }
