@@ -46,8 +46,10 @@ fn main() {
     let folder = folder.map_or_else(std::env::temp_dir, Into::into);
     let folder = tempfile::tempdir_in(folder).expect("the folder can be written");
     for cache in [Cache::Buffered, Cache::Direct] {
-        let options: Vec<RawOptions> =
-            ["a", "b", "c"].iter().map(|name| image(folder.path(), name, cache)).collect();
+        let options: Vec<RawOptions> = ["a", "b", "c"]
+            .iter()
+            .map(|name| image(folder.path(), name, cache))
+            .collect();
         for (len, depth) in [(4096, 32), (4096, 1), (128 << 10, 8)] {
             measure(&options, len, depth, cache);
         }
@@ -64,7 +66,10 @@ fn image(folder: &Path, name: &str, cache: Cache) -> RawOptions {
         }
         file.sync_all().expect("the image can be written");
     }
-    RawOptions { cache, ..RawOptions::new(name, path) }
+    RawOptions {
+        cache,
+        ..RawOptions::new(name, path)
+    }
 }
 
 fn measure(options: &[RawOptions], len: u32, depth: usize, cache: Cache) {
@@ -137,7 +142,10 @@ fn begin(executor: &mut Executor, random: &mut Random, slot: usize, len: u32) ->
         });
         buffer
     });
-    Request { buffers, left: REPLICAS }
+    Request {
+        buffers,
+        left: REPLICAS,
+    }
 }
 
 /// Watches the executor as a worker does: by edges, so that nothing needs to be read.

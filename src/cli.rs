@@ -230,7 +230,13 @@ mod tests {
 
     #[test]
     fn serve_reads_flags_with_and_without_its_name() {
-        let flags = ["--socket-path", "/s", "--replica", "/a", "--blk-file=/b,name=x"];
+        let flags = [
+            "--socket-path",
+            "/s",
+            "--replica",
+            "/a",
+            "--blk-file=/b,name=x",
+        ];
         let bare = served(&flags);
         let named = served(&[&["serve"][..], &flags[..]].concat());
         assert_eq!(bare, named);
@@ -265,14 +271,23 @@ mod tests {
     fn capabilities_are_json_of_the_expected_shape() {
         let value: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
         assert_eq!(value["type"], "block");
-        assert_eq!(value["features"], serde_json::json!(["read-only", "blk-file"]));
+        assert_eq!(
+            value["features"],
+            serde_json::json!(["read-only", "blk-file"])
+        );
     }
 
     #[test]
     fn every_setting_of_the_file_is_a_flag_of_the_same_name() {
-        let text = config::parse_file("nonsense = 1", "x".as_ref()).unwrap_err().to_string();
-        let fields: Vec<&str> =
-            text.split('`').skip(3).step_by(2).filter(|field| *field != "blk-file").collect();
+        let text = config::parse_file("nonsense = 1", "x".as_ref())
+            .unwrap_err()
+            .to_string();
+        let fields: Vec<&str> = text
+            .split('`')
+            .skip(3)
+            .step_by(2)
+            .filter(|field| *field != "blk-file")
+            .collect();
         assert!(fields.len() >= 20, "{text}");
         let command = command();
         let serve = command.find_subcommand("serve").unwrap();

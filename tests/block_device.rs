@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Replicas on block devices: loop devices, which need root. Without it the tests say so and end.
-#![allow(clippy::unwrap_used, reason = "everything in this file is test code, helpers included")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "everything in this file is test code, helpers included"
+)]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -37,7 +40,11 @@ impl Loop {
             return None;
         };
         let device = String::from_utf8(output.stdout).unwrap().trim().into();
-        Some(Self { device, backing, folder })
+        Some(Self {
+            device,
+            backing,
+            folder,
+        })
     }
 
     fn options(&self) -> RawOptions {
@@ -57,7 +64,11 @@ fn executor(options: &RawOptions) -> Executor {
 }
 
 fn run(executor: &mut Executor, kind: OperationKind) -> Outcome {
-    let operation = Operation { op: OpId(1), replica: ReplicaId::new(0), kind };
+    let operation = Operation {
+        op: OpId(1),
+        replica: ReplicaId::new(0),
+        kind,
+    };
     executor.start(&operation);
     let mut ended = Vec::new();
     while ended.is_empty() {
@@ -86,7 +97,13 @@ fn open_of_a_device_finds_length_alignment_and_zeroing() {
         assert_eq!(shape.block_bytes, block_bytes);
         let asked = check_set(&set, 1, Some(512));
         assert_eq!(
-            matches!(asked, Err(SetError::BlockSize { needed_bytes: 4096, .. })),
+            matches!(
+                asked,
+                Err(SetError::BlockSize {
+                    needed_bytes: 4096,
+                    ..
+                })
+            ),
             block_bytes == 4096
         );
     }
@@ -101,7 +118,10 @@ fn open_of_a_device_in_use_is_refused() {
     assert!(error.is_in_use());
     drop(first);
 
-    let made = Command::new("mkfs.ext4").arg("-q").arg(&one.device).status();
+    let made = Command::new("mkfs.ext4")
+        .arg("-q")
+        .arg(&one.device)
+        .status();
     assert!(made.unwrap().success());
     let folder = one.folder.path().join("mounted");
     fs::create_dir(&folder).unwrap();
@@ -118,7 +138,10 @@ fn a_device_and_the_file_behind_it_are_one_storage() {
     let Some(one) = Loop::new(512) else { return };
     let options = [one.options(), RawOptions::new("b", &one.backing)];
     let error = open_set(&options).unwrap_err();
-    assert!(matches!(&error.fault, OpenFault::Duplicate { other } if other == "a"), "{error}");
+    assert!(
+        matches!(&error.fault, OpenFault::Duplicate { other } if other == "a"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -130,7 +153,10 @@ fn write_zeroes_on_a_device_reads_back_zero() {
         let outcome = run(&mut executor, OperationKind::WriteZeroes { range, unmap });
         assert_eq!(outcome, Outcome::Done);
         let buffer = executor.pool_mut().take(65_536, Purpose::Guest).unwrap();
-        let kind = OperationKind::Read { range: self::range(0, 128), buffer };
+        let kind = OperationKind::Read {
+            range: self::range(0, 128),
+            buffer,
+        };
         assert_eq!(run(&mut executor, kind), Outcome::Done);
         let mut expected = vec![0x5a; 65_536];
         expected[16 * 512..80 * 512].fill(0);
@@ -141,15 +167,27 @@ fn write_zeroes_on_a_device_reads_back_zero() {
 #[test]
 fn a_device_whose_file_was_cut_gives_eio_and_works_before_the_cut() {
     let Some(one) = Loop::new(512) else { return };
-    let options = RawOptions { cache: Cache::Direct, ..one.options() };
+    let options = RawOptions {
+        cache: Cache::Direct,
+        ..one.options()
+    };
     let mut executor = executor(&options);
     cut(&one.backing, 1 << 20);
     let buffer = executor.pool_mut().take(4096, Purpose::Guest).unwrap();
-    let read = |start| OperationKind::Read { range: range(start, 8), buffer };
+    let read = |start| OperationKind::Read {
+        range: range(start, 8),
+        buffer,
+    };
     let errno = libc::EIO;
     assert_eq!(run(&mut executor, read(4096)), Outcome::Failed { errno });
     assert_eq!(run(&mut executor, read(0)), Outcome::Done);
-    assert!(executor.pool().bytes(buffer).iter().all(|&byte| byte == 0x5a));
+    assert!(
+        executor
+            .pool()
+            .bytes(buffer)
+            .iter()
+            .all(|&byte| byte == 0x5a)
+    );
 }
 
 fn cut(path: &Path, bytes: u64) {

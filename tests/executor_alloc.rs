@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The data path of the executor does not allocate once it is warm.
 #![allow(unsafe_code, reason = "a global allocator that counts")]
-#![allow(clippy::unwrap_used, reason = "everything in this file is test code, helpers included")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "everything in this file is test code, helpers included"
+)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -48,14 +51,21 @@ fn batch(executor: &mut Executor, epoll: &Epoll, ended: &mut Vec<(OpId, Outcome)
         let kind = if index % 2 == 0 {
             OperationKind::Read { range, buffer }
         } else {
-            OperationKind::Write { range, buffer, skip_bytes: 0 }
+            OperationKind::Write {
+                range,
+                buffer,
+                skip_bytes: 0,
+            }
         };
         let replica = ReplicaId::new(index % 3);
         let op = OpId(index as u64);
         executor.start(&Operation { op, replica, kind });
         started += 1;
     }
-    let zeroes = OperationKind::WriteZeroes { range: range(1024), unmap: false };
+    let zeroes = OperationKind::WriteZeroes {
+        range: range(1024),
+        unmap: false,
+    };
     for kind in [zeroes, OperationKind::Flush] {
         let replica = ReplicaId::new(0);
         let op = OpId(100);
@@ -90,7 +100,10 @@ fn a_warm_executor_does_not_allocate() {
         RawOptions::new(name, path)
     });
     // Fewer entries than a batch has operations: the backlog is used too.
-    let config = ExecutorConfig { ring_entries: 16, ..ExecutorConfig::default() };
+    let config = ExecutorConfig {
+        ring_entries: 16,
+        ..ExecutorConfig::default()
+    };
     let mut executor = Executor::new(&open_set(&options).unwrap(), config).unwrap();
     let epoll = Epoll::new().unwrap();
     let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);

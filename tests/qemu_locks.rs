@@ -3,7 +3,10 @@
 //!
 //! `qemu-img info` is no test of it: on a raw image it reads no data, asks for no permission, and
 //! succeeds whoever holds what, beside a VM of QEMU's own too.
-#![allow(clippy::unwrap_used, reason = "everything in this file is test code, helpers included")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "everything in this file is test code, helpers included"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -28,7 +31,10 @@ impl Image {
     }
 
     fn open(&self, read_only: bool) -> Result<RawReplica, OpenError> {
-        RawReplica::open(&RawOptions { read_only, ..RawOptions::new("a", &self.path) })
+        RawReplica::open(&RawOptions {
+            read_only,
+            ..RawOptions::new("a", &self.path)
+        })
     }
 }
 
@@ -50,7 +56,10 @@ fn qemu_img_copy(image: &Image, share: bool) -> Output {
         command.arg("-U");
     }
     let copy = image.folder.path().join("copy.img");
-    let output = command.args(["-f", "raw", "-O", "raw"]).args([&image.path, &copy]).output();
+    let output = command
+        .args(["-f", "raw", "-O", "raw"])
+        .args([&image.path, &copy])
+        .output();
     output.expect("qemu-img is installed")
 }
 
@@ -88,7 +97,10 @@ fn qemu_img_on_a_writable_replica_is_refused_without_share() {
     assert!(qemu_img_copy(&image, false).status.success());
     let replica = image.open(false).unwrap();
     let text = stderr(&qemu_img_copy(&image, false));
-    assert!(text.contains("Failed to get shared \"write\" lock"), "{text}");
+    assert!(
+        text.contains("Failed to get shared \"write\" lock"),
+        "{text}"
+    );
     assert!(qemu_img_copy(&image, true).status.success());
     let resize = Command::new("qemu-img")
         .args(["resize", "-f", "raw"])
@@ -160,13 +172,19 @@ fn an_image_that_a_storage_daemon_exports_is_refused() {
     let inside = |name: &str| image.folder.path().join(name).display().to_string();
     let child = Command::new("qemu-storage-daemon")
         .arg("--blockdev")
-        .arg(format!("driver=file,node-name=file,filename={}", image.path.display()))
+        .arg(format!(
+            "driver=file,node-name=file,filename={}",
+            image.path.display()
+        ))
         .args(["--blockdev", "driver=raw,node-name=disk,file=file"])
         .arg("--nbd-server")
         .arg(format!("addr.type=unix,addr.path={}", inside("nbd.sock")))
         .args(["--export", "nbd,id=e,node-name=disk,writable=on"])
         .arg("--chardev")
-        .arg(format!("socket,id=qmp,path={},server=on,wait=off", inside("qmp.sock")))
+        .arg(format!(
+            "socket,id=qmp,path={},server=on,wait=off",
+            inside("qmp.sock")
+        ))
         .args(["--monitor", "chardev=qmp"])
         .spawn()
         .expect("qemu-storage-daemon is installed");

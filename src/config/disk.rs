@@ -290,7 +290,10 @@ fn workers(given: Option<u16>, num_queues: u16) -> Result<u16, ConfigError> {
         return Err(ConfigError::Workers(workers));
     }
     if workers > num_queues {
-        return Err(ConfigError::IdleWorkers { workers, num_queues });
+        return Err(ConfigError::IdleWorkers {
+            workers,
+            num_queues,
+        });
     }
     Ok(workers)
 }
@@ -306,7 +309,12 @@ fn buffer_memory(
     let pieces = u64::try_from(replicas + 1).unwrap_or(u64::MAX);
     let least = ByteSize((u64::from(workers) * 2 * PIECE_BYTES_MAX).saturating_mul(pieces));
     if given < least {
-        return Err(ConfigError::BufferMemory { given, least, workers, replicas });
+        return Err(ConfigError::BufferMemory {
+            given,
+            least,
+            workers,
+            replicas,
+        });
     }
     Ok(given.0)
 }
@@ -361,7 +369,10 @@ mod tests {
         let config = Config::from_settings(settings(3)).unwrap();
         assert_eq!(config.front_end, FrontEnd::SocketPath("/run/s".into()));
         assert_eq!(config.replica_names(), ["replica0", "replica1", "replica2"]);
-        assert_eq!((config.threshold, config.num_queues, config.queue_size), (2, 64, 256));
+        assert_eq!(
+            (config.threshold, config.num_queues, config.queue_size),
+            (2, 64, 256)
+        );
         assert!((1..=4).contains(&config.workers));
         assert_eq!(config.buffer_memory_bytes, 64 << 20);
         assert!(config.repair && !config.blkverify && !config.read_only);
@@ -388,37 +399,63 @@ mod tests {
     #[test]
     fn config_that_does_not_fit_names_flag_and_cure() {
         let cases: [(&str, fn(&mut Settings)); 18] = [
-            ("give --socket-path PATH, or --fd N", |s| s.socket_path = None),
-            ("--socket-path and --fd exclude each other", |s| s.fd = Some(3)),
+            ("give --socket-path PATH, or --fd N", |s| {
+                s.socket_path = None
+            }),
+            ("--socket-path and --fd exclude each other", |s| {
+                s.fd = Some(3)
+            }),
             ("--fd -1 is no descriptor", |s| {
                 s.socket_path = None;
                 s.fd = Some(-1);
             }),
-            ("--socket-path is empty", |s| s.socket_path = Some("".into())),
-            ("give --replica PATH once per replica, 1 to 16 times", |s| s.replica.clear()),
+            ("--socket-path is empty", |s| {
+                s.socket_path = Some("".into())
+            }),
+            ("give --replica PATH once per replica, 1 to 16 times", |s| {
+                s.replica.clear()
+            }),
             ("17 replicas given; a disk has 1 to 16", |s| {
-                *s = Settings { workers: Some(1), ..settings(17) };
+                *s = Settings {
+                    workers: Some(1),
+                    ..settings(17)
+                };
             }),
             ("two replicas are named `replica2`", |s| {
                 s.replica[0].name = Some("replica2".to_owned());
             }),
-            ("threshold 4 is impossible with 3 replicas; give 1 to 3", |s| s.threshold = Some(4)),
+            (
+                "threshold 4 is impossible with 3 replicas; give 1 to 3",
+                |s| s.threshold = Some(4),
+            ),
             ("threshold 0 is impossible", |s| s.threshold = Some(0)),
-            ("give --threshold 2 or more, or --allow-minority-threshold", |s| {
-                s.threshold = Some(1);
+            (
+                "give --threshold 2 or more, or --allow-minority-threshold",
+                |s| {
+                    s.threshold = Some(1);
+                },
+            ),
+            ("--blkverify compares exactly two replicas", |s| {
+                s.blkverify = Some(true)
             }),
-            ("--blkverify compares exactly two replicas", |s| s.blkverify = Some(true)),
             ("--serial `` is not possible; give 1 to 20 printable", |s| {
                 s.serial = Some(String::new());
             }),
             ("--serial `123456789012345678901`", |s| {
                 s.serial = Some("123456789012345678901".to_owned());
             }),
-            ("--num-queues 0 is not possible; give 1 to 256", |s| s.num_queues = Some(0)),
-            ("--queue-size 100 is not possible; give a power of two from 4 to 1024", |s| {
-                s.queue_size = Some(100);
+            ("--num-queues 0 is not possible; give 1 to 256", |s| {
+                s.num_queues = Some(0)
             }),
-            ("--workers 0 is not possible; give 1 to 64", |s| s.workers = Some(0)),
+            (
+                "--queue-size 100 is not possible; give a power of two from 4 to 1024",
+                |s| {
+                    s.queue_size = Some(100);
+                },
+            ),
+            ("--workers 0 is not possible; give 1 to 64", |s| {
+                s.workers = Some(0)
+            }),
             ("give at most --workers 2, or more queues", |s| {
                 s.num_queues = Some(2);
                 s.workers = Some(3);

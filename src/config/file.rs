@@ -53,10 +53,16 @@ pub enum FileError {
 /// # Errors
 /// If it cannot be read or understood; the message says where in the file.
 pub fn read_file(path: &Path) -> Result<Settings, FileError> {
-    let refuse = |source| FileError::Read { path: path.to_owned(), source };
+    let refuse = |source| FileError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let len_bytes = std::fs::metadata(path).map_err(refuse)?.len();
     if len_bytes > FILE_LEN_MAX {
-        return Err(FileError::TooLong { path: path.to_owned(), len_bytes });
+        return Err(FileError::TooLong {
+            path: path.to_owned(),
+            len_bytes,
+        });
     }
     let text = std::fs::read_to_string(path).map_err(refuse)?;
     let settings = parse_file(&text, path)?;
@@ -172,34 +178,67 @@ log-level = "warn"
         assert_eq!(settings.repair, Some(OnOff::On));
         assert_eq!(settings.events, Some(EventsTarget::Fd(3)));
         assert_eq!(settings.fd, Some(4));
-        assert_eq!(parse("buffer-memory = 4096").unwrap().buffer_memory, Some(ByteSize(4096)));
+        assert_eq!(
+            parse("buffer-memory = 4096").unwrap().buffer_memory,
+            Some(ByteSize(4096))
+        );
     }
 
     #[test]
     fn file_that_is_wrong_says_where_and_what() {
         let cases = [
-            ("treshold = 2", "disk.toml:1:1: unknown field `treshold`, expected one of"),
-            ("\nread_only = true", "disk.toml:2:1: unknown field `read_only`"),
-            ("threshold = \"2\"", "disk.toml:1:13: invalid type: string \"2\""),
+            (
+                "treshold = 2",
+                "disk.toml:1:1: unknown field `treshold`, expected one of",
+            ),
+            (
+                "\nread_only = true",
+                "disk.toml:2:1: unknown field `read_only`",
+            ),
+            (
+                "threshold = \"2\"",
+                "disk.toml:1:13: invalid type: string \"2\"",
+            ),
             ("threshold = -1", "disk.toml:1:13: "),
             ("threshold = 300", "disk.toml:1:13: "),
-            ("cache = \"none\"", "disk.toml:1:9: unknown variant `none`, expected `direct`"),
-            ("repair = \"yes\"", "disk.toml:1:10: `yes` is neither `on` nor `off`"),
+            (
+                "cache = \"none\"",
+                "disk.toml:1:9: unknown variant `none`, expected `direct`",
+            ),
+            (
+                "repair = \"yes\"",
+                "disk.toml:1:10: `yes` is neither `on` nor `off`",
+            ),
             ("repair = 1", "expected \"on\" or \"off\""),
-            ("block-size = 1024", "disk.toml:1:14: a block size of 1024 is not possible"),
+            (
+                "block-size = 1024",
+                "disk.toml:1:14: a block size of 1024 is not possible",
+            ),
             ("buffer-memory = \"64MB\"", "`64MB` is no size"),
             ("buffer-memory = -1", "`-1` is no size"),
             ("events = -1", "expected a path or the number"),
-            ("replica = [\"a,cash=x\"]", "disk.toml:1:12: `cash` is no option of a replica"),
+            (
+                "replica = [\"a,cash=x\"]",
+                "disk.toml:1:12: `cash` is no option of a replica",
+            ),
             ("replica = [{ name = \"x\" }]", "missing field `path`"),
             ("replica = [{ path = \"\" }]", "has no path"),
-            ("replica = [{ path = \"a\", nam = \"x\" }]", "unknown field `nam`"),
+            (
+                "replica = [{ path = \"a\", nam = \"x\" }]",
+                "unknown field `nam`",
+            ),
             ("replica = [{ path = \"a\", name = \"x y\" }]", "1 to 32 of"),
-            ("replica = [3]", "a text \"PATH[,OPTION=VALUE]...\" or a table"),
+            (
+                "replica = [3]",
+                "a text \"PATH[,OPTION=VALUE]...\" or a table",
+            ),
             ("replica = \"a\"", "expected a sequence"),
             ("a = [", "disk.toml:1:"),
             ("fd = 1\nfd = 2", "disk.toml:2:1: duplicate key"),
-            ("replica = [\"a\"]\nblk-file = [\"b\"]", "duplicate field `replica`"),
+            (
+                "replica = [\"a\"]\nblk-file = [\"b\"]",
+                "duplicate field `replica`",
+            ),
         ];
         for (text, message) in cases {
             let error = parse(text).unwrap_err();

@@ -26,7 +26,10 @@ pub fn fuzz_config_toml(data: &[u8]) {
         return;
     };
     if let Ok(config) = Config::from_settings(settings) {
-        config.policy().validate().expect("an accepted configuration has a valid policy");
+        config
+            .policy()
+            .validate()
+            .expect("an accepted configuration has a valid policy");
         assert!(config.queue_size.is_power_of_two());
         assert!((1..=config.num_queues).contains(&config.workers));
     }

@@ -84,7 +84,12 @@ impl ReplicaArgument {
     /// A replica at `path` with nothing else said.
     #[must_use]
     pub fn from_path(path: PathBuf) -> Self {
-        Self { path, name: None, cache: None, format: None }
+        Self {
+            path,
+            name: None,
+            cache: None,
+            format: None,
+        }
     }
 
     /// Reads `PATH[,OPTION=VALUE]...`.
@@ -198,7 +203,10 @@ fn choose<T: ValueEnum>(option: &'static str, value: &str) -> Result<T, ReplicaA
 }
 
 fn possible_name<T: ValueEnum>(value: T) -> String {
-    value.to_possible_value().map(|possible| possible.get_name().to_owned()).unwrap_or_default()
+    value
+        .to_possible_value()
+        .map(|possible| possible.get_name().to_owned())
+        .unwrap_or_default()
 }
 
 /// Whether `name` can be a replica's name: it ends up in logs, events and metrics.
@@ -277,7 +285,10 @@ mod tests {
 
     #[test]
     fn argument_reads_path_and_options() {
-        assert_eq!(parse("a.img"), Ok(ReplicaArgument::from_path("a.img".into())));
+        assert_eq!(
+            parse("a.img"),
+            Ok(ReplicaArgument::from_path("a.img".into()))
+        );
         assert_eq!(
             parse("/d/a.img,name=left,cache=buffered,format=raw"),
             Ok(ReplicaArgument {
@@ -305,7 +316,10 @@ mod tests {
         let cases = [
             ("", "has no path"),
             (",name=a", "has no path"),
-            ("a,b.img", "`b.img` is no option of a replica; known: name, cache, format"),
+            (
+                "a,b.img",
+                "`b.img` is no option of a replica; known: name, cache, format",
+            ),
             ("a,", "`` is no option"),
             ("a,Name=x", "`Name` is no option"),
             ("a,name", "needs a value: name=VALUE"),
@@ -315,9 +329,15 @@ mod tests {
             ("a,name=x=y", "1 to 32 of"),
             ("a,name=123456789012345678901234567890123", "1 to 32 of"),
             ("a,name=x,name=x", "`name` of a replica is given twice"),
-            ("a,cache=none", "`none` is not possible for cache; give direct or buffered"),
+            (
+                "a,cache=none",
+                "`none` is not possible for cache; give direct or buffered",
+            ),
             ("a,cache=Direct", "give direct or buffered"),
-            ("a,format=qcow2", "`qcow2` is not possible for format; give raw"),
+            (
+                "a,format=qcow2",
+                "`qcow2` is not possible for format; give raw",
+            ),
             ("nbd://host/disk", "is an address"),
             ("nbd+unix:///disk?socket=/s", "is an address"),
             ("a\0b", "NUL"),

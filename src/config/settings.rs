@@ -32,14 +32,23 @@ pub struct Settings {
     /// Options follow the path: name=NAME (in log and events; default replica0, replica1, ...
     /// in the order given), cache=direct|buffered (instead of --cache), format=raw. A comma in
     /// the path is written `,,`.
-    #[arg(long, visible_alias = "blk-file", value_name = "PATH[,OPTION=VALUE]...")]
+    #[arg(
+        long,
+        visible_alias = "blk-file",
+        value_name = "PATH[,OPTION=VALUE]..."
+    )]
     #[arg(value_parser = OsStringValueParser::new().try_map(|text| ReplicaArgument::parse(&text)))]
     #[arg(help_heading = "Replicas")]
     #[serde(alias = "blk-file")]
     pub replica: Vec<ReplicaArgument>,
 
     /// How replicas are opened: past the page cache (O_DIRECT) or through it [default: direct]
-    #[arg(long, value_name = "HOW", hide_possible_values = false, help_heading = "Replicas")]
+    #[arg(
+        long,
+        value_name = "HOW",
+        hide_possible_values = false,
+        help_heading = "Replicas"
+    )]
     pub cache: Option<Cache>,
 
     /// Where the disk remembers which replica missed what [default: none]
@@ -58,7 +67,11 @@ pub struct Settings {
     /// Every replica must then answer each read, the largest group wins and a tie is an I/O
     /// error.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(require_equals = true, hide_possible_values = true, help_heading = "Voting")]
+    #[arg(
+        require_equals = true,
+        hide_possible_values = true,
+        help_heading = "Voting"
+    )]
     pub allow_minority_threshold: Option<bool>,
 
     /// Vote on reads, or take the first replica that answers [default: quorum]
@@ -71,12 +84,20 @@ pub struct Settings {
 
     /// Compare two replicas and stop the daemon at the first difference
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(require_equals = true, hide_possible_values = true, help_heading = "Voting")]
+    #[arg(
+        require_equals = true,
+        hide_possible_values = true,
+        help_heading = "Voting"
+    )]
     pub blkverify: Option<bool>,
 
     /// Refuse writes of the guest
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(require_equals = true, hide_possible_values = true, help_heading = "Device")]
+    #[arg(
+        require_equals = true,
+        hide_possible_values = true,
+        help_heading = "Device"
+    )]
     pub read_only: Option<bool>,
 
     /// What the guest sees as the disk's serial number, up to 20 characters
@@ -141,7 +162,11 @@ impl Settings {
         Self {
             socket_path,
             fd,
-            replica: if self.replica.is_empty() { beneath.replica } else { self.replica },
+            replica: if self.replica.is_empty() {
+                beneath.replica
+            } else {
+                self.replica
+            },
             cache: self.cache.or(beneath.cache),
             record: self.record.or(beneath.record),
             threshold: self.threshold.or(beneath.threshold),

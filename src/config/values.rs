@@ -196,7 +196,9 @@ impl FromStr for ByteSize {
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
         let refuse = || ValueError::Size(text.to_owned());
-        let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let digits_end = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
         let (digits, suffix) = text.split_at(digits_end);
         let shift = match suffix {
             "" | "B" => 0,
@@ -321,10 +323,24 @@ mod tests {
         for (text, bytes) in good {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
-        let bad =
-            ["", "M", "-1", "+1", "1.5G", "64MB", "64 M", "18446744073709551616", "16777216T", "é"];
+        let bad = [
+            "",
+            "M",
+            "-1",
+            "+1",
+            "1.5G",
+            "64MB",
+            "64 M",
+            "18446744073709551616",
+            "16777216T",
+            "é",
+        ];
         for text in bad {
-            assert_eq!(text.parse::<ByteSize>(), Err(ValueError::Size(text.to_owned())), "{text}");
+            assert_eq!(
+                text.parse::<ByteSize>(),
+                Err(ValueError::Size(text.to_owned())),
+                "{text}"
+            );
         }
     }
 

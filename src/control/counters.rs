@@ -50,8 +50,14 @@ pub enum RequestKind {
 
 impl RequestKind {
     /// All of them, in the order they are shown.
-    pub const ALL: [Self; 6] =
-        [Self::Read, Self::Write, Self::Flush, Self::Discard, Self::WriteZeroes, Self::GetId];
+    pub const ALL: [Self; 6] = [
+        Self::Read,
+        Self::Write,
+        Self::Flush,
+        Self::Discard,
+        Self::WriteZeroes,
+        Self::GetId,
+    ];
 
     /// How it is written in tables and JSON.
     #[must_use]
@@ -174,7 +180,10 @@ impl Counters {
     #[must_use]
     pub fn new(workers: usize, replica_names: Vec<String>) -> Self {
         assert!(replica_names.len() <= REPLICAS_MAX);
-        Self { workers: (0..workers).map(|_| Arc::default()).collect(), replica_names }
+        Self {
+            workers: (0..workers).map(|_| Arc::default()).collect(),
+            replica_names,
+        }
     }
 
     /// What worker `index` counts in. It must be the only one that does.
@@ -210,7 +219,12 @@ impl Counters {
         };
         Totals {
             requests: requests.to_vec(),
-            replicas: self.replica_names.iter().enumerate().map(replica_totals).collect(),
+            replicas: self
+                .replica_names
+                .iter()
+                .enumerate()
+                .map(replica_totals)
+                .collect(),
             unsupported: sum(&|worker| &worker.unsupported),
             refused: sum(&|worker| &worker.refused),
             malformed: sum(&|worker| &worker.malformed),
@@ -300,7 +314,11 @@ impl Totals {
 
 impl fmt::Display for Totals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<16}{:>14}{:>20}{:>10}", "guest", "requests", "bytes", "errors")?;
+        writeln!(
+            f,
+            "{:<16}{:>14}{:>20}{:>10}",
+            "guest", "requests", "bytes", "errors"
+        )?;
         for row in &self.requests {
             writeln!(
                 f,
@@ -386,7 +404,12 @@ mod tests {
         let table = totals.to_string();
         assert!(table.contains("write-zeroes"), "{table}");
         let right = table.lines().find(|line| line.contains("right")).unwrap();
-        assert!(right.split_whitespace().eq(["right", "0", "0", "3", "0", "0", "0"]), "{table}");
+        assert!(
+            right
+                .split_whitespace()
+                .eq(["right", "0", "0", "3", "0", "0", "0"]),
+            "{table}"
+        );
         let json: serde_json::Value = serde_json::from_str(&totals.to_json()).unwrap();
         assert_eq!(json["requests"][0]["kind"], "read");
         assert_eq!(json["replicas"][1]["dissents"], 3);

@@ -67,7 +67,9 @@ impl Names {
     /// The name of a replica.
     #[must_use]
     pub fn replica(&self, replica: ReplicaId) -> &str {
-        self.replicas.get(replica.index()).map_or("unknown", String::as_str)
+        self.replicas
+            .get(replica.index())
+            .map_or("unknown", String::as_str)
     }
 }
 
@@ -96,7 +98,9 @@ impl EventData {
     pub fn key(&self) -> EventKey {
         let (during, replica) = match self {
             Self::Report(report) => match *report {
-                Report::Bad { replica, during, .. } => (during_name(during), Some(replica)),
+                Report::Bad {
+                    replica, during, ..
+                } => (during_name(during), Some(replica)),
                 Report::FlushFailed { replica, .. } => ("flush", Some(replica)),
                 Report::Failure { during, .. } => (during_name(during), None),
                 Report::Repaired { replica, .. }
@@ -107,7 +111,11 @@ impl EventData {
             },
             Self::ReportsLost { .. } | Self::EventsLost { .. } => ("", None),
         };
-        EventKey { name: self.name(), during, replica }
+        EventKey {
+            name: self.name(),
+            during,
+            replica,
+        }
     }
 
     /// The two events as one if that tells all: equal but for ranges that touch or overlap, as
@@ -181,7 +189,11 @@ impl Event {
     /// An event that happens now and stands for itself alone.
     #[must_use]
     pub fn new(data: EventData, at: SystemTime) -> Self {
-        Self { data, at, suppressed: 0 }
+        Self {
+            data,
+            at,
+            suppressed: 0,
+        }
     }
 
     /// The event as one line of JSON with the newline.
@@ -208,11 +220,19 @@ impl Event {
         let report = match self.data {
             EventData::Report(report) => report,
             EventData::ReportsLost { count } | EventData::EventsLost { count } => {
-                return Fields { count: Some(count), ..Fields::of_disk(names) };
+                return Fields {
+                    count: Some(count),
+                    ..Fields::of_disk(names)
+                };
             }
         };
         match report {
-            Report::Bad { replica, range, cause, during } => Fields {
+            Report::Bad {
+                replica,
+                range,
+                cause,
+                during,
+            } => Fields {
                 kind: Some(during_name(during)),
                 error: bad_error(cause),
                 cause: Some(bad_cause(cause)),
@@ -220,22 +240,31 @@ impl Event {
                 node_name: Some(names.replica(replica)),
                 ..Fields::of_replica(names, replica, range)
             },
-            Report::Failure { range, during } => {
-                Fields { kind: Some(during_name(during)), ..Fields::of_range(names, range) }
-            }
+            Report::Failure { range, during } => Fields {
+                kind: Some(during_name(during)),
+                ..Fields::of_range(names, range)
+            },
             Report::Transient { range } | Report::VerifyFailed { range } => {
                 Fields::of_range(names, range)
             }
             Report::Repaired { replica, range } | Report::RepairFailed { replica, range } => {
                 Fields::of_replica(names, replica, range)
             }
-            Report::Behind { replica, extent, why } => Fields {
+            Report::Behind {
+                replica,
+                extent,
+                why,
+            } => Fields {
                 cause: Some(behind_cause(why)),
                 error: behind_errno(why).map(errno_text),
                 errno: behind_errno(why),
                 ..Fields::of_replica(names, replica, extent)
             },
-            Report::FlushFailed { replica, errno, extents } => Fields {
+            Report::FlushFailed {
+                replica,
+                errno,
+                extents,
+            } => Fields {
                 kind: Some("flush"),
                 error: Some(errno_text(errno)),
                 cause: Some("error"),
@@ -247,7 +276,11 @@ impl Event {
                 behind_extents: Some(extents),
                 ..Fields::of_disk(names)
             },
-            Report::Resynced { replica, extent, written } => Fields {
+            Report::Resynced {
+                replica,
+                extent,
+                written,
+            } => Fields {
                 sectors_written: Some(written),
                 ..Fields::of_replica(names, replica, extent)
             },
@@ -339,7 +372,10 @@ struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn of_disk(names: &'a Names) -> Self {
-        Self { reference: &names.disk, ..Self::default() }
+        Self {
+            reference: &names.disk,
+            ..Self::default()
+        }
     }
 
     fn of_range(names: &'a Names, range: SectorRange) -> Self {
@@ -351,7 +387,10 @@ impl<'a> Fields<'a> {
     }
 
     fn of_replica(names: &'a Names, replica: ReplicaId, range: SectorRange) -> Self {
-        Self { replica: Some(names.replica(replica)), ..Self::of_range(names, range) }
+        Self {
+            replica: Some(names.replica(replica)),
+            ..Self::of_range(names, range)
+        }
     }
 }
 
@@ -375,7 +414,10 @@ mod tests {
 
     fn written(report: Report, suppressed: u64) -> Value {
         let at = UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
-        let event = Event { suppressed, ..Event::new(EventData::Report(report), at) };
+        let event = Event {
+            suppressed,
+            ..Event::new(EventData::Report(report), at)
+        };
         let line = event.to_line(&names());
         assert!(line.ends_with("}\n") && line.matches('\n').count() == 1);
         serde_json::from_str(&line).unwrap()
@@ -419,7 +461,11 @@ mod tests {
     #[test]
     fn flush_failure_is_a_report_bad_over_the_whole_disk_as_in_qemu() {
         let value = written(
-            Report::FlushFailed { replica: ReplicaId::new(0), errno: libc::EIO, extents: 2 },
+            Report::FlushFailed {
+                replica: ReplicaId::new(0),
+                errno: libc::EIO,
+                extents: 2,
+            },
             0,
         );
         assert_eq!(value["event"], "QUORUM_REPORT_BAD");
@@ -430,7 +476,13 @@ mod tests {
 
     #[test]
     fn failure_names_the_disk() {
-        let value = written(Report::Failure { range: range(5, 2), during: During::Write }, 0);
+        let value = written(
+            Report::Failure {
+                range: range(5, 2),
+                during: During::Write,
+            },
+            0,
+        );
         assert_eq!(value["event"], "QUORUM_FAILURE");
         assert_eq!(
             value["data"],
@@ -449,8 +501,14 @@ mod tests {
             })
         };
         let differs = BadCause::Differs;
-        assert_eq!(bad(0, 4, differs).merged(bad(4, 4, differs)), Some(bad(0, 8, differs)));
-        assert_eq!(bad(4, 4, differs).merged(bad(0, 5, differs)), Some(bad(0, 8, differs)));
+        assert_eq!(
+            bad(0, 4, differs).merged(bad(4, 4, differs)),
+            Some(bad(0, 8, differs))
+        );
+        assert_eq!(
+            bad(4, 4, differs).merged(bad(0, 5, differs)),
+            Some(bad(0, 8, differs))
+        );
         assert_eq!(bad(0, 4, differs).merged(bad(5, 1, differs)), None);
         assert_eq!(bad(0, 4, differs).merged(bad(4, 1, BadCause::Short)), None);
         let lost = EventData::EventsLost { count: 1 };

@@ -158,8 +158,11 @@ impl LineLimiter {
         if self.places.len() >= PLACES_MAX && !self.places.contains_key(&place) {
             self.places.clear();
         }
-        let window =
-            self.places.entry(place).or_insert(Window { start: now, written: 0, suppressed: 0 });
+        let window = self.places.entry(place).or_insert(Window {
+            start: now,
+            written: 0,
+            suppressed: 0,
+        });
         if now.nanos().saturating_sub(window.start.nanos()) >= WINDOW_NANOS {
             window.start = now;
             window.written = 0;
@@ -177,7 +180,10 @@ impl LineLimiter {
 mod tests {
     use super::*;
 
-    const HERE: Place = Place { file: "a.rs", line: 1 };
+    const HERE: Place = Place {
+        file: "a.rs",
+        line: 1,
+    };
 
     fn at_millis(millis: u64) -> Time {
         Time::from_nanos(millis * 1_000_000)

@@ -32,7 +32,10 @@ impl RateLimiter {
     pub fn offer(&mut self, now: Time, event: Event) -> Option<Event> {
         let key = event.data.key();
         let Some(window) = self.windows.get_mut(&key) else {
-            let window = Window { end: now.after(WINDOW), held: None };
+            let window = Window {
+                end: now.after(WINDOW),
+                held: None,
+            };
             self.windows.insert(key, window);
             return Some(event);
         };
@@ -77,7 +80,10 @@ impl RateLimiter {
     /// All held events, at the end of the process.
     #[must_use]
     pub fn drain(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.windows).into_values().filter_map(|window| window.held).collect()
+        std::mem::take(&mut self.windows)
+            .into_values()
+            .filter_map(|window| window.held)
+            .collect()
     }
 }
 
@@ -85,8 +91,15 @@ impl RateLimiter {
 fn replaced(held: &Event, later: Event) -> Event {
     let earlier = held.suppressed;
     match held.data.merged(later.data) {
-        Some(data) => Event { data, suppressed: earlier + later.suppressed, ..later },
-        None => Event { suppressed: earlier + later.suppressed + 1, ..later },
+        Some(data) => Event {
+            data,
+            suppressed: earlier + later.suppressed,
+            ..later
+        },
+        None => Event {
+            suppressed: earlier + later.suppressed + 1,
+            ..later
+        },
     }
 }
 
@@ -134,7 +147,13 @@ mod tests {
         assert!(limiter.due(at_millis(999)).is_empty());
         let due = limiter.due(at_millis(1000));
         let suppressed = 2;
-        assert_eq!(due, [Event { suppressed, ..bad(0, 30) }]);
+        assert_eq!(
+            due,
+            [Event {
+                suppressed,
+                ..bad(0, 30)
+            }]
+        );
         // The held one opened a window of its own, which passes empty.
         assert_eq!(limiter.offer(at_millis(1500), bad(0, 40)), None);
         assert_eq!(limiter.due(at_millis(2000)), [bad(0, 40)]);

@@ -48,8 +48,15 @@ pub fn report_channel(capacity: usize) -> io::Result<(ReportSender, ReportReceiv
         raised: AtomicBool::new(false),
         dropped: AtomicU64::new(0),
     });
-    let sender = ReportSender { reports: sender, signal: Arc::clone(&signal) };
-    let receiver = ReportReceiver { reports: receiver, capacity, signal };
+    let sender = ReportSender {
+        reports: sender,
+        signal: Arc::clone(&signal),
+    };
+    let receiver = ReportReceiver {
+        reports: receiver,
+        capacity,
+        signal,
+    };
     Ok((sender, receiver))
 }
 
@@ -96,7 +103,9 @@ mod tests {
     use crate::units::SectorRange;
 
     fn transient(sector: u64) -> Report {
-        Report::Transient { range: SectorRange::new(sector, 1).unwrap() }
+        Report::Transient {
+            range: SectorRange::new(sector, 1).unwrap(),
+        }
     }
 
     #[test]
@@ -126,7 +135,10 @@ mod tests {
         let (mut reports, mut accounted) = (Vec::new(), 0);
         while accounted < 2 * REPORTS {
             let readable = super::super::sink::poll_fd(receiver.as_raw_fd(), libc::POLLIN, 5000);
-            assert!(readable.unwrap(), "lost a wake-up after {accounted} reports");
+            assert!(
+                readable.unwrap(),
+                "lost a wake-up after {accounted} reports"
+            );
             accounted += receiver.drain(&mut reports);
             accounted += u64::try_from(reports.len()).unwrap();
             reports.clear();

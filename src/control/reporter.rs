@@ -25,7 +25,12 @@ impl Reporter {
     /// A reporter for the disk and replicas of `names`; events go to `sink`, if there is one.
     #[must_use]
     pub fn new(names: Names, sink: Option<EventSink>) -> Self {
-        Self { names, limiter: RateLimiter::default(), sink, events_lost_total: 0 }
+        Self {
+            names,
+            limiter: RateLimiter::default(),
+            sink,
+            events_lost_total: 0,
+        }
     }
 
     /// Takes a report; `now` is for the rate limit, the event carries the wall clock.
@@ -116,14 +121,26 @@ impl Reporter {
             EventData::EventsLost { .. } => return,
         };
         match report {
-            Report::Bad { replica, range, cause, during } => {
+            Report::Bad {
+                replica,
+                range,
+                cause,
+                during,
+            } => {
                 let name = self.names.replica(replica);
                 let what = bad_text(cause, during);
-                warn!(replica = name, "replica {name} {what} {}{more}", Sectors(range));
+                warn!(
+                    replica = name,
+                    "replica {name} {what} {}{more}",
+                    Sectors(range)
+                );
             }
             Report::Failure { range, during } => match during {
                 During::Read => {
-                    error!("no quorum for {}: the guest gets an I/O error{more}", Sectors(range))
+                    error!(
+                        "no quorum for {}: the guest gets an I/O error{more}",
+                        Sectors(range)
+                    )
                 }
                 During::Write | During::Flush => error!(
                     "too few replicas took a {} of {}: the guest gets an I/O error{more}",
@@ -137,7 +154,11 @@ impl Reporter {
             ),
             Report::Repaired { replica, range } => {
                 let name = self.names.replica(replica);
-                info!(replica = name, "replica {name} was repaired in {}{more}", Sectors(range));
+                info!(
+                    replica = name,
+                    "replica {name} was repaired in {}{more}",
+                    Sectors(range)
+                );
             }
             Report::RepairFailed { replica, range } => {
                 let name = self.names.replica(replica);
@@ -147,7 +168,11 @@ impl Reporter {
                     Sectors(range)
                 );
             }
-            Report::Behind { replica, extent, why } => {
+            Report::Behind {
+                replica,
+                extent,
+                why,
+            } => {
                 let name = self.names.replica(replica);
                 let why = behind_text(why);
                 warn!(
@@ -156,7 +181,11 @@ impl Reporter {
                     Sectors(extent)
                 );
             }
-            Report::FlushFailed { replica, errno, extents } => {
+            Report::FlushFailed {
+                replica,
+                errno,
+                extents,
+            } => {
                 let name = self.names.replica(replica);
                 let text = errno_text(errno);
                 warn!(
@@ -164,7 +193,11 @@ impl Reporter {
                     "replica {name} failed a flush ({text}) and is behind in {extents} extents{more}"
                 );
             }
-            Report::Resynced { replica, extent, written } => {
+            Report::Resynced {
+                replica,
+                extent,
+                written,
+            } => {
                 let name = self.names.replica(replica);
                 info!(
                     replica = name,
@@ -173,7 +206,10 @@ impl Reporter {
                 );
             }
             Report::VerifyFailed { range } => {
-                error!("the two replicas differ in {} (--blkverify)", Sectors(range));
+                error!(
+                    "the two replicas differ in {} (--blkverify)",
+                    Sectors(range)
+                );
             }
         }
     }
@@ -209,7 +245,11 @@ fn bad_text(cause: BadCause, during: During) -> String {
     match cause {
         BadCause::Differs => "differs from the others in".to_owned(),
         BadCause::Error(errno) => {
-            format!("failed a {} ({}) of", during_text(during), errno_text(errno))
+            format!(
+                "failed a {} ({}) of",
+                during_text(during),
+                errno_text(errno)
+            )
         }
         BadCause::Short => format!("ended early in a {} of", during_text(during)),
     }
@@ -243,11 +283,18 @@ mod tests {
     use crate::units::ReplicaId;
 
     fn names() -> Names {
-        Names { disk: "disk".to_owned(), replicas: vec!["left".to_owned()], disk_sectors: 100 }
+        Names {
+            disk: "disk".to_owned(),
+            replicas: vec!["left".to_owned()],
+            disk_sectors: 100,
+        }
     }
 
     fn repaired(sector: u64) -> Report {
-        Report::Repaired { replica: ReplicaId::new(0), range: SectorRange::new(sector, 1).unwrap() }
+        Report::Repaired {
+            replica: ReplicaId::new(0),
+            range: SectorRange::new(sector, 1).unwrap(),
+        }
     }
 
     fn at_millis(millis: u64) -> Time {
@@ -256,7 +303,9 @@ mod tests {
 
     fn lines(path: &std::path::Path) -> Vec<Value> {
         let text = std::fs::read_to_string(path).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
     }
 
     #[test]

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where events are written to: a file, a fifo, or a descriptor of the parent. A reader that is
 //! too slow, or not there, loses lines; the daemon never waits for it.
-#![allow(unsafe_code, reason = "borrowing an inherited descriptor and poll(2) have no safe form")]
+#![allow(
+    unsafe_code,
+    reason = "borrowing an inherited descriptor and poll(2) have no safe form"
+)]
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -61,8 +64,10 @@ impl EventSink {
     pub fn open(target: &EventsTarget) -> Result<Self, SinkError> {
         let (path, file) = match target {
             EventsTarget::Path(path) => {
-                let file = open_path(path)
-                    .map_err(|source| SinkError::Open { path: path.clone(), source })?;
+                let file = open_path(path).map_err(|source| SinkError::Open {
+                    path: path.clone(),
+                    source,
+                })?;
                 (Some(path.clone()), file)
             }
             EventsTarget::Fd(fd) => {
@@ -70,7 +75,12 @@ impl EventSink {
                 (None, Some(file))
             }
         };
-        Ok(Self { path, file, torn: false, lost: 0 })
+        Ok(Self {
+            path,
+            file,
+            torn: false,
+            lost: 0,
+        })
     }
 
     /// Opens the file again, after it was renamed by whoever rotates logs. An inherited
@@ -82,8 +92,10 @@ impl EventSink {
         let Some(path) = &self.path else {
             return Ok(());
         };
-        self.file =
-            open_path(path).map_err(|source| SinkError::Open { path: path.clone(), source })?;
+        self.file = open_path(path).map_err(|source| SinkError::Open {
+            path: path.clone(),
+            source,
+        })?;
         self.torn = false;
         Ok(())
     }
@@ -191,7 +203,11 @@ fn duplicate(fd: RawFd) -> io::Result<File> {
 
 /// Waits up to `timeout_ms` for `events` on `fd`; whether they came.
 pub(super) fn poll_fd(fd: RawFd, events: libc::c_short, timeout_ms: i32) -> io::Result<bool> {
-    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
     // SAFETY: `poll` is one valid pollfd for the length of the call.
     let ready = unsafe { libc::poll(&raw mut poll, 1, timeout_ms) };
     if ready < 0 {
@@ -238,8 +254,11 @@ mod tests {
         let mut sink = EventSink::open(&EventsTarget::Path(path.clone())).unwrap();
         assert!(!sink.write("nobody\n"));
         assert_eq!(sink.take_lost(), 1);
-        let mut reader =
-            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .unwrap();
         assert!(sink.write("somebody\n"));
         let mut text = [0; 64];
         let len = reader.read(&mut text).unwrap();
@@ -276,6 +295,9 @@ mod tests {
         let (reader, _writer) = std::io::pipe().unwrap();
         assert!(EventSink::open(&EventsTarget::Fd(reader.as_raw_fd())).is_err());
         let missing = EventsTarget::Path("/nonexistent/events".into());
-        assert!(matches!(EventSink::open(&missing), Err(SinkError::Open { .. })));
+        assert!(matches!(
+            EventSink::open(&missing),
+            Err(SinkError::Open { .. })
+        ));
     }
 }

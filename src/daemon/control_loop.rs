@@ -239,7 +239,11 @@ mod tests {
         let listener = Listener::bind(&folder.path().join("s")).unwrap();
         let events = EventsTarget::Path(folder.path().join("events"));
         let sink = EventSink::open(&events).unwrap();
-        let names = Names { disk: "disk".to_owned(), replicas: Vec::new(), disk_sectors: 1 };
+        let names = Names {
+            disk: "disk".to_owned(),
+            replicas: Vec::new(),
+            disk_sectors: 1,
+        };
         let (sender, receiver) = report_channel(16).unwrap();
         let control = ControlLoop::new(
             Clock::start(),
@@ -248,16 +252,26 @@ mod tests {
             Reporter::new(names, Some(sink)),
             FrontEndSource::Listener(listener),
         );
-        Setup { folder, sender, control: control.unwrap() }
+        Setup {
+            folder,
+            sender,
+            control: control.unwrap(),
+        }
     }
 
     fn transient(sector: u64) -> Report {
-        Report::Transient { range: SectorRange::new(sector, 1).unwrap() }
+        Report::Transient {
+            range: SectorRange::new(sector, 1).unwrap(),
+        }
     }
 
     #[test]
     fn front_ends_are_taken_one_at_a_time() {
-        let Setup { folder, mut control, .. } = setup();
+        let Setup {
+            folder,
+            mut control,
+            ..
+        } = setup();
         let path = folder.path().join("s");
         let _first = UnixStream::connect(&path).unwrap();
         let _second = UnixStream::connect(&path).unwrap();
@@ -273,7 +287,11 @@ mod tests {
 
     #[test]
     fn reports_are_told_while_waiting_also_those_held_back() {
-        let Setup { folder, sender, mut control } = setup();
+        let Setup {
+            folder,
+            sender,
+            mut control,
+        } = setup();
         let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
         control.add(&eventfd, 7).unwrap();
         let waker = eventfd.try_clone().unwrap();

@@ -68,13 +68,19 @@ impl Disk {
         counters: &Counters,
         clock: Clock,
     ) -> Result<Self, DiskError> {
-        let options: Vec<RawOptions> =
-            config.replicas.iter().map(|r| raw_options(config, r)).collect();
+        let options: Vec<RawOptions> = config
+            .replicas
+            .iter()
+            .map(|r| raw_options(config, r))
+            .collect();
         let replicas = open_set(&options)?;
         let block_bytes = config.block_size.map(|size| size.bytes());
         let shape = check_set(&replicas, config.threshold, block_bytes)?;
         describe(&replicas, &shape);
-        let policy = Policy { discard_zeroes: shape.can_zero_exactly, ..config.policy() };
+        let policy = Policy {
+            discard_zeroes: shape.can_zero_exactly,
+            ..config.policy()
+        };
         let block_sectors = shape.block_bytes / 512;
         let geometry = Geometry::new(shape.sectors, block_sectors)?;
         let shared = Arc::new(Shared::new(geometry, policy)?);
@@ -96,7 +102,10 @@ impl Disk {
             // Front-ends are offered no record of what is in flight, so the used index has to be
             // one (rule Q3).
             PublishOrder::Ring,
-            mailboxes.iter().map(|m| Arc::clone(m) as Arc<dyn WorkerMailbox>).collect(),
+            mailboxes
+                .iter()
+                .map(|m| Arc::clone(m) as Arc<dyn WorkerMailbox>)
+                .collect(),
         )?;
         let mut disk = Self {
             device: Arc::new(device),

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Waiting for many descriptors at once: an owner around the `epoll` crate, which works on raw
 //! descriptors and would close whatever number it is given.
-#![allow(unsafe_code, reason = "taking ownership of the descriptor that the epoll crate makes")]
+#![allow(
+    unsafe_code,
+    reason = "taking ownership of the descriptor that the epoll crate makes"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -101,7 +104,10 @@ mod tests {
     #[test]
     fn event_loop_reports_what_is_ready_until_it_is_removed() {
         let events = EventLoop::new().unwrap();
-        let (one, two) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
+        let (one, two) = (
+            EventFd::new(EFD_NONBLOCK).unwrap(),
+            EventFd::new(EFD_NONBLOCK).unwrap(),
+        );
         events.add(&one, 1).unwrap();
         events.add(&two, 2).unwrap();
         assert!(events.add(&two, 2).is_err());

@@ -5,7 +5,10 @@
 //! somebody listens on must not be stolen. Whether somebody does is found out by connecting.
 //! Looking, removing and binding are three steps; daemons of this kind that start at the same
 //! time in one folder take turns by a lock on that folder (no lock file is left behind).
-#![allow(unsafe_code, reason = "socket options and a connect that does not wait need libc")]
+#![allow(
+    unsafe_code,
+    reason = "socket options and a connect that does not wait need libc"
+)]
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -136,23 +139,33 @@ impl Listener {
     /// If somebody listens there, something else has that name, or the system refuses.
     pub fn bind(path: &Path) -> Result<Self, ListenerError> {
         if path.as_os_str().len() > PATH_LEN_MAX {
-            return Err(ListenerError::PathTooLong { path: path.to_owned() });
+            return Err(ListenerError::PathTooLong {
+                path: path.to_owned(),
+            });
         }
-        let refuse = |source| ListenerError::Bind { path: path.to_owned(), source };
+        let refuse = |source| ListenerError::Bind {
+            path: path.to_owned(),
+            source,
+        };
         let turn = lock_folder(path);
         remove_stale(path)?;
         let socket = UnixListener::bind(path).map_err(|source| {
             // Somebody else came between looking and binding.
             if source.kind() == io::ErrorKind::AddrInUse {
-                ListenerError::InUse { path: path.to_owned() }
+                ListenerError::InUse {
+                    path: path.to_owned(),
+                }
             } else {
                 refuse(source)
             }
         })?;
         let metadata = fs::symlink_metadata(path).map_err(refuse)?;
         drop(turn);
-        let bound =
-            Some(Bound { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() });
+        let bound = Some(Bound {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        });
         let listener = Self { socket, bound };
         listener.socket.set_nonblocking(true).map_err(refuse)?;
         Ok(listener)
@@ -225,25 +238,31 @@ fn lock_folder(path: &Path) -> Option<File> {
 
 /// Removes the socket file at `path` if nobody listens on it.
 fn remove_stale(path: &Path) -> Result<(), ListenerError> {
-    let refuse = |source| ListenerError::Probe { path: path.to_owned(), source };
+    let refuse = |source| ListenerError::Probe {
+        path: path.to_owned(),
+        source,
+    };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(refuse(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(ListenerError::NotASocket { path: path.to_owned() });
+            return Err(ListenerError::NotASocket {
+                path: path.to_owned(),
+            });
         }
         Ok(_) => {}
     }
     match probe(path) {
         // A backlog that is full belongs to somebody; so does a socket of another type.
-        Ok(()) | Err(libc::EAGAIN | libc::EPROTOTYPE) => {
-            Err(ListenerError::InUse { path: path.to_owned() })
-        }
+        Ok(()) | Err(libc::EAGAIN | libc::EPROTOTYPE) => Err(ListenerError::InUse {
+            path: path.to_owned(),
+        }),
         Err(libc::ENOENT) => Ok(()),
         Err(libc::ECONNREFUSED) => match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(ListenerError::Bind { path: path.to_owned(), source: error })
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ListenerError::Bind {
+                path: path.to_owned(),
+                source: error,
+            }),
             _ => Ok(()),
         },
         Err(errno) => Err(refuse(io::Error::from_raw_os_error(errno))),
@@ -253,7 +272,11 @@ fn remove_stale(path: &Path) -> Result<(), ListenerError> {
 /// Connects to the socket at `path` and closes at once, without ever waiting. The errno if that
 /// fails. A back-end takes such a connection for a front-end that only looks.
 fn probe(path: &Path) -> Result<(), i32> {
-    let last_errno = || io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+    let last_errno = || {
+        io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO)
+    };
     let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: `socket` touches no memory.
     let fd = unsafe { libc::socket(libc::AF_UNIX, flags, 0) };
@@ -263,7 +286,10 @@ fn probe(path: &Path) -> Result<(), i32> {
     // SAFETY: the descriptor was just made for us and nobody else knows it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let family = libc::sa_family_t::try_from(libc::AF_UNIX).expect("AF_UNIX is 1");
-    let mut address = libc::sockaddr_un { sun_family: family, sun_path: [0; 108] };
+    let mut address = libc::sockaddr_un {
+        sun_family: family,
+        sun_path: [0; 108],
+    };
     for (slot, byte) in address.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
         *slot = libc::c_char::from_ne_bytes([*byte]);
     }
@@ -323,8 +349,15 @@ fn socket_option(fd: BorrowedFd, name: libc::c_int) -> io::Result<libc::c_int> {
     let mut len = libc::socklen_t::try_from(size).expect("an int has four bytes");
     let pointer = value.as_mut_ptr().cast();
     // SAFETY: `value` has room for `len` bytes and both live for the length of the call.
-    let result =
-        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, pointer, &raw mut len) };
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            pointer,
+            &raw mut len,
+        )
+    };
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -375,12 +408,19 @@ mod tests {
         let path = folder.path().join("s");
         let live = UnixListener::bind(&path).unwrap();
         let error = Listener::bind(&path).unwrap_err();
-        assert!(error.to_string().contains("another process is listening on"));
+        assert!(
+            error
+                .to_string()
+                .contains("another process is listening on")
+        );
         UnixStream::connect(&path).unwrap();
         drop(live);
         let datagram = folder.path().join("d");
         let _live = UnixDatagram::bind(&datagram).unwrap();
-        assert!(matches!(Listener::bind(&datagram), Err(ListenerError::InUse { .. })));
+        assert!(matches!(
+            Listener::bind(&datagram),
+            Err(ListenerError::InUse { .. })
+        ));
     }
 
     #[test]
@@ -397,7 +437,10 @@ mod tests {
         .take(1)
         .collect();
         let _client = UnixStream::connect(&path);
-        assert!(matches!(Listener::bind(&path), Err(ListenerError::InUse { .. })));
+        assert!(matches!(
+            Listener::bind(&path),
+            Err(ListenerError::InUse { .. })
+        ));
     }
 
     #[test]
@@ -410,7 +453,10 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"data");
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(Listener::bind(&link), Err(ListenerError::NotASocket { .. })));
+        assert!(matches!(
+            Listener::bind(&link),
+            Err(ListenerError::NotASocket { .. })
+        ));
     }
 
     #[test]
@@ -445,8 +491,10 @@ mod tests {
                     thread::spawn(move || Listener::bind(&path))
                 })
                 .collect();
-            let results: Vec<_> =
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+            let results: Vec<_> = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect();
             assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
             UnixStream::connect(&path).unwrap();
         }
@@ -460,9 +508,15 @@ mod tests {
         let source = inherit(listening).unwrap();
         assert!(matches!(source, FrontEndSource::Listener(_)));
         drop(source);
-        assert!(path.exists(), "the file of an inherited socket is the parent's");
+        assert!(
+            path.exists(),
+            "the file of an inherited socket is the parent's"
+        );
         let (connected, _peer) = UnixStream::pair().unwrap();
-        assert!(matches!(inherit(connected), Ok(FrontEndSource::Connected(_))));
+        assert!(matches!(
+            inherit(connected),
+            Ok(FrontEndSource::Connected(_))
+        ));
     }
 
     #[test]

@@ -106,12 +106,16 @@ fn serve(
             Wakeup::Connection(stream) => {
                 let handle = Connection::serve(stream, Arc::clone(disk.device()))
                     .map_err(DaemonError::Control)?;
-                control.add(&handle.ended(), TOKEN_CONNECTION).map_err(DaemonError::Control)?;
+                control
+                    .add(&handle.ended(), TOKEN_CONNECTION)
+                    .map_err(DaemonError::Control)?;
                 connection = Some(handle);
             }
             Wakeup::Ready(_) => {
                 if let Some(handle) = connection.take() {
-                    control.remove(&handle.ended()).map_err(DaemonError::Control)?;
+                    control
+                        .remove(&handle.ended())
+                        .map_err(DaemonError::Control)?;
                     // The connection has said in the log how it ended.
                     let _ = handle.join();
                     if !control.accept_next().map_err(DaemonError::Control)? {
@@ -164,6 +168,10 @@ fn show_counters(counters: &Counters, format: LogFormat) {
     let lines = logging::foreign_lines_suppressed();
     match format {
         LogFormat::Text => info!("counters\n{totals}\nlog: {lines} lines left out"),
-        LogFormat::Json => info!(counters = totals.to_json(), lines_left_out = lines, "counters"),
+        LogFormat::Json => info!(
+            counters = totals.to_json(),
+            lines_left_out = lines,
+            "counters"
+        ),
     }
 }

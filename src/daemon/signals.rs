@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Signals as something to read. They are blocked in every thread and come out of a signalfd, so
 //! that no handler ever runs in the middle of something.
-#![allow(unsafe_code, reason = "signalfd(2) and the disposition of SIGPIPE have no safe form")]
+#![allow(
+    unsafe_code,
+    reason = "signalfd(2) and the disposition of SIGPIPE have no safe form"
+)]
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -55,7 +58,10 @@ impl Signals {
             match block_signal(signal) {
                 Ok(()) | Err(vmm_sys_util::signal::Error::SignalAlreadyBlocked(_)) => {}
                 Err(error) => {
-                    return Err(SignalError::Block(signal, io::Error::other(error.to_string())));
+                    return Err(SignalError::Block(
+                        signal,
+                        io::Error::other(error.to_string()),
+                    ));
                 }
             }
         }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The buffers of a worker: one arena, handed out last in first out.
-#![allow(unsafe_code, reason = "lends slices of memory that the kernel also uses")]
+#![allow(
+    unsafe_code,
+    reason = "lends slices of memory that the kernel also uses"
+)]
 
 use std::io;
 
@@ -154,11 +157,19 @@ impl Pool {
         let was_busy = used.busy();
         match access {
             Access::KernelReads => {
-                assert!(!used.kernel_writes, "buffer {} is being read into", buffer.0);
+                assert!(
+                    !used.kernel_writes,
+                    "buffer {} is being read into",
+                    buffer.0
+                );
                 used.kernel_reads += 1;
             }
             Access::KernelWrites => {
-                assert!(!was_busy, "buffer {} is used by another operation", buffer.0);
+                assert!(
+                    !was_busy,
+                    "buffer {} is used by another operation",
+                    buffer.0
+                );
                 used.kernel_writes = true;
             }
         }
@@ -225,14 +236,21 @@ impl Pool {
     /// Offset in the arena and length of a buffer that was handed out.
     fn extent(&self, buffer: BufferId) -> (usize, usize) {
         let order = self.buddy.taken_order(buffer.0);
-        (buffer.0 as usize * BLOCK_BYTES_MIN, BLOCK_BYTES_MIN << order)
+        (
+            buffer.0 as usize * BLOCK_BYTES_MIN,
+            BLOCK_BYTES_MIN << order,
+        )
     }
 
     /// The place in `uses` of a buffer that somebody has.
     fn taken(&self, buffer: BufferId) -> usize {
         let _ = self.buddy.taken_order(buffer.0);
         let index = buffer.0 as usize;
-        assert!(!self.uses[index].given, "buffer {} was given back", buffer.0);
+        assert!(
+            !self.uses[index].given,
+            "buffer {} was given back",
+            buffer.0
+        );
         index
     }
 }
@@ -275,7 +293,11 @@ impl Buffers for Pool {
 
     fn bytes_mut(&mut self, buffer: BufferId) -> &mut [u8] {
         let index = self.taken(buffer);
-        assert!(!self.uses[index].busy(), "buffer {} changed while an operation uses it", buffer.0);
+        assert!(
+            !self.uses[index].busy(),
+            "buffer {} changed while an operation uses it",
+            buffer.0
+        );
         let (start, len) = self.extent(buffer);
         // SAFETY: no operation uses it (asserted), and none can begin while the pool is borrowed.
         unsafe { self.arena.slice_mut(start, len) }

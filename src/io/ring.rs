@@ -114,7 +114,10 @@ impl Ring {
     pub fn new(entries: u32) -> Result<Self, RingError> {
         let (uring, mode) = build(entries)?;
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(RingError::Wake)?;
-        uring.submitter().register_eventfd(wake.as_raw_fd()).map_err(RingError::Wake)?;
+        uring
+            .submitter()
+            .register_eventfd(wake.as_raw_fd())
+            .map_err(RingError::Wake)?;
         let mut ring = Self {
             uring,
             wake,
@@ -145,7 +148,10 @@ impl Ring {
         self.uring
             .submitter()
             .register_files(files)
-            .map_err(|source| RingError::Files { count: files.len(), source })
+            .map_err(|source| RingError::Files {
+                count: files.len(),
+                source,
+            })
     }
 
     /// Registers memory for `ReadFixed` and `WriteFixed`, each piece at most 1 GiB.
@@ -160,7 +166,10 @@ impl Ring {
         pieces: impl Iterator<Item = (*mut u8, usize)>,
     ) -> io::Result<()> {
         let iovecs: Vec<libc::iovec> = pieces
-            .map(|(start, len)| libc::iovec { iov_base: start.cast(), iov_len: len })
+            .map(|(start, len)| libc::iovec {
+                iov_base: start.cast(),
+                iov_len: len,
+            })
             .collect();
         // SAFETY: the caller's promise.
         unsafe { self.uring.submitter().register_buffers(&iovecs) }
@@ -242,11 +251,10 @@ impl Ring {
     /// Empties the completion queue.
     fn collect(&mut self, out: &mut Vec<Completion>) {
         let before = out.len();
-        out.extend(
-            self.uring
-                .completion()
-                .map(|entry| Completion { user_data: entry.user_data(), result: entry.result() }),
-        );
+        out.extend(self.uring.completion().map(|entry| Completion {
+            user_data: entry.user_data(),
+            result: entry.result(),
+        }));
         // Every submission here has one completion: none is of the kind that has several.
         self.outstanding -= out.len() - before;
     }
@@ -278,7 +286,11 @@ impl Ring {
         let flags = EnterFlags::GETEVENTS.bits();
         // SAFETY: the count is the number of entries in the queue, and what they point to is
         // valid by the promise of `push`.
-        unsafe { self.uring.submitter().enter::<libc::sigset_t>(count, 0, flags, None) }
+        unsafe {
+            self.uring
+                .submitter()
+                .enter::<libc::sigset_t>(count, 0, flags, None)
+        }
     }
 
     fn move_backlog(&mut self) {
@@ -347,16 +359,19 @@ fn build(entries: u32) -> Result<(IoUring, Mode), RingError> {
     let mut last = None;
     for mode in modes {
         let mut builder = IoUring::builder();
-        builder.setup_cqsize(entries.saturating_mul(4)).setup_clamp();
+        builder
+            .setup_cqsize(entries.saturating_mul(4))
+            .setup_clamp();
         match mode {
             Mode::Deferred => builder
                 .setup_single_issuer()
                 .setup_defer_taskrun()
                 .setup_taskrun_flag()
                 .setup_submit_all(),
-            Mode::Cooperative => {
-                builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all()
-            }
+            Mode::Cooperative => builder
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .setup_submit_all(),
             Mode::Plain => &mut builder,
         };
         match builder.build(entries) {
@@ -391,7 +406,11 @@ mod tests {
     use super::*;
 
     fn poll_in(fd: BorrowedFd<'_>, timeout_ms: i32) -> bool {
-        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one valid entry.
         unsafe { libc::poll(&raw mut poll, 1, timeout_ms) == 1 }
     }
@@ -440,7 +459,9 @@ mod tests {
         let late = types::Timespec::new().nsec(20_000_000);
         let mut out = Vec::new();
         for round in 0..3 {
-            let entry = opcode::Timeout::new(&raw const late).build().user_data(round);
+            let entry = opcode::Timeout::new(&raw const late)
+                .build()
+                .user_data(round);
             // SAFETY: `late` outlives the loop, which waits for the completion.
             unsafe { ring.push(entry) };
             ring.submit().unwrap();

@@ -25,9 +25,17 @@ struct Cursor {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Piece {
     /// Read `range`; the guest gets `len` bytes of it from byte `lead` on.
-    Read { range: SectorRange, lead: usize, len: usize, data_offset: u64 },
+    Read {
+        range: SectorRange,
+        lead: usize,
+        len: usize,
+        data_offset: u64,
+    },
     /// Write `range` with the guest's data from `data_offset` on.
-    Write { range: SectorRange, data_offset: u64 },
+    Write {
+        range: SectorRange,
+        data_offset: u64,
+    },
     /// A request without data.
     Plain(Request),
 }
@@ -59,7 +67,11 @@ impl Guest {
             ticket: None,
             status: BlockStatus::Ok,
             outstanding: 0,
-            cursor: Cursor { rest: None, next_segment: 0, data_offset: 0 },
+            cursor: Cursor {
+                rest: None,
+                next_segment: 0,
+                data_offset: 0,
+            },
             issued: false,
             owes_flush: false,
             last_part: None,
@@ -76,7 +88,11 @@ impl Guest {
         self.ticket = Some(ticket);
         self.status = BlockStatus::Ok;
         self.outstanding = 0;
-        self.cursor = Cursor { rest, next_segment: 0, data_offset: 0 };
+        self.cursor = Cursor {
+            rest,
+            next_segment: 0,
+            data_offset: 0,
+        };
         self.issued = false;
         self.owes_flush = write_through && !matches!(self.kind(), Kind::Read | Kind::Flush);
         self.last_part = None;
@@ -97,9 +113,12 @@ impl Guest {
         match self.request.kind() {
             RequestKind::Read { range } | RequestKind::Write { range } => range.len_bytes() as u64,
             RequestKind::Flush => 0,
-            RequestKind::Discard | RequestKind::WriteZeroes => {
-                self.request.segments().iter().map(|s| s.range.len_bytes() as u64).sum()
-            }
+            RequestKind::Discard | RequestKind::WriteZeroes => self
+                .request
+                .segments()
+                .iter()
+                .map(|s| s.range.len_bytes() as u64)
+                .sum(),
         }
     }
 
@@ -157,7 +176,10 @@ impl Guest {
         let range = geometry.first_extent_piece(self.cursor.rest?);
         Some(Piece::Plain(match self.request.kind() {
             RequestKind::Discard => Request::Discard { range },
-            _ => Request::WriteZeroes { range, unmap: segment.unmap },
+            _ => Request::WriteZeroes {
+                range,
+                unmap: segment.unmap,
+            },
         }))
     }
 
@@ -254,7 +276,14 @@ impl Guests {
         let owner = &mut self.guests[index(guest)];
         owner.outstanding += 1;
         let before = owner.last_part;
-        let part = Part { guest, lead, len, data_offset, replied: None, before };
+        let part = Part {
+            guest,
+            lead,
+            len,
+            data_offset,
+            replied: None,
+            before,
+        };
         let slot = match self.free_parts.pop() {
             Some(slot) => {
                 self.parts[index(slot)] = part;

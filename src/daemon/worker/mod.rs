@@ -175,8 +175,12 @@ impl Worker {
         let executor = Executor::new(&setup.replicas, setup.executor)?;
         let index = usize::from(setup.index);
         let events = EventLoop::new().map_err(WorkerError::Wait)?;
-        events.add_edge(&executor.wake_fd(), TOKEN_RING).map_err(WorkerError::Wait)?;
-        events.add(&setup.mailboxes[index].as_fd(), TOKEN_MAILBOX).map_err(WorkerError::Wait)?;
+        events
+            .add_edge(&executor.wake_fd(), TOKEN_RING)
+            .map_err(WorkerError::Wait)?;
+        events
+            .add(&setup.mailboxes[index].as_fd(), TOKEN_MAILBOX)
+            .map_err(WorkerError::Wait)?;
         Ok(Self {
             lane: Lane::new(LaneId(setup.index)),
             shared: setup.shared,
@@ -204,7 +208,9 @@ impl Worker {
 
     fn run(&mut self) {
         loop {
-            let busy = self.turn().expect("the ring of a worker works as long as the worker");
+            let busy = self
+                .turn()
+                .expect("the ring of a worker works as long as the worker");
             if self.shutting_down && self.is_idle() {
                 break;
             }
@@ -230,7 +236,11 @@ impl Worker {
             self.tell(Event::Completed { op, outcome });
         }
         self.outcomes = outcomes;
-        if self.lane.deadline().is_some_and(|deadline| deadline <= self.clock.now()) {
+        if self
+            .lane
+            .deadline()
+            .is_some_and(|deadline| deadline <= self.clock.now())
+        {
             self.tell(Event::Tick);
         }
         self.publish();
@@ -243,14 +253,25 @@ impl Worker {
     fn tell(&mut self, event: Event) {
         let now = self.clock.now();
         let mut actions = std::mem::take(&mut self.actions);
-        self.lane.handle(now, event, &self.shared, self.executor.pool_mut(), &mut actions);
+        self.lane.handle(
+            now,
+            event,
+            &self.shared,
+            self.executor.pool_mut(),
+            &mut actions,
+        );
         for action in actions.drain(..) {
             match action {
                 Action::Submit(operation) => {
                     self.counters.replica(operation.replica).operations.add(1);
                     self.executor.start(&operation);
                 }
-                Action::Reply { tag, request, status, data } => {
+                Action::Reply {
+                    tag,
+                    request,
+                    status,
+                    data,
+                } => {
                     let part = self.guests.part(tag.0);
                     part.replied = Some(request);
                     let (guest, lead, len) = (part.guest, part.lead, part.len);
@@ -261,7 +282,11 @@ impl Worker {
                     } else if let Some(buffer) = data {
                         let bytes = &self.executor.pool().bytes(buffer)[lead..lead + len];
                         // Memory that the front-end has taken away is its own affair.
-                        if owner.request.copy_to_guest(&self.memory, data_offset, bytes).is_err() {
+                        if owner
+                            .request
+                            .copy_to_guest(&self.memory, data_offset, bytes)
+                            .is_err()
+                        {
                             owner.status = BlockStatus::IoError;
                         }
                     }
@@ -366,9 +391,12 @@ impl Worker {
                 return false;
             }
             let (request, lead, len, data_offset) = match piece {
-                Piece::Read { range, lead, len, data_offset } => {
-                    (Request::Read { range }, lead, len, data_offset)
-                }
+                Piece::Read {
+                    range,
+                    lead,
+                    len,
+                    data_offset,
+                } => (Request::Read { range }, lead, len, data_offset),
                 Piece::Write { range, data_offset } => {
                     let len = range.len_bytes();
                     let pool = self.executor.pool_mut();
@@ -380,7 +408,11 @@ impl Worker {
                     // Rule L4: the only copy, before any replica sees the data.
                     let bytes = &mut pool.bytes_mut(data)[..len];
                     let owner = self.guests.get(guest);
-                    if owner.request.copy_from_guest(&self.memory, data_offset, bytes).is_err() {
+                    if owner
+                        .request
+                        .copy_from_guest(&self.memory, data_offset, bytes)
+                        .is_err()
+                    {
                         pool.give(data);
                         owner.abandon();
                         break;
@@ -391,7 +423,10 @@ impl Worker {
             };
             self.guests.get(guest).advance(&piece);
             let part = self.guests.add_part(guest, lead, len, data_offset);
-            self.tell(Event::Request { tag: Tag(part), request });
+            self.tell(Event::Request {
+                tag: Tag(part),
+                request,
+            });
         }
         if self.guests.get(guest).is_complete() {
             self.complete(guest);
@@ -404,7 +439,10 @@ impl Worker {
         let owner = self.guests.get(guest);
         if owner.take_owed_flush() {
             let part = self.guests.add_part(guest, 0, 0, 0);
-            self.tell(Event::Request { tag: Tag(part), request: Request::Flush });
+            self.tell(Event::Request {
+                tag: Tag(part),
+                request: Request::Flush,
+            });
             return;
         }
         let ok = owner.status == BlockStatus::Ok;
@@ -434,7 +472,9 @@ impl Worker {
         let memory = Arc::clone(&self.memory);
         let mut published = std::mem::take(&mut self.published);
         for queue in self.queues.all() {
-            let Some(entry) = self.queues.try_get(queue) else { continue };
+            let Some(entry) = self.queues.try_get(queue) else {
+                continue;
+            };
             if std::mem::take(&mut entry.to_publish)
                 && entry.virtqueue.publish(&memory, &mut published)
             {
@@ -472,9 +512,15 @@ impl Worker {
         if now == before {
             return;
         }
-        self.counters.early_replies.add(now.early_replies - before.early_replies);
-        self.counters.arbitrations.add(now.arbitrations - before.arbitrations);
-        self.counters.transients.add(now.transient - before.transient);
+        self.counters
+            .early_replies
+            .add(now.early_replies - before.early_replies);
+        self.counters
+            .arbitrations
+            .add(now.arbitrations - before.arbitrations);
+        self.counters
+            .transients
+            .add(now.transient - before.transient);
         self.counters.failures.add(now.failures - before.failures);
         self.counters.buffer_waits.add(now.starved - before.starved);
     }
@@ -484,14 +530,22 @@ impl Worker {
         if !self.replied.is_empty() || self.queues.ask_for_kicks(&self.memory) {
             return;
         }
-        let limit = self.executor.wait_limit().expect("the ring works as long as the worker");
-        let deadline = self.lane.deadline().map(|deadline| deadline.since(self.clock.now()));
+        let limit = self
+            .executor
+            .wait_limit()
+            .expect("the ring works as long as the worker");
+        let deadline = self
+            .lane
+            .deadline()
+            .map(|deadline| deadline.since(self.clock.now()));
         let timeout = [limit, deadline].into_iter().flatten().min();
         if timeout == Some(Duration::ZERO) {
             return;
         }
         let mut ready = std::mem::take(&mut self.ready);
-        self.events.wait(timeout, &mut ready).expect("waiting does not fail");
+        self.events
+            .wait(timeout, &mut ready)
+            .expect("waiting does not fail");
         for token in ready.drain(..) {
             match token {
                 TOKEN_RING => {}

@@ -76,12 +76,15 @@ impl Queues {
     /// Forgets the queues that went back to kicks.
     pub(super) fn drop_quiet(&mut self) {
         let entries = &self.entries;
-        self.active.retain(|&queue| entries[queue].as_ref().is_some_and(|entry| entry.active));
+        self.active
+            .retain(|&queue| entries[queue].as_ref().is_some_and(|entry| entry.active));
     }
 
     /// Looks at `queue` from now on, without kicks.
     fn activate(&mut self, queue: usize, memory: &GuestMemory) {
-        let Some(entry) = self.entries.get_mut(queue).and_then(Option::as_mut) else { return };
+        let Some(entry) = self.entries.get_mut(queue).and_then(Option::as_mut) else {
+            return;
+        };
         entry.quiet = 0;
         if !entry.active {
             entry.active = true;
@@ -168,7 +171,11 @@ impl Worker {
 
     fn obey(&mut self, command: QueueCommand) {
         match command {
-            QueueCommand::Start { queue, setup, memory } => {
+            QueueCommand::Start {
+                queue,
+                setup,
+                memory,
+            } => {
                 self.memory = memory;
                 let virtqueue = VirtQueue::new(*setup, &self.memory);
                 self.watch(&virtqueue, queue);
@@ -197,7 +204,9 @@ impl Worker {
                 self.queues.activate(usize::from(queue), &self.memory);
             }
             QueueCommand::SetKick { queue, kick } => {
-                let Some(entry) = self.queues.try_get(usize::from(queue)) else { return };
+                let Some(entry) = self.queues.try_get(usize::from(queue)) else {
+                    return;
+                };
                 let old = Arc::clone(entry.virtqueue.kick());
                 entry.virtqueue.set_kick(Arc::clone(&kick));
                 let _ = self.events.remove(&old.as_fd());
@@ -225,7 +234,10 @@ impl Worker {
     }
 
     fn watch(&self, virtqueue: &VirtQueue, queue: u16) {
-        if let Err(error) = self.events.add(&virtqueue.kick().as_fd(), Token::from(queue)) {
+        if let Err(error) = self
+            .events
+            .add(&virtqueue.kick().as_fd(), Token::from(queue))
+        {
             error!(queue, %error, "the driver's kicks cannot be waited for");
         }
     }

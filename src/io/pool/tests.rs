@@ -13,7 +13,9 @@ const BLOCK: usize = BLOCK_BYTES_MAX;
 fn take_for_guest_leaves_the_reserve() {
     let mut pool = Pool::new(2 * BLOCK, BLOCK).unwrap();
     assert_eq!(pool.capacity_bytes(), 3 * BLOCK);
-    let guest: Vec<_> = (0..2).map(|_| pool.take(BLOCK, Purpose::Guest).unwrap()).collect();
+    let guest: Vec<_> = (0..2)
+        .map(|_| pool.take(BLOCK, Purpose::Guest).unwrap())
+        .collect();
     assert_eq!(pool.take(1, Purpose::Guest), None);
     assert_eq!(pool.available_bytes(), 0);
     let settle = pool.take(BLOCK, Purpose::Settle).unwrap();
@@ -159,7 +161,12 @@ impl Model {
     fn new(guest_blocks: usize, reserve_blocks: usize) -> Self {
         let pool = Pool::new(guest_blocks * BLOCK, reserve_blocks * BLOCK).unwrap();
         let base = pool.pieces(BLOCK).next().unwrap().0.addr();
-        Self { pool, base, held: Vec::new(), guest_blocks }
+        Self {
+            pool,
+            base,
+            held: Vec::new(),
+            guest_blocks,
+        }
     }
 
     fn used(&self, reserve: bool) -> usize {
@@ -169,8 +176,11 @@ impl Model {
 
     /// Whether an aligned hole of `len` exists among `blocks` from `start`.
     fn hole(&self, start: usize, blocks: usize, len: usize) -> bool {
-        let taken: BTreeMap<usize, usize> =
-            self.held.iter().map(|held| (self.offset(held), held.len)).collect();
+        let taken: BTreeMap<usize, usize> = self
+            .held
+            .iter()
+            .map(|held| (self.offset(held), held.len))
+            .collect();
         (start..start + blocks * BLOCK).step_by(len).any(|at| {
             let before = taken.range(..at + len).next_back();
             before.is_none_or(|(&other, &other_len)| other + other_len <= at)
@@ -189,7 +199,10 @@ impl Model {
             && (self.hole(0, self.guest_blocks, rounded)
                 || (purpose == Purpose::Settle && self.hole(guest_end, reserve_blocks, rounded)));
         let Some(id) = self.pool.take(len, purpose) else {
-            assert!(!fits, "refused {len} for {purpose:?} though there is a hole");
+            assert!(
+                !fits,
+                "refused {len} for {purpose:?} though there is a hole"
+            );
             return;
         };
         assert!(fits, "{len} for {purpose:?} came from nowhere");
@@ -204,12 +217,20 @@ impl Model {
             let other_start = self.offset(other);
             assert!(offset + rounded <= other_start || other_start + other.len <= offset);
         }
-        self.held.push(Held { id, len: rounded, reserve, fill, pins: Vec::new(), given: false });
+        self.held.push(Held {
+            id,
+            len: rounded,
+            reserve,
+            fill,
+            pins: Vec::new(),
+            given: false,
+        });
     }
 
     fn give(&mut self, which: usize) {
-        let candidates: Vec<usize> =
-            (0..self.held.len()).filter(|&i| !self.held[i].given).collect();
+        let candidates: Vec<usize> = (0..self.held.len())
+            .filter(|&i| !self.held[i].given)
+            .collect();
         if candidates.is_empty() {
             return;
         }
@@ -261,8 +282,15 @@ impl Model {
         let guest_free = self.guest_blocks * BLOCK - self.used(false);
         assert_eq!(self.pool.available_bytes(), guest_free);
         let reserve = self.pool.capacity_bytes() - self.guest_blocks * BLOCK;
-        assert_eq!(self.pool.reserve_available_bytes(), reserve - self.used(true));
-        let busy = self.held.iter().filter(|held| !held.pins.is_empty()).count();
+        assert_eq!(
+            self.pool.reserve_available_bytes(),
+            reserve - self.used(true)
+        );
+        let busy = self
+            .held
+            .iter()
+            .filter(|held| !held.pins.is_empty())
+            .count();
         assert_eq!(self.pool.busy_buffers(), busy);
     }
 }
