@@ -565,8 +565,8 @@ impl Queue {
         Err(FrontEndError::Closed)
     }
 
-    /// Resets the call descriptor. Returns whether it was signalled.
-    pub(super) fn take_call(&mut self) -> bool {
+    /// Resets the call descriptor. Returns whether it was signalled since the last look.
+    pub fn take_call(&mut self) -> bool {
         let count = self.call.as_ref().and_then(|call| call.read().ok());
         self.calls += count.unwrap_or(0);
         count.is_some()
