@@ -4,9 +4,10 @@
 use std::error::Error;
 use std::process::ExitCode;
 
-use quorum_blk::cli::{self, Command, UsageError};
+use quorum_blk::cli::{self, Command, DemoArgs, UsageError};
 use quorum_blk::control::logging;
 use quorum_blk::daemon;
+use quorum_blk::demo::{self, DemoError, DemoOptions};
 
 fn main() -> ExitCode {
     let command = match cli::parse(std::env::args_os()) {
@@ -27,11 +28,25 @@ fn main() -> ExitCode {
                 Err(error) => fail(&error),
             }
         }
-        Command::Demo(_) => {
-            eprintln!("quorum-blk: this build has no demonstration");
-            ExitCode::from(cli::EXIT_FAILURE)
-        }
+        Command::Demo(arguments) => match run_demo(arguments) {
+            Ok(true) => ExitCode::from(cli::EXIT_OK),
+            // The report has said what was wrong.
+            Ok(false) => ExitCode::from(cli::EXIT_FAILURE),
+            Err(error) => fail(&error),
+        },
     }
+}
+
+fn run_demo(arguments: DemoArgs) -> Result<bool, DemoError> {
+    let defaults = DemoOptions::of_this_program()?;
+    let options = DemoOptions {
+        parent: arguments.dir.unwrap_or(defaults.parent),
+        keep: arguments.keep,
+        replicas: usize::from(arguments.replicas),
+        disk_bytes: arguments.size.0,
+        ..defaults
+    };
+    demo::run(&options, &mut std::io::stdout().lock())
 }
 
 /// Shows why nothing could be done. Help and version come this way too and are no failure.

@@ -50,7 +50,7 @@ pub struct Config {
     pub allow_minority_threshold: bool,
     /// Who is asked on a read.
     pub read_pattern: ReadPattern,
-    /// Whether dissenters are rewritten.
+    /// Whether dissenters are rewritten. The default is yes, but for a read-only disk.
     pub repair: bool,
     /// Whether the first difference of two replicas stops the daemon.
     pub blkverify: bool,
@@ -97,8 +97,9 @@ pub struct Replica {
     pub path: PathBuf,
     /// Past the page cache or through it.
     pub cache: Cache,
-    /// The format of the image.
-    pub format: Format,
+    /// The format of the image, if it was said. Otherwise it is taken for raw, unless it looks
+    /// like another format.
+    pub format: Option<Format>,
 }
 
 /// Settings that cannot be run with.
@@ -193,6 +194,7 @@ impl Config {
         }
         let workers = workers(settings.workers, num_queues)?;
         let buffer_memory_bytes = buffer_memory(settings.buffer_memory, workers, replicas.len())?;
+        let read_only = settings.read_only.unwrap_or(false);
         let config = Self {
             front_end,
             threshold: settings.threshold.map_or(policy.threshold, usize::from),
@@ -201,9 +203,9 @@ impl Config {
                 ReadPatternName::Quorum => ReadPattern::Quorum,
                 ReadPatternName::Fifo => ReadPattern::Fifo,
             },
-            repair: settings.repair.is_none_or(|repair| repair.is_on()),
+            repair: settings.repair.map_or(!read_only, |repair| repair.is_on()),
             blkverify: settings.blkverify.unwrap_or(false),
-            read_only: settings.read_only.unwrap_or(false),
+            read_only,
             serial: serial(settings.serial, &replicas)?,
             replicas,
             block_size: settings.block_size,
@@ -272,7 +274,7 @@ fn replicas(
             name,
             path: argument.path.clone(),
             cache: argument.cache.unwrap_or(cache),
-            format: argument.format.unwrap_or_default(),
+            format: argument.format,
         });
     }
     Ok(replicas)

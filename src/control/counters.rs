@@ -115,6 +115,8 @@ pub struct WorkerCounters {
     replicas: [ReplicaCounters; REPLICAS_MAX],
     /// Requests of a type we do not know.
     pub unsupported: Counter,
+    /// Requests refused before any replica was asked: past the end, read-only, not aligned.
+    pub refused: Counter,
     /// Descriptor chains that broke the rules of virtio.
     pub malformed: Counter,
     /// Kicks received.
@@ -224,6 +226,7 @@ impl Counters {
                 .map(replica_totals)
                 .collect(),
             unsupported: sum(&|worker| &worker.unsupported),
+            refused: sum(&|worker| &worker.refused),
             malformed: sum(&|worker| &worker.malformed),
             kicks: sum(&|worker| &worker.kicks),
             calls: sum(&|worker| &worker.calls),
@@ -247,6 +250,8 @@ pub struct Totals {
     pub replicas: Vec<ReplicaTotals>,
     /// See [`WorkerCounters::unsupported`].
     pub unsupported: u64,
+    /// See [`WorkerCounters::refused`].
+    pub refused: u64,
     /// See [`WorkerCounters::malformed`].
     pub malformed: u64,
     /// See [`WorkerCounters::kicks`].
@@ -356,13 +361,14 @@ impl fmt::Display for Totals {
         write!(
             f,
             "queues: {} kicks, {} calls, {} ring enters, {} waits for memory, \
-             {} malformed chains, {} unsupported requests",
+             {} malformed chains, {} unsupported and {} refused requests",
             self.kicks,
             self.calls,
             self.ring_enters,
             self.buffer_waits,
             self.malformed,
-            self.unsupported
+            self.unsupported,
+            self.refused
         )
     }
 }

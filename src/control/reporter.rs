@@ -136,10 +136,12 @@ impl Reporter {
                 );
             }
             Report::Failure { range, during } => match during {
-                During::Read => error!(
-                    "no quorum for {}: the guest gets an I/O error{more}",
-                    Sectors(range)
-                ),
+                During::Read => {
+                    error!(
+                        "no quorum for {}: the guest gets an I/O error{more}",
+                        Sectors(range)
+                    )
+                }
                 During::Write | During::Flush => error!(
                     "too few replicas took a {} of {}: the guest gets an I/O error{more}",
                     during_text(during),

@@ -15,6 +15,7 @@ use super::event_loop::{EventLoop, Token};
 use super::listener::{FrontEndSource, Listener};
 use super::signals::{Signal, Signals};
 use crate::control::{ReportReceiver, Reporter};
+use crate::quorum::Report;
 use crate::units::Time;
 
 /// How long to leave front-ends waiting when the system has no descriptors left.
@@ -35,6 +36,8 @@ pub enum Wakeup {
     Terminate,
     /// SIGUSR1.
     ShowCounters,
+    /// Two replicas under `--blkverify` differ.
+    VerifyFailed,
     /// A registered descriptor is readable.
     Ready(Token),
 }
@@ -184,6 +187,9 @@ impl ControlLoop {
         let lost = self.reports.drain(&mut reports);
         let now = self.clock.now();
         for report in reports {
+            if matches!(report, Report::VerifyFailed { .. }) {
+                self.pending.push_back(Wakeup::VerifyFailed);
+            }
             self.reporter.report(now, report);
         }
         self.reporter.reports_lost(now, lost);
@@ -220,7 +226,6 @@ mod tests {
     use crate::config::EventsTarget;
     use crate::control::events::Names;
     use crate::control::{EventSink, ReportSender, report_channel};
-    use crate::quorum::Report;
     use crate::units::SectorRange;
 
     struct Setup {

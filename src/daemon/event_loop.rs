@@ -45,6 +45,15 @@ impl EventLoop {
         self.control(ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
     }
 
+    /// Reports `token` once whenever `fd` becomes readable, whether or not it is read.
+    ///
+    /// # Errors
+    /// If the descriptor is in the set or cannot be waited on.
+    pub fn add_edge(&self, fd: &impl AsRawFd, token: Token) -> io::Result<()> {
+        let event = Event::new(Events::EPOLLIN | Events::EPOLLET, token);
+        self.control(ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
+    }
+
     /// Takes `fd` out. To be done before it is closed: a duplicate would keep it in the set.
     ///
     /// # Errors

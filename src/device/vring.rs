@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One ring of a connection: watches what the crate is told about it and turns it into commands
+//! for the worker that owns the queue.
+//!
+//! ```text
+//!            ready, addresses, size,               ENABLE 0, no kick
+//!            kick and ENABLE 1 are there           ----------------->
+//!    Idle -----------------------------> Running                      Paused
+//!     ^                                     |      <-----------------   |
+//!     |                                     |      ENABLE 1, kick       |
+//!     +-------------------------------------+---------------------------+
+//!            GET_VRING_BASE, reset, disconnect: waits for the worker
+//! ```
+//!
+//! A running queue keeps the size, the addresses and the position it was started with; what
+//! SET_VRING_BASE says is not used at all (rule Q2).
+
+use std::cell::RefCell;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tracing::warn;
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::Error as VirtQueueError;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+
+use super::GuestMemory;
+use super::disk::Device;
+use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone};
+use super::notify::{Call, Kick};
+use super::queue::{QueueSetup, RingAddresses};
+
+/// The guest memory of a connection, replaced as the front-end changes it.
+pub type ConnectionMemory = GuestMemoryAtomic<GuestMemory>;
+
+/// What the rings of a connection share.
+#[derive(Debug)]
+pub struct RingContext {
+    device: Arc<Device>,
+    features: AtomicU64,
+}
+
+impl RingContext {
+    /// Nothing acknowledged yet.
+    #[must_use]
+    pub fn new(device: Arc<Device>) -> Self {
+        Self {
+            device,
+            features: AtomicU64::new(0),
+        }
+    }
+
+    /// The served device.
+    #[must_use]
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+}
+
+thread_local! {
+    /// The connection whose rings are being made on this thread. The crate makes rings through
+    /// a constructor that is told neither the device nor the index.
+    static MAKING: RefCell<Option<Making>> = const { RefCell::new(None) };
+}
+
+struct Making {
+    context: Arc<RingContext>,
+    rings: Vec<DeviceVring>,
+}
+
+/// Runs `make`, in which the crate makes its rings on this thread, and returns them as well.
+pub fn collect_rings<R>(
+    context: Arc<RingContext>,
+    make: impl FnOnce() -> R,
+) -> (R, Vec<DeviceVring>) {
+    let making = Making {
+        context,
+        rings: Vec::new(),
+    };
+    MAKING.set(Some(making));
+    let made = make();
+    let making = MAKING.take().expect("set above and taken only here");
+    (made, making.rings)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Idle,
+    Running,
+    Paused,
+}
+
+#[derive(Debug)]
+struct Ring {
+    phase: Phase,
+    ready: bool,
+    enabled: bool,
+    size: Option<u16>,
+    rings: Option<RingAddresses>,
+    kick: Option<Arc<Kick>>,
+    call: Option<Arc<Call>>,
+    features: u64,
+}
+
+/// A ring as the crate sees it. Clones are the same ring.
+#[derive(Clone)]
+pub struct DeviceVring {
+    index: u16,
+    context: Arc<RingContext>,
+    memory: ConnectionMemory,
+    /// What the crate reads back: whether there is a kick descriptor, whether it is ready.
+    inner: VringMutex<ConnectionMemory>,
+    ring: Arc<Mutex<Ring>>,
+}
+
+impl fmt::Debug for DeviceVring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceVring")
+            .field("index", &self.index)
+            .field("ring", &self.ring)
+            .finish_non_exhaustive()
+    }
+}
+
+impl DeviceVring {
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn send(&self, command: QueueCommand) {
+        self.context.device.worker_of(self.index).send(command);
+    }
+
+    /// Brings the worker in line with what the ring has become.
+    fn update(&self, ring: &mut Ring) {
+        let queue = self.index;
+        let wanted = ring.enabled && ring.kick.is_some();
+        match ring.phase {
+            Phase::Idle => {
+                let Some(setup) = self.setup(ring) else {
+                    return;
+                };
+                ring.phase = Phase::Running;
+                ring.features = setup.features;
+                self.send(QueueCommand::Start {
+                    queue,
+                    setup: Box::new(setup),
+                    memory: self.memory.memory().into_inner(),
+                });
+            }
+            Phase::Running if !wanted => {
+                ring.phase = Phase::Paused;
+                self.send(QueueCommand::Pause { queue });
+            }
+            Phase::Paused if wanted => {
+                ring.phase = Phase::Running;
+                self.send(QueueCommand::Resume { queue });
+            }
+            Phase::Running | Phase::Paused => {}
+        }
+    }
+
+    /// What the worker needs, if the ring can run.
+    fn setup(&self, ring: &Ring) -> Option<QueueSetup> {
+        if !ring.ready || !ring.enabled {
+            return None;
+        }
+        let device = &self.context.device;
+        Some(QueueSetup {
+            index: self.index,
+            size: ring.size?,
+            rings: ring.rings?,
+            features: self.context.features.load(Ordering::Relaxed),
+            options: Arc::clone(device.options()),
+            order: device.order(),
+            kick: ring.kick.clone()?,
+            call: ring.call.clone(),
+        })
+    }
+
+    /// Tells the worker to stop the queue; the answer is the next available index. `None` if it
+    /// does not run.
+    fn begin_stop(&self, ring: &mut Ring) -> Option<AckWait<u16>> {
+        if ring.phase == Phase::Idle {
+            return None;
+        }
+        ring.phase = Phase::Idle;
+        let (ack, wait) = Ack::new();
+        let queue = self.index;
+        self.send(QueueCommand::Stop { queue, ack });
+        Some(wait)
+    }
+
+    fn end_stop(&self, wait: AckWait<u16>) -> Result<(), WorkerGone> {
+        self.inner.set_queue_next_avail(wait.wait()?);
+        Ok(())
+    }
+
+    /// Stops the queue and waits until everything fetched is complete (rule Q4).
+    ///
+    /// # Errors
+    /// If its worker is gone.
+    pub fn stop(&self) -> Result<(), WorkerGone> {
+        let wait = self.begin_stop(&mut self.lock());
+        wait.map_or(Ok(()), |wait| self.end_stop(wait))
+    }
+
+    /// Back to the state after connecting, but for the call descriptor: a front-end that reset
+    /// the device need not send it again.
+    fn forget(&self) {
+        {
+            let mut ring = self.lock();
+            ring.ready = false;
+            ring.enabled = false;
+            ring.kick = None;
+        }
+        self.inner.set_queue_ready(false);
+        self.inner.set_enabled(false);
+        self.inner.set_kick(None);
+    }
+}
+
+/// Stops all `rings` and waits for all of them.
+///
+/// # Errors
+/// If a worker is gone; the others are waited for.
+pub fn stop_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
+    // Tell all before waiting for the first: they drain at the same time.
+    let waits: Vec<_> = rings
+        .iter()
+        .filter_map(|ring| Some((ring, ring.begin_stop(&mut ring.lock())?)))
+        .collect();
+    let mut result = Ok(());
+    for (ring, wait) in waits {
+        result = result.and(ring.end_stop(wait));
+    }
+    result
+}
+
+/// Stops all `rings` and forgets what the front-end said about them.
+///
+/// # Errors
+/// If a worker is gone.
+pub fn reset_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
+    let result = stop_all(rings);
+    for ring in rings {
+        ring.forget();
+    }
+    result
+}
+
+/// Notes the features the driver acknowledged, for rings that run and rings to come.
+pub fn set_features(context: &RingContext, rings: &[DeviceVring], features: u64) {
+    context.features.store(features, Ordering::Relaxed);
+    for vring in rings {
+        let mut ring = vring.lock();
+        if ring.phase != Phase::Idle && ring.features != features {
+            ring.features = features;
+            let queue = vring.index;
+            vring.send(QueueCommand::SetFeatures { queue, features });
+        }
+    }
+}
+
+impl<'a> VringStateGuard<'a, ConnectionMemory> for DeviceVring {
+    type G = MutexGuard<'a, VringState<ConnectionMemory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, ConnectionMemory> for DeviceVring {
+    type G = MutexGuard<'a, VringState<ConnectionMemory>>;
+}
+
+impl VringT<ConnectionMemory> for DeviceVring {
+    fn new(memory: ConnectionMemory, max_queue_size: u16) -> Result<Self, VirtQueueError> {
+        let inner = VringMutex::new(memory.clone(), max_queue_size)?;
+        MAKING.with_borrow_mut(|making| {
+            let making = making.as_mut().ok_or(VirtQueueError::QueueNotReady)?;
+            let vring = Self {
+                index: u16::try_from(making.rings.len())
+                    .map_err(|_| VirtQueueError::QueueNotReady)?,
+                context: Arc::clone(&making.context),
+                memory,
+                inner,
+                ring: Arc::new(Mutex::new(Ring {
+                    phase: Phase::Idle,
+                    ready: false,
+                    enabled: false,
+                    size: None,
+                    rings: None,
+                    kick: None,
+                    call: None,
+                    features: 0,
+                })),
+            };
+            making.rings.push(vring.clone());
+            Ok(vring)
+        })
+    }
+
+    fn get_ref(&self) -> MutexGuard<'_, VringState<ConnectionMemory>> {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState<ConnectionMemory>> {
+        self.inner.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), VirtQueueError> {
+        self.inner.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        if let Some(call) = &self.lock().call {
+            call.signal();
+        }
+        Ok(())
+    }
+
+    fn enable_notification(&self) -> Result<bool, VirtQueueError> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), VirtQueueError> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, VirtQueueError> {
+        self.inner.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+        let mut ring = self.lock();
+        ring.enabled = enabled;
+        self.update(&mut ring);
+    }
+
+    fn set_queue_info(
+        &self,
+        desc_table: u64,
+        avail_ring: u64,
+        used_ring: u64,
+    ) -> Result<(), VirtQueueError> {
+        self.inner
+            .set_queue_info(desc_table, avail_ring, used_ring)?;
+        let mut ring = self.lock();
+        ring.rings = Some(RingAddresses {
+            descriptors: desc_table,
+            available: avail_ring,
+            used: used_ring,
+        });
+        self.update(&mut ring);
+        Ok(())
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.inner.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.inner.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.inner.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, VirtQueueError> {
+        self.inner.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        let max = self.context.device.options().queue_size;
+        let valid = num.is_power_of_two() && num <= max;
+        let mut ring = self.lock();
+        // The crate keeps its old size when the new one is impossible; we run without one.
+        ring.size = valid.then_some(num);
+        if valid {
+            self.inner.set_queue_size(num);
+        } else {
+            warn!(queue = self.index, size = num, "impossible queue size");
+        }
+        self.update(&mut ring);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        // The worker learns it from the features.
+        self.inner.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.inner.set_queue_ready(ready);
+        let mut ring = self.lock();
+        ring.ready = ready;
+        if ready {
+            self.update(&mut ring);
+        }
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        let copy = file.as_ref().map(File::try_clone).transpose();
+        let kick = match copy {
+            Ok(copy) => copy.map(|copy| Arc::new(Kick::new(copy))),
+            Err(error) => {
+                warn!(queue = self.index, %error, "no descriptor left for the queue's kick");
+                self.inner.set_kick(None);
+                return;
+            }
+        };
+        self.inner.set_kick(file);
+        let mut ring = self.lock();
+        ring.kick = kick;
+        if let (Phase::Running | Phase::Paused, Some(kick)) = (ring.phase, &ring.kick) {
+            self.send(QueueCommand::SetKick {
+                queue: self.index,
+                kick: Arc::clone(kick),
+            });
+        }
+        self.update(&mut ring);
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        let ring = self.lock();
+        if let Some(kick) = &ring.kick {
+            kick.drain();
+        }
+        Ok(ring.enabled)
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        let call = file.map(|file| Arc::new(Call::new(file)));
+        if let Some(call) = &call {
+            // Clients rely on it, running or not: something may have been used before.
+            call.signal();
+        }
+        let mut ring = self.lock();
+        ring.call.clone_from(&call);
+        if ring.phase != Phase::Idle {
+            let queue = self.index;
+            self.send(QueueCommand::SetCall { queue, call });
+        }
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.inner.set_err(file);
+    }
+}
