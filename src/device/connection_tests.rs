@@ -16,6 +16,7 @@ use crate::device::config_space::feature;
 use crate::device::test_support::{
     DriverRing, TestDisk, TestWorker, device, options, write_header,
 };
+use crate::device::{PublishOrder, QueueCommand, WorkerMailbox};
 
 const MEMORY_BYTES: u64 = 0x20_0000;
 const DATA: u64 = 0x10_0000;
@@ -426,7 +427,6 @@ fn shutdown_stops_queues_and_is_announced() {
 #[test]
 fn private_socket_holds_our_connection_and_no_other() {
     let (listener, private) = private_socket().unwrap();
-    let addr = listener.local_addr().unwrap();
     let intruder = socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
@@ -441,5 +441,83 @@ fn private_socket_holds_our_connection_and_no_other() {
     let mut got = [0u8; 4];
     std::io::Read::read_exact(&mut &accepted, &mut got).unwrap();
     assert_eq!(&got, b"ours");
-    drop(addr);
+}
+
+/// A worker that does nothing by itself.
+#[derive(Default)]
+struct Recorder(std::sync::Mutex<Vec<QueueCommand>>);
+
+impl WorkerMailbox for Recorder {
+    fn send(&self, command: QueueCommand) {
+        match command {
+            QueueCommand::Memory { ack, .. } => ack.send(()),
+            command => self.0.lock().unwrap().push(command),
+        }
+    }
+}
+
+#[test]
+fn stopping_a_ring_waits_for_its_worker_and_answers_its_position() {
+    let recorder = Arc::new(Recorder::default());
+    let worker = Arc::clone(&recorder) as Arc<dyn WorkerMailbox>;
+    let device = Device::new(options(), PublishOrder::Ring, vec![worker]).unwrap();
+    let mut vmm = Vmm::connect(&Arc::new(device));
+    vmm.negotiate(feature::EVENT_IDX);
+    vmm.send_memory();
+    vmm.start_ring(2, &DriverRing::new(0, 16), 0);
+    wait_for("the start", || !recorder.0.lock().unwrap().is_empty());
+    let start = recorder.0.lock().unwrap().remove(0);
+    let QueueCommand::Start { queue, setup, .. } = start else {
+        panic!("{start:?}");
+    };
+    assert_eq!((queue, setup.index, setup.size), (2, 2, 16));
+    assert_ne!(setup.features & feature::EVENT_IDX, 0);
+    assert!(setup.call.is_some());
+
+    let mut frontend = vmm.frontend.clone();
+    let stop = thread::spawn(move || frontend_base(&mut frontend));
+    wait_for("the stop", || !recorder.0.lock().unwrap().is_empty());
+    thread::sleep(Duration::from_millis(30));
+    assert!(!stop.is_finished(), "requests are still being completed");
+    let command = recorder.0.lock().unwrap().remove(0);
+    let QueueCommand::Stop { queue: 2, ack } = command else {
+        panic!("{command:?}");
+    };
+    ack.send(1234);
+    assert_eq!(stop.join().unwrap(), 1234);
+}
+
+fn frontend_base(frontend: &mut Frontend) -> u32 {
+    frontend.get_vring_base(2).unwrap()
+}
+
+#[test]
+fn ring_starts_when_all_is_there_whatever_the_order() {
+    let (device, disk, _workers) = setup(1);
+    let mut vmm = Vmm::connect(&device);
+    vmm.negotiate(0);
+    let kick = EventFd::new(0).unwrap();
+    vmm.frontend.set_vring_kick(0, &kick).unwrap();
+    vmm.frontend.set_vring_enable(0, true).unwrap();
+    vmm.frontend.get_features().unwrap();
+    assert_eq!(disk.commands.lock().unwrap().len(), 0, "no rings, no size");
+    vmm.send_memory();
+    let mut ring = DriverRing::new(0, 16);
+    let wires = vmm.start_ring(0, &ring, 0);
+    assert_eq!(submit(&vmm, &mut ring, Some(&wires.kick), 0, 0), 0);
+    let commands = disk.commands.lock().unwrap();
+    let starts = commands.iter().filter(|name| *name == "Start").count();
+    assert_eq!(starts, 1, "{commands:?}");
+}
+
+#[test]
+fn connection_without_a_worker_ends_and_says_so() {
+    let mailbox = Arc::new(crate::device::Mailbox::<QueueCommand>::new().unwrap());
+    mailbox.close();
+    let device = Device::new(options(), PublishOrder::Ring, vec![mailbox]).unwrap();
+    let mut vmm = Vmm::connect(&Arc::new(device));
+    vmm.negotiate(0);
+    vmm.send_memory();
+    assert!(vmm.frontend.get_features().is_err());
+    assert!(matches!(vmm.handle.join(), ConnectionEnd::Worker(_)));
 }

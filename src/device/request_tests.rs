@@ -457,7 +457,7 @@ fn discard_and_write_zeroes_have_the_statuses_of_qemu() {
         let (parsed, request) = parse_segments(rules, *kind, segments, *len);
         let expected = refused.map_or(Parsed::Request, Parsed::Answer);
         assert_eq!(parsed, expected, "type {kind} {segments:?} len {len}");
-        if *refused == None {
+        if refused.is_none() {
             assert_eq!(request.segments().len(), segments.len());
         }
     }
