@@ -236,12 +236,18 @@ impl fmt::Debug for ReplicaSet {
     }
 }
 
+impl Extend<ReplicaId> for ReplicaSet {
+    fn extend<I: IntoIterator<Item = ReplicaId>>(&mut self, replicas: I) {
+        for replica in replicas {
+            self.insert(replica);
+        }
+    }
+}
+
 impl FromIterator<ReplicaId> for ReplicaSet {
     fn from_iter<I: IntoIterator<Item = ReplicaId>>(replicas: I) -> Self {
         let mut set = Self::EMPTY;
-        for replica in replicas {
-            set.insert(replica);
-        }
+        set.extend(replicas);
         set
     }
 }

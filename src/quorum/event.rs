@@ -91,6 +91,13 @@ pub enum Event {
         /// From the reply.
         request: RequestId,
     },
+    /// The reply to this request has to wait for the publication of an earlier request of the same
+    /// queue (rule Q3). Owed at most once, between the reply and [`Event::Published`], whenever
+    /// publication does not follow at once: the two requests could wait for each other.
+    Deferred {
+        /// From the reply.
+        request: RequestId,
+    },
     /// Nothing but the passing of time. Owed when [`Lane::deadline`](super::Lane::deadline) has
     /// passed; harmless at any other moment.
     Tick,
@@ -200,8 +207,15 @@ pub enum Status {
 pub enum Wakeup {
     /// A range lock was granted to the holder of this ticket.
     Granted(LockTicket),
-    /// The flush run `run` has ended, or the next one is yours to start.
-    Flush,
+    /// A flush run that covers requests of this lane is this lane's to begin.
+    FlushStart,
+    /// A flush run that covers requests of this lane has ended.
+    FlushDone {
+        /// Number of the run.
+        run: u64,
+        /// Whether the rule for success held (rule F2).
+        ok: bool,
+    },
 }
 
 /// Names a lock request to the lane that made it.

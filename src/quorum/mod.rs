@@ -7,11 +7,28 @@
 
 mod buffers;
 mod event;
+mod flush_gate;
+mod lane;
+mod membership;
+mod mutation;
+mod order;
 mod policy;
+mod shared;
+mod slab;
+mod sync;
+mod unresolved;
+mod vote;
 
 pub use buffers::{Buffers, Purpose};
 pub use event::{
     Action, BadCause, BehindCause, BufferId, During, Event, LaneId, LockTicket, OpId, Operation,
     OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
 };
+pub use lane::{Lane, LaneCounters};
+pub use membership::Membership;
+#[cfg(test)]
+pub use mutation::Mutation;
+pub use order::{LockMode, Order};
 pub use policy::{Geometry, Policy, PolicyError, ReadPattern};
+pub use shared::Shared;
+pub use vote::{Ballot, Ballots, Rule};

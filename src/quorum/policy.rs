@@ -51,7 +51,7 @@ impl Geometry {
     ) -> Result<Self, PolicyError> {
         assert!(block_sectors.is_power_of_two() && block_sectors <= 8);
         if sectors == 0
-            || sectors % u64::from(block_sectors) != 0
+            || !sectors.is_multiple_of(u64::from(block_sectors))
             || sectors > i64::MAX as u64 / 512
         {
             return Err(PolicyError::Size {
@@ -83,6 +83,12 @@ impl Geometry {
     pub fn request_sectors_max(&self) -> u32 {
         let extent = 1u64 << self.extent_shift;
         REQUEST_SECTORS_MAX.min(u32::try_from(extent).unwrap_or(REQUEST_SECTORS_MAX))
+    }
+
+    /// Extents have `2^extent_shift` sectors.
+    #[must_use]
+    pub fn extent_shift(&self) -> u32 {
+        self.extent_shift
     }
 
     /// Number of extents.

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Memory that the kernel may read and write, and the ring it is told through.
+//!
+//! Nothing here knows what a sector or a vote is. The parts:
+//!
+//! - [`Pool`]: one mapping cut into buffers, last in first out; the [`Buffers`](crate::quorum::Buffers)
+//!   of a lane.
+//! - [`Ring`]: io_uring, one system call a batch.
+//! - [`zeroes`]: memory that is zero and stays zero.
+
+mod arena;
+mod buddy;
+mod pool;
+mod ring;
+pub mod zeroes;
+
+pub use buddy::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN};
+pub use pool::{Access, Pool, PoolError};
+pub use ring::{Completion, Ring, RingError};

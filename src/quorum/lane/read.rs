@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Reads: ask, compare, reply at T equal, look at late ballots too (rules V1-V7).
+
+use super::super::event::{During, OperationKind, Outcome, Status, Tag};
+use super::super::mutation::broken;
+use super::super::order::ReadStamp;
+use super::super::policy::ReadPattern;
+use super::super::vote::{Ballots, Rule};
+use super::super::{Buffers, LockMode, Purpose};
+use super::settle::{Matter, Purpose as SettlePurpose};
+use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
+use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange};
+
+/// One read among this many asks a slow replica all the same, to see whether it is back.
+const PROBE_EVERY: u64 = 64;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// Waits for buffers.
+    Starved,
+    /// Has buffers and waits for its lock.
+    Locking,
+    /// Operations are out, no reply yet.
+    Asking,
+    /// Replied; stragglers may be out.
+    Replied,
+}
+
+/// A read in flight.
+pub(super) struct Read {
+    tag: Tag,
+    range: SectorRange,
+    phase: Phase,
+    locked: bool,
+    published: bool,
+    /// Every replica that was asked.
+    asked: ReplicaSet,
+    /// Those that have not answered.
+    pending: ReplicaSet,
+    /// Those that answered with data.
+    good: ReplicaSet,
+    /// Those that answered with an error: no vote (rule V4).
+    failed: ReplicaSet,
+    /// The ballot the others are compared with; after the reply, the one that was returned.
+    reference: Option<ReplicaId>,
+    /// Ballots equal to the reference, itself included.
+    agreeing: usize,
+    /// A ballot differs from the reference.
+    differs: bool,
+    stamp: Option<ReadStamp>,
+    ballots: ReplicaBuffers,
+}
+
+impl Read {
+    /// Compares the ballot of `replica` with the reference, on all bytes.
+    fn count_ballot<B: Buffers>(&mut self, buffers: &B, replica: ReplicaId) {
+        self.good.insert(replica);
+        let Some(reference) = self.reference else {
+            self.reference = Some(replica);
+            self.agreeing = 1;
+            return;
+        };
+        let len = self.range.len_bytes();
+        let ours = &buffers.bytes(self.ballots.of(reference))[..len];
+        if ours == &buffers.bytes(self.ballots.of(replica))[..len] {
+            self.agreeing += 1;
+        } else {
+            self.differs = true;
+        }
+    }
+
+    /// If every sector has a winner among the ballots that are in, puts the winners together in
+    /// the reference ballot. T equal votes are final, whoever is still out (rule V2).
+    fn assemble<B: Buffers>(&mut self, buffers: &mut B, threshold: usize) -> bool {
+        let Some(reference) = self.reference else {
+            return false;
+        };
+        let sectors = self.range.count() as usize;
+        let mut ballots = Ballots::new();
+        for replica in self.good.iter() {
+            ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
+        }
+        let rule = Rule::Threshold(threshold);
+        let winners: Vec<ReplicaSet> = (0..sectors).map(|i| ballots.elect(i, rule)).collect();
+        if winners.iter().any(|winner| winner.is_empty()) {
+            return false;
+        }
+        for (index, winner) in winners.iter().enumerate() {
+            if !winner.contains(reference)
+                && let Some(source) = winner.iter().next()
+            {
+                copy_sector(buffers, self.ballots, source, reference, index);
+            }
+        }
+        true
+    }
+}
+
+fn copy_sector<B: Buffers>(
+    buffers: &mut B,
+    ballots: ReplicaBuffers,
+    from: ReplicaId,
+    to: ReplicaId,
+    index: usize,
+) {
+    let at = index * SECTOR_LEN..(index + 1) * SECTOR_LEN;
+    let mut sector = [0u8; SECTOR_LEN];
+    sector.copy_from_slice(&buffers.bytes(ballots.of(from))[at.clone()]);
+    buffers.bytes_mut(ballots.of(to))[at].copy_from_slice(&sector);
+}
+
+impl Lane {
+    fn read_mut(&mut self, slot: SlotId) -> &mut Read {
+        match self.activities.get_mut(slot) {
+            Some(Activity::Read(read)) => read,
+            _ => unreachable!("the slot holds a read"),
+        }
+    }
+
+    pub(super) fn read_begin<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        tag: Tag,
+        range: SectorRange,
+    ) {
+        let slot = self.activities.insert(Activity::Read(Read {
+            tag,
+            range,
+            phase: Phase::Starved,
+            locked: false,
+            published: false,
+            asked: ReplicaSet::EMPTY,
+            pending: ReplicaSet::EMPTY,
+            good: ReplicaSet::EMPTY,
+            failed: ReplicaSet::EMPTY,
+            reference: None,
+            agreeing: 0,
+            differs: false,
+            stamp: None,
+            ballots: ReplicaBuffers::default(),
+        }));
+        if !self.starved.is_empty() || !self.read_take_buffers(turn, slot) {
+            self.counters.starved += 1;
+            self.starved.push_back(slot);
+        }
+    }
+
+    /// Buffers first, then the lock: a read that held a lock while it waits for buffers could
+    /// wait for writes that hold the buffers and wait for the lock.
+    pub(super) fn read_take_buffers<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+    ) -> bool {
+        let range = self.read_mut(slot).range;
+        let asked = self.whom_to_ask(turn, range);
+        let taken = ReplicaBuffers::take(turn.buffers, asked, range.len_bytes(), Purpose::Guest);
+        let Some(ballots) = taken else { return false };
+        let read = self.read_mut(slot);
+        read.ballots = ballots;
+        read.asked = asked;
+        read.phase = Phase::Locking;
+        // Rule L1: with T equal votes required a read cannot be wrong without a lock.
+        let policy = &turn.shared.policy;
+        let lockless = policy.majority() && policy.read_pattern == ReadPattern::Quorum;
+        if !lockless {
+            self.read_mut(slot).locked = true;
+            if !self.lock(turn, slot, range, LockMode::Shared) {
+                return true;
+            }
+        }
+        self.read_ask(turn, slot);
+        true
+    }
+
+    fn whom_to_ask<B: Buffers>(&mut self, turn: &Turn<'_, B>, range: SectorRange) -> ReplicaSet {
+        let shared = turn.shared;
+        let policy = &shared.policy;
+        let mut asked = shared
+            .membership
+            .current(shared.geometry.extent_of(range.start()));
+        if broken!(shared, BehindVotes) {
+            asked = shared.membership.replicas();
+        }
+        if policy.read_pattern == ReadPattern::Fifo {
+            return asked.iter().take(1).collect();
+        }
+        if !policy.majority() {
+            return asked;
+        }
+        for replica in asked.iter() {
+            if self.stragglers[replica.index()] > STRAGGLERS_MAX && asked.count() > policy.threshold
+            {
+                self.counters.reads_without_laggard += 1;
+                if !self
+                    .counters
+                    .reads_without_laggard
+                    .is_multiple_of(PROBE_EVERY)
+                {
+                    asked.remove(replica);
+                }
+            }
+        }
+        asked
+    }
+
+    pub(super) fn read_ask<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let read = self.read_mut(slot);
+        let range = read.range;
+        let current = shared
+            .membership
+            .current(shared.geometry.extent_of(range.start()));
+        if !broken!(shared, BehindVotes) {
+            // Somebody may have been marked while this read waited.
+            read.asked = read.asked.intersection(current);
+        }
+        let fifo = shared.policy.read_pattern == ReadPattern::Fifo;
+        let needed = if fifo { 1 } else { shared.policy.threshold };
+        let asked = read.asked;
+        if shared.unresolved.touches(range) {
+            let tag = self.read_drop(turn, slot);
+            let matter = Matter {
+                purpose: SettlePurpose::Resolve,
+                range,
+                during: During::Read,
+            };
+            self.settle_begin(turn, matter, Some(tag));
+            return;
+        }
+        if asked.count() < needed {
+            let tag = self.read_drop(turn, slot);
+            self.refuse(turn, tag, range, During::Read);
+            return;
+        }
+        let read = self.read_mut(slot);
+        read.phase = Phase::Asking;
+        read.pending = asked;
+        read.stamp = Some(shared.order.read_stamp(range));
+        let ballots = read.ballots;
+        for replica in asked.iter() {
+            let buffer = ballots.of(replica);
+            turn.submit(slot, replica, OperationKind::Read { range, buffer });
+        }
+    }
+
+    pub(super) fn read_completed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+        outcome: Outcome,
+    ) {
+        let late_ignored = broken!(turn.shared, LateBallotsIgnored);
+        let read = self.read_mut(slot);
+        assert!(
+            read.pending.contains(replica),
+            "one answer from each replica asked"
+        );
+        read.pending.remove(replica);
+        let replied = read.phase == Phase::Replied;
+        match outcome {
+            Outcome::Done if replied && (read.differs || late_ignored) => {
+                read.good.insert(replica);
+            }
+            Outcome::Done => read.count_ballot(turn.buffers, replica),
+            Outcome::Short { .. } | Outcome::Failed { .. } => read.failed.insert(replica),
+        }
+        if replied {
+            let stragglers = &mut self.stragglers[replica.index()];
+            *stragglers = stragglers
+                .checked_sub(1)
+                .expect("every straggler was counted");
+        } else {
+            self.read_decide(turn, slot);
+        }
+        self.read_wind_up(turn, slot);
+    }
+
+    /// Replies, asks the next one (fifo) or goes to arbitration, if the answers so far allow it.
+    fn read_decide<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let policy = &shared.policy;
+        let fifo = policy.read_pattern == ReadPattern::Fifo;
+        let mut threshold = if fifo { 1 } else { policy.threshold };
+        if broken!(shared, EarlyReplyBelowThreshold) {
+            threshold = (threshold - 1).max(1);
+        }
+        let read = self.read_mut(slot);
+        // Rule V3: without a majority all must answer and agree; anything else is arbitrated.
+        let early = fifo || policy.majority();
+        let agreed = if early {
+            read.agreeing >= threshold
+        } else {
+            read.pending.is_empty() && !read.differs && read.agreeing >= threshold
+        };
+        // A verifier does not put sectors together: a difference stops it.
+        let mixed = || early && !policy.blkverify;
+        if agreed
+            || (read.differs && mixed() && {
+                let buffers = &mut *turn.buffers;
+                read.assemble(buffers, threshold)
+            })
+        {
+            self.read_reply(turn, slot);
+            return;
+        }
+        if !read.pending.is_empty() {
+            return;
+        }
+        if fifo && self.read_ask_next(turn, slot) {
+            return;
+        }
+        let range = self.read_mut(slot).range;
+        let tag = self.read_drop(turn, slot);
+        if broken!(shared, NoArbitration) {
+            self.refuse(turn, tag, range, During::Read);
+            return;
+        }
+        // Rule V5: once more under the exclusive lock before anything is reported.
+        let matter = Matter {
+            purpose: SettlePurpose::Arbitrate,
+            range,
+            during: During::Read,
+        };
+        self.settle_begin(turn, matter, Some(tag));
+    }
+
+    /// Fifo: asks the next current replica after an error. Returns whether there was one.
+    fn read_ask_next<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) -> bool {
+        let read = self.read_mut(slot);
+        let range = read.range;
+        let current = turn
+            .shared
+            .membership
+            .current(turn.shared.geometry.extent_of(range.start()));
+        let next = current.minus(read.asked).iter().next();
+        let used = read
+            .asked
+            .iter()
+            .find_map(|r| read.ballots.0[r.index()].take());
+        let (Some(next), Some(buffer)) = (next, used) else {
+            turn.give(used);
+            return false;
+        };
+        read.ballots.0[next.index()] = Some(buffer);
+        read.asked.insert(next);
+        read.pending.insert(next);
+        turn.submit(slot, next, OperationKind::Read { range, buffer });
+        true
+    }
+
+    fn read_reply<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let read = self.read_mut(slot);
+        let (tag, range, locked, pending) = (read.tag, read.range, read.locked, read.pending);
+        let reference = read.reference.expect("who is agreed with is there");
+        let data = read.ballots.of(reference);
+        read.phase = Phase::Replied;
+        read.locked = false;
+        for replica in pending.iter() {
+            self.stragglers[replica.index()] += 1;
+        }
+        if !pending.is_empty() {
+            self.counters.early_replies += 1;
+        }
+        self.reply(turn, slot, tag, Status::Ok, Some(data));
+        if locked {
+            self.unlock(turn, slot, range);
+        }
+        if broken!(turn.shared, BuffersGivenBackEarly) {
+            let read = self.read_mut(slot);
+            for replica in read.pending.iter() {
+                turn.buffers.give(read.ballots.of(replica));
+            }
+        }
+    }
+
+    pub(super) fn read_published<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let read = self.read_mut(slot);
+        assert!(
+            read.phase == Phase::Replied && !read.published,
+            "published once, after the reply"
+        );
+        read.published = true;
+        // Stragglers are compared with the reference; the rest is free.
+        let mut kept = read.pending;
+        kept.extend(read.reference);
+        read.ballots.give_except(turn.buffers, kept);
+        self.read_wind_up(turn, slot);
+    }
+
+    /// Ends the activity once all answers are in and the reply is published, and sees to it that
+    /// what was found wrong is looked at (rules V4, V7).
+    fn read_wind_up<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let Some(Activity::Read(read)) = self.activities.get_mut(slot) else {
+            return;
+        };
+        if read.phase != Phase::Replied || !read.pending.is_empty() || !read.published {
+            return;
+        }
+        let range = read.range;
+        let stamp = read.stamp.expect("taken before anybody was asked");
+        let unexplained = read.differs && turn.shared.order.undisturbed(range, stamp);
+        let suspicious = !read.failed.is_empty() || unexplained;
+        if broken!(turn.shared, BuffersGivenBackEarly) {
+            self.activities.remove(slot);
+        } else {
+            self.read_drop(turn, slot);
+        }
+        if suspicious {
+            let matter = Matter {
+                purpose: SettlePurpose::Arbitrate,
+                range,
+                during: During::Read,
+            };
+            self.settle_in_background(turn, matter);
+        }
+    }
+
+    /// Gives everything back and forgets the read.
+    fn read_drop<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) -> Tag {
+        let Activity::Read(mut read) = self.activities.remove(slot) else {
+            unreachable!("the slot holds a read")
+        };
+        assert!(
+            read.pending.is_empty(),
+            "buffers are not given back under an operation (V7)"
+        );
+        read.ballots.give_all(turn.buffers);
+        if read.locked {
+            self.unlock(turn, slot, read.range);
+        }
+        read.tag
+    }
+}

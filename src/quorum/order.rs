@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Order among overlapping requests of all lanes: range locks (rules L1-L5).
+//!
+//! Requests lie in one extent, and an extent belongs to one shard, so a request takes exactly one
+//! short mutex. A shard keeps its locks in the order of arrival; a lock is granted once nothing
+//! that arrived before it conflicts with it, so a waiting exclusive lock bars those behind it.
+//! A lane that must wait is woken by the lane that releases.
+//!
+//! Two modes exist because of publication in ring order (rule Q3). A write that is complete but
+//! waits for an earlier request of its queue to be published keeps later *writes* out (rule L3).
+//! The earlier request may be a read that has to be settled in the very same sectors: it would
+//! wait for the write and the write for it. So the write is [deferred](Order::defer), and a
+//! settlement, which never changes what the sectors mean, passes deferred writes and everybody
+//! who waits for them.
+
+use super::event::{LaneId, LockTicket};
+use super::sync::{AtomicU64, Mutex, Ordering, fence};
+use crate::units::SectorRange;
+
+/// Shards; a power of two. Enough that a few workers seldom meet in one.
+const SHARDS: usize = 128;
+
+/// How a range is held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LockMode {
+    /// Beside other shared holders.
+    Shared,
+    /// Alone: a guest's write.
+    Exclusive,
+    /// Alone but for deferred writes, and before all that wait: a settlement.
+    Settle,
+    /// What an exclusive lock becomes when its write is complete and not yet published.
+    Deferred,
+}
+
+impl LockMode {
+    fn excludes(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Shared, Self::Shared | Self::Deferred)
+            | (Self::Deferred, Self::Shared | Self::Settle | Self::Deferred)
+            | (Self::Settle, Self::Deferred) => false,
+            (Self::Shared, Self::Exclusive | Self::Settle)
+            | (Self::Deferred, Self::Exclusive)
+            | (Self::Settle, Self::Shared | Self::Exclusive | Self::Settle)
+            | (Self::Exclusive, _) => true,
+        }
+    }
+
+    /// Whether ballots read under it by others may differ because of the holder.
+    fn disturbs(self) -> bool {
+        matches!(self, Self::Exclusive | Self::Settle)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Lock {
+    range: SectorRange,
+    mode: LockMode,
+    granted: bool,
+    lane: LaneId,
+    ticket: LockTicket,
+}
+
+impl Lock {
+    fn conflicts(&self, range: SectorRange, mode: LockMode) -> bool {
+        self.mode.excludes(mode) && self.range.overlaps(range)
+    }
+
+    fn is_settle(&self) -> bool {
+        self.mode == LockMode::Settle
+    }
+
+    /// Whether this lock has to wait for `other`, which arrived `before` it or after it.
+    /// Settlements wait for holders only; everybody else also for those who came before and for
+    /// settlements.
+    fn is_barred_by(&self, other: &Self, before: bool) -> bool {
+        let counts = other.granted || !self.is_settle() && (before || other.is_settle());
+        counts && other.ticket_of() != self.ticket_of() && other.conflicts(self.range, self.mode)
+    }
+
+    fn ticket_of(&self) -> (LaneId, LockTicket) {
+        (self.lane, self.ticket)
+    }
+}
+
+/// A cache line pair of its own, so that lanes at work in different shards do not slow each other.
+#[repr(align(128))]
+struct Shard {
+    /// Exclusive locks ever granted here. Raised before anything is written under the lock.
+    exclusive_granted: AtomicU64,
+    /// Exclusive locks ever released here.
+    exclusive_released: AtomicU64,
+    locks: Mutex<Vec<Lock>>,
+}
+
+impl Shard {
+    /// Grants what overlaps `range` and nothing bars any more; settlements first.
+    fn grant(&self, locks: &mut [Lock], range: SectorRange, woken: &mut Vec<(LaneId, LockTicket)>) {
+        for settling in [true, false] {
+            for index in 0..locks.len() {
+                let waiter = locks[index];
+                if waiter.granted
+                    || waiter.is_settle() != settling
+                    || !waiter.range.overlaps(range)
+                    || locks
+                        .iter()
+                        .enumerate()
+                        .any(|(at, lock)| waiter.is_barred_by(lock, at < index))
+                {
+                    continue;
+                }
+                locks[index].granted = true;
+                if waiter.mode.disturbs() {
+                    self.exclusive_granted.fetch_add(1, Ordering::AcqRel);
+                }
+                woken.push((waiter.lane, waiter.ticket));
+            }
+        }
+    }
+}
+
+fn position(locks: &[Lock], lane: LaneId, ticket: LockTicket) -> usize {
+    locks
+        .iter()
+        .position(|lock| lock.lane == lane && lock.ticket == ticket)
+        .expect("who holds a lock is in its shard")
+}
+
+/// What a read without a lock remembers of its beginning (rule V7).
+#[derive(Clone, Copy, Debug)]
+pub struct ReadStamp {
+    granted: u64,
+    quiet: bool,
+}
+
+/// The range locks of a disk, shared by its lanes.
+pub struct Order {
+    shards: Box<[Shard]>,
+    extent_shift: u32,
+}
+
+impl Order {
+    /// Locks for a disk whose extents have `2^extent_shift` sectors.
+    #[must_use]
+    pub fn new(extent_shift: u32) -> Self {
+        let shards = (0..SHARDS)
+            .map(|_| Shard {
+                exclusive_granted: AtomicU64::new(0),
+                exclusive_released: AtomicU64::new(0),
+                // More locks at once than this in one shard are exceptional; the vector grows then.
+                locks: Mutex::new(Vec::with_capacity(64)),
+            })
+            .collect();
+        Self {
+            shards,
+            extent_shift,
+        }
+    }
+
+    fn shard(&self, range: SectorRange) -> &Shard {
+        let extent = range.start() >> self.extent_shift;
+        debug_assert_eq!(
+            extent,
+            (range.end() - 1) >> self.extent_shift,
+            "one extent, one shard"
+        );
+        // Neighbouring extents land in neighbouring shards; that spreads sequential work too.
+        let shard = usize::try_from(extent % SHARDS as u64).expect("below SHARDS");
+        &self.shards[shard]
+    }
+
+    /// Queues for `range`. Returns whether the lock is held now; otherwise some later
+    /// [`Order::release`] returns the ticket.
+    pub fn acquire(
+        &self,
+        range: SectorRange,
+        mode: LockMode,
+        lane: LaneId,
+        ticket: LockTicket,
+    ) -> bool {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let mut lock = Lock {
+            range,
+            mode,
+            granted: false,
+            lane,
+            ticket,
+        };
+        lock.granted = !locks.iter().any(|other| lock.is_barred_by(other, true));
+        if lock.granted && mode.disturbs() {
+            shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
+        }
+        locks.push(lock);
+        lock.granted
+    }
+
+    /// The write under this exclusive lock is complete on all current copies but not yet
+    /// published. Keeps other writes out until the release.
+    pub fn defer(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let index = position(&locks, lane, ticket);
+        let held = &mut locks[index];
+        assert!(
+            held.granted && held.mode == LockMode::Exclusive,
+            "once, by its holder"
+        );
+        held.mode = LockMode::Deferred;
+        shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        shard.grant(&mut locks, range, woken);
+    }
+
+    /// Gives a granted lock back and appends those that are granted because of it.
+    ///
+    /// # Panics
+    /// If the lock is not held: a broken invariant (I10).
+    pub fn release(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let held = position(&locks, lane, ticket);
+        let gone = locks.remove(held);
+        assert!(gone.granted, "a lock is released by its holder (I10)");
+        assert_eq!(gone.range, range, "a lock is released as it was taken");
+        if gone.mode.disturbs() {
+            shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        }
+        shard.grant(&mut locks, range, woken);
+    }
+
+    /// Taken before a read without a lock is submitted.
+    #[must_use]
+    pub fn read_stamp(&self, range: SectorRange) -> ReadStamp {
+        let shard = self.shard(range);
+        // Released first: if the two are equal, every lock granted so far was released before.
+        let released = shard.exclusive_released.load(Ordering::Acquire);
+        let granted = shard.exclusive_granted.load(Ordering::Acquire);
+        ReadStamp {
+            granted,
+            quiet: released == granted,
+        }
+    }
+
+    /// Whether no exclusive lock was held near `range` at any moment since `stamp` was taken. Only
+    /// then does a difference among the ballots of such a read mean anything (rule V7).
+    #[must_use]
+    pub fn undisturbed(&self, range: SectorRange, stamp: ReadStamp) -> bool {
+        fence(Ordering::SeqCst);
+        stamp.quiet && self.shard(range).exclusive_granted.load(Ordering::Acquire) == stamp.granted
+    }
+
+    /// Number of locks held or waited for.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.shards
+            .iter()
+            .map(|s| s.locks.lock().expect("no panic under this lock").len())
+            .sum()
+    }
+
+    /// Whether no lock is held or waited for.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, count: u32) -> SectorRange {
+        SectorRange::new(start, count).unwrap()
+    }
+
+    fn ticket(n: u64) -> LockTicket {
+        LockTicket(n)
+    }
+
+    const LANE: LaneId = LaneId(0);
+
+    #[test]
+    fn acquire_disjoint_ranges_are_granted() {
+        let order = Order::new(11);
+        assert!(order.acquire(range(0, 8), LockMode::Exclusive, LANE, ticket(1)));
+        assert!(order.acquire(range(8, 8), LockMode::Exclusive, LANE, ticket(2)));
+        assert!(!order.acquire(range(7, 2), LockMode::Shared, LANE, ticket(3)));
+    }
+
+    #[test]
+    fn waiting_exclusive_bars_later_shared() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        assert!(order.acquire(range(0, 8), LockMode::Shared, LANE, ticket(1)));
+        assert!(!order.acquire(range(0, 8), LockMode::Exclusive, LANE, ticket(2)));
+        assert!(!order.acquire(range(0, 8), LockMode::Shared, LANE, ticket(3)));
+        order.release(range(0, 8), LANE, ticket(1), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(2))]);
+        woken.clear();
+        order.release(range(0, 8), LANE, ticket(2), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(3))]);
+    }
+
+    #[test]
+    fn read_stamp_notices_a_write_before_during_and_after() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        let r = range(0, 8);
+        let before = order.read_stamp(r);
+        assert!(order.undisturbed(r, before));
+        assert!(order.acquire(r, LockMode::Exclusive, LANE, ticket(1)));
+        assert!(!order.undisturbed(r, before));
+        let during = order.read_stamp(r);
+        order.release(r, LANE, ticket(1), &mut woken);
+        assert!(!order.undisturbed(r, during));
+        assert!(!order.undisturbed(r, before));
+        let after = order.read_stamp(r);
+        assert!(order.undisturbed(r, after));
+    }
+
+    #[test]
+    fn settle_passes_a_deferred_write_and_who_waits_for_it() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        let r = range(0, 8);
+        assert!(order.acquire(r, LockMode::Exclusive, LANE, ticket(1)));
+        assert!(!order.acquire(r, LockMode::Exclusive, LANE, ticket(2)));
+        assert!(!order.acquire(r, LockMode::Settle, LANE, ticket(3)));
+        order.defer(r, LANE, ticket(1), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(3))]);
+        woken.clear();
+        // The write that waits is kept out by both.
+        order.release(r, LANE, ticket(1), &mut woken);
+        assert!(woken.is_empty());
+        order.release(r, LANE, ticket(3), &mut woken);
+        assert_eq!(woken, [(LANE, ticket(2))]);
+    }
+
+    proptest::proptest! {
+        /// Against the obvious model: a list in arrival order, in which a lock is held when
+        /// nothing before it conflicts.
+        #[test]
+        fn order_agrees_with_naive_model(
+            steps in proptest::collection::vec((0u64..24, 1u32..8, 0u8..3, 0usize..64), 1..120)
+        ) {
+            let order = Order::new(11);
+            let mut model: Vec<(SectorRange, LockMode, LockTicket)> = Vec::new();
+            let held = |model: &[(SectorRange, LockMode, LockTicket)], at: usize| {
+                !model[..at].iter().any(|(r, m, _)| {
+                    r.overlaps(model[at].0)
+                        && (*m == LockMode::Exclusive || model[at].1 == LockMode::Exclusive)
+                })
+            };
+            for (n, (start, count, mode, pick)) in (0u64..).zip(steps) {
+                let holders: Vec<usize> = (0..model.len()).filter(|&i| held(&model, i)).collect();
+                if mode == 2 && !holders.is_empty() {
+                    let at = holders[pick % holders.len()];
+                    let waiting: Vec<LockTicket> = (0..model.len())
+                        .filter(|&i| !held(&model, i)).map(|i| model[i].2).collect();
+                    let (r, _, t) = model.remove(at);
+                    let mut woken = Vec::new();
+                    order.release(r, LANE, t, &mut woken);
+                    let expected: Vec<(LaneId, LockTicket)> = (0..model.len())
+                        .filter(|&i| held(&model, i) && waiting.contains(&model[i].2))
+                        .map(|i| (LANE, model[i].2)).collect();
+                    assert_eq!(woken, expected);
+                } else {
+                    let mode = if mode == 0 { LockMode::Shared } else { LockMode::Exclusive };
+                    let r = range(start, count);
+                    model.push((r, mode, ticket(n)));
+                    let expected = held(&model, model.len() - 1);
+                    assert_eq!(order.acquire(r, mode, LANE, ticket(n)), expected);
+                }
+            }
+            assert_eq!(order.len(), model.len());
+        }
+    }
+}

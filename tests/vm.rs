@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Real guests on a disk served by the real daemon: one test for each scenario of
+//! `tests/vm/scenarios.py`, which tells what must hold. They need QEMU and a guest kernel
+//! (`scripts/install-test-deps`) and root for loop devices and mounts; without those they fail,
+//! they are never skipped. Leave them out with `cargo test -- --skip vm_`.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+
+/// A guest has four virtual CPUs; two of them at once would only be slow.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn scenario(name: &str) {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let driver = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vm/run.py");
+    let output = Command::new("python3")
+        .arg(driver)
+        .args(["--daemon", env!("CARGO_BIN_EXE_quorum-blk")])
+        .args(["--scenario", name])
+        .env("CARGO_TARGET_DIR", target_folder())
+        .output()
+        .expect("python3 runs; scripts/install-test-deps installs it");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// The target folder that holds the guest kernel: the one this test was built in.
+fn target_folder() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .expect("cargo's folder for test files is in the target folder")
+}
+
+#[test]
+fn vm_healthy_guest_leaves_identical_replicas() {
+    scenario("healthy");
+}
+
+#[test]
+fn vm_garbage_in_one_replica_is_outvoted_and_repaired() {
+    scenario("garbage-one");
+}
+
+#[test]
+fn vm_garbage_in_two_replicas_is_outvoted_sector_by_sector() {
+    scenario("garbage-two");
+}
+
+#[test]
+fn vm_read_errors_of_one_replica_do_not_reach_the_guest() {
+    scenario("read-errors");
+}
+
+#[test]
+fn vm_full_file_system_of_one_replica_does_not_reach_the_guest() {
+    scenario("no-space");
+}
+
+#[test]
+fn vm_truncated_replica_does_not_reach_the_guest() {
+    scenario("truncated");
+}
+
+#[test]
+fn vm_slow_replica_does_not_slow_the_guest() {
+    scenario("slow");
+}
+
+#[test]
+fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
+    scenario("firmware");
+}

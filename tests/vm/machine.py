@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual machine: QEMU with one vhost-user disk, and the line on which the guest takes orders."""
+
+import json
+import re
+import socket
+import subprocess
+import time
+
+from guest import KERNEL_ARGUMENTS, find_program
+from host import Failure, expect, stop_process, wait_until
+
+BOOT_SECONDS = 90
+QUEUES = 4
+
+# What the kernel says when a request on the disk fails or the ring is damaged.
+KERNEL_COMPLAINTS = re.compile(
+    r"I/O error|is not a head|Buffer I/O|EXT4-fs error|blocked for more than|Kernel panic|BUG:"
+)
+
+
+class Machine:
+    """A running guest. Use as a context manager; leaving it ends QEMU whatever happened."""
+
+    def __init__(self, guest, disk_socket, folder, name="vm", boot_from_disk=False):
+        self._folder = folder
+        self._name = name
+        self._console = folder / f"{name}-console.log"
+        self._command_path = folder / f"{name}-commands.sock"
+        self._qmp_path = folder / f"{name}-qmp.sock"
+        self._log = open(folder / f"{name}-qemu.log", "wb")
+        self._number = 0
+        self._received = b""
+        self._transcript = open(folder / f"{name}-commands.log", "wb")
+        self._process = subprocess.Popen(
+            self._command_line(guest, disk_socket, boot_from_disk),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def _command_line(self, guest, disk_socket, boot_from_disk):
+        kernel = ["-kernel", guest.kernel, "-initrd", guest.initrd, "-append", KERNEL_ARGUMENTS]
+        words = [
+            find_program("qemu-system-x86_64"),
+            *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+            *("-machine", "q35,memory-backend=mem", "-accel", "tcg,thread=multi"),
+            *("-cpu", "max", "-smp", str(QUEUES), "-m", "512M"),
+            *("-object", "memory-backend-memfd,id=mem,size=512M,share=on"),
+            *("-serial", f"file:{self._console}"),
+            *("-chardev", f"socket,id=commands,path={self._command_path},server=on,wait=off"),
+            *("-serial", "chardev:commands"),
+            *("-chardev", f"socket,id=disk,path={disk_socket}"),
+            *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={QUEUES},bootindex=1"),
+            *("-drive", f"id=tools,if=none,format=raw,readonly=on,file={guest.tools}"),
+            *("-device", "virtio-blk-pci,drive=tools,serial=tools"),
+            *("-qmp", f"unix:{self._qmp_path},server=on,wait=off"),
+            *([] if boot_from_disk else kernel),
+        ]
+        return [str(word) for word in words]
+
+    def __enter__(self):
+        try:
+            self._connect()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        stop_process(self._process)
+        self._log.close()
+        self._transcript.close()
+
+    def _connect(self):
+        wait_until(self._command_path.exists, 10, "QEMU's command socket")
+        self._commands = socket.socket(socket.AF_UNIX)
+        self._commands.connect(str(self._command_path))
+        self._wait_for_line(re.compile(rb"@@ ready"), BOOT_SECONDS)
+
+    def run(self, command, seconds=120, check=True):
+        """Runs a shell command in the guest. Returns what it printed, or with `check=False` the
+        pair of that and its status."""
+        expect("\n" not in command, "a command is one line")
+        self._number += 1
+        self._commands.sendall(f"{self._number} {command}\n".encode())
+        pattern = re.compile(rb"@@ %d (\d+)" % self._number)
+        output, match = self._wait_for_line(pattern, seconds, command)
+        status = int(match.group(1))
+        if not check:
+            return output, status
+        expect(status == 0, f"guest: `{command}` ended with status {status}:\n{output}")
+        return output
+
+    def start(self, name, command):
+        """Starts a command in the background of the guest; `finish` waits for it."""
+        self.run(f"({{ {command}; }} >/tmp/{name}.log 2>&1; echo $? >/tmp/{name}.rc) &")
+
+    def is_running(self, name):
+        """Whether a command begun by `start` has not ended."""
+        return self.run(f"test -s /tmp/{name}.rc", check=False)[1] != 0
+
+    def finish(self, name, seconds=120):
+        """Waits for a command begun by `start`, which must end with status 0."""
+        self.run(f"until test -s /tmp/{name}.rc; do usleep 50000; done", seconds)
+        output = self.run(f"cat /tmp/{name}.log")
+        status = int(self.run(f"cat /tmp/{name}.rc"))
+        expect(status == 0, f"guest: {name} ended with status {status}:\n{output}")
+        return output
+
+    def check_kernel_log(self):
+        """Fails if the guest's kernel has met an error on the disk."""
+        for line in self.run("dmesg").splitlines():
+            expect(not KERNEL_COMPLAINTS.search(line), f"guest kernel: {line}")
+
+    def shut_down(self):
+        """Lets the guest switch itself off and waits for QEMU to end."""
+        self._commands.sendall(b"0 sync; poweroff -f\n")
+        try:
+            status = self._process.wait(30)
+        except subprocess.TimeoutExpired as error:
+            raise Failure("the guest did not switch itself off") from error
+        expect(status == 0, f"QEMU ended with status {status}")
+
+    def kill(self):
+        """Ends QEMU at once, as a host does that loses the VMM."""
+        self._process.kill()
+        self._process.wait()
+
+    def qmp(self, command):
+        """Gives QEMU one monitor command."""
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(10)
+            monitor.connect(str(self._qmp_path))
+            stream = monitor.makefile("rw")
+            stream.readline()
+            for each in ("qmp_capabilities", command):
+                stream.write(json.dumps({"execute": each}) + "\n")
+                stream.flush()
+                while "return" not in (answer := json.loads(stream.readline())):
+                    expect("error" not in answer, f"QEMU: {command}: {answer}")
+
+    def _wait_for_line(self, pattern, seconds, what="boot"):
+        """Reads on until a line matches and returns what came before it, and the match."""
+        deadline = time.monotonic() + seconds
+        lines = []
+        while True:
+            line, end, rest = self._received.partition(b"\n")
+            if end:
+                self._received = rest
+                if match := pattern.match(line):
+                    return b"\n".join(lines).decode(errors="replace").strip(), match
+                lines.append(line)
+                continue
+            self._commands.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                received = self._commands.recv(65536)
+            except TimeoutError as error:
+                raise Failure(f"guest: {what}: no answer within {seconds} s") from error
+            expect(received, f"guest: {what}: QEMU ended (see {self._folder})")
+            self._transcript.write(received)
+            self._received += received
+

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replicas and the ways they go wrong. Each is a context manager that takes away what it made."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from guest import find_program
+from host import Failure, expect, privileged, stop_process, wait_until
+
+SECTOR_BYTES = 512
+
+
+class FileReplica:
+    """An image file. `path` is what the daemon opens, `image` holds the bytes to compare."""
+
+    cache = "direct"
+
+    def __init__(self, folder, name, size_bytes):
+        self.name = name
+        self.image = folder / f"{name}.img"
+        self.path = self.image
+        self.size_bytes = size_bytes
+
+    def __enter__(self):
+        with open(self.image, "wb") as file:
+            file.truncate(self.size_bytes)
+        return self
+
+    def __exit__(self, *_):
+        self.image.unlink(missing_ok=True)
+
+    @property
+    def argument(self):
+        """The value of `--replica`."""
+        return f"{self.path},name={self.name},cache={self.cache}"
+
+    def spoil(self, sector, count, seed):
+        """Writes garbage into `count` sectors, past the page cache's back so that a reader of the
+        medium sees it."""
+        with open(self.image, "r+b", buffering=0) as file:
+            garbage = random.Random(seed).randbytes(count * SECTOR_BYTES)
+            os.pwrite(file.fileno(), garbage, sector * SECTOR_BYTES)
+            os.fdatasync(file.fileno())
+
+    def truncate(self, size_bytes):
+        """Cuts the image short while it is in use."""
+        os.truncate(self.image, size_bytes)
+
+
+class LoopReplica(FileReplica):
+    """A loop device over a file. Once the file is cut short, reads beyond its end give EIO."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.path = privileged(find_program("losetup"), "--find", "--show", self.image)
+        if os.geteuid() != 0:
+            privileged("chown", str(os.getuid()), self.path)
+        return self
+
+    def __exit__(self, *_):
+        privileged(find_program("losetup"), "--detach", self.path)
+        super().__exit__()
+
+
+class SmallTmpfsReplica(FileReplica):
+    """A sparse image on a file system of its own that can be filled: writes then give ENOSPC."""
+
+    cache = "buffered"
+
+    def __init__(self, folder, name, size_bytes):
+        super().__init__(folder, name, size_bytes)
+        self._mount_point = folder / f"{name}-tmpfs"
+        self.image = self._mount_point / f"{name}.img"
+        self.path = self.image
+
+    def __enter__(self):
+        self._mount_point.mkdir()
+        options = f"size={self.size_bytes},uid={os.getuid()},mode=700"
+        privileged("mount", "-t", "tmpfs", "-o", options, "tmpfs", self._mount_point)
+        return super().__enter__()
+
+    def __exit__(self, *_):
+        # Lazily: the daemon may be on its way out still.
+        privileged("umount", "--lazy", self._mount_point)
+        self._mount_point.rmdir()
+
+    def fill(self):
+        """Takes all space that is left."""
+        with open(self._mount_point / "filler", "wb", buffering=0) as filler:
+            for chunk in (bytes(1 << 20), bytes(4096)):
+                try:
+                    while True:
+                        filler.write(chunk)
+                except OSError:
+                    continue
+
+
+class SlowReplica(FileReplica):
+    """An image on a file system that answers late (`slow_file.py`)."""
+
+    DELAY_SECONDS = 0.5
+
+    def __enter__(self):
+        super().__enter__()
+        self.path = self.image.with_suffix(".slow")
+        self.path.touch()
+        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        program = Path(__file__).with_name("slow_file.py")
+        command = [*prefix, sys.executable, program, self.image, self.path, self.DELAY_SECONDS]
+        self._process = subprocess.Popen([str(word) for word in command])
+
+        def is_mounted():
+            if self._process.poll() is not None:
+                raise Failure("the slow file system ended; it needs root and /dev/fuse")
+            return os.path.ismount(self.path)
+
+        wait_until(is_mounted, 10, "the slow replica's mount")
+        return self
+
+    def __exit__(self, *_):
+        # Ended first: what still waits for an answer then fails instead of holding the mount.
+        stop_process(self._process)
+        privileged("umount", "--lazy", self.path)
+        self.path.unlink()
+        super().__exit__()
+
+
+def expect_equal(replicas):
+    """Fails unless all images hold the same bytes, and tells the first sector that differs."""
+    first = replicas[0]
+    for other in replicas[1:]:
+        sector = first_difference(first.image, other.image)
+        expect(sector is None, f"{first.name} and {other.name} differ from sector {sector} on")
+
+
+def first_difference(one, other, chunk_bytes=1 << 20):
+    """The first sector in which two files differ, or `None`."""
+    offset = 0
+    with open(one, "rb") as left, open(other, "rb") as right:
+        while True:
+            a, b = left.read(chunk_bytes), right.read(chunk_bytes)
+            if a != b:
+                for start in range(0, max(len(a), len(b)), SECTOR_BYTES):
+                    if a[start : start + SECTOR_BYTES] != b[start : start + SECTOR_BYTES]:
+                        return (offset + start) // SECTOR_BYTES
+            if not a:
+                return None
+            offset += len(a)

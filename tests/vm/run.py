@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Boots real guests on a disk that the daemon keeps on three replicas, and breaks replicas.
+
+  run.py                         all scenarios with target/release/quorum-blk
+  run.py --scenario healthy      one of them; --list names them
+  run.py --peer                  the same against QEMU's quorum driver, for comparison
+  run.py --interactive           boot a guest and hand over its shell
+
+What a failed scenario leaves (logs, console, commands) is kept under target/vm.
+"""
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from guest import Guest, find_program
+from host import Failure, expect, target_folder
+from machine import Machine
+from scenarios import SCENARIOS, three_replicas
+from server import Daemon, Peer
+
+
+class Bench:
+    """What a scenario works with: a folder of its own, a guest, a way to serve a disk."""
+
+    def __init__(self, guest, program, folder, seed, peer):
+        self.guest = guest
+        self.folder = folder
+        self.seed = seed
+        self._program = program
+        self._server = Peer if peer else Daemon
+        self.peer = peer
+
+    def serve(self, replicas, *options):
+        """Starts whoever is under test on these replicas."""
+        return self._server(self._program, self.folder, replicas, *options)
+
+    def boot(self, daemon, name="vm", boot_from_disk=False):
+        """Boots a guest on the disk of a daemon."""
+        return Machine(self.guest, daemon.socket, self.folder, name, boot_from_disk)
+
+    def expect_counters(self, daemon, *names):
+        """Fails unless the daemon has counted guest requests of each of these kinds."""
+        if self.peer:
+            return
+        counters = daemon.counters()
+        for name in names:
+            expect(counters.get(name, 0) > 0, f"the daemon counted no {name}: {counters}")
+
+    def expect_named(self, daemon, name):
+        """Fails unless some event names this replica."""
+        if self.peer:
+            return
+        events = daemon.events()
+        expect(any(event.get("replica") == name for event in events), f"no event names {name}")
+
+    def expect_locked(self, replica):
+        """Fails unless QEMU's tools refuse an image that is being served (rule K1)."""
+        if self.peer:
+            return
+        command = [find_program("qemu-img"), "info", replica.image]
+        status = subprocess.run(command, capture_output=True).returncode
+        expect(status != 0, "qemu-img opens an image that is being served")
+
+
+def run_scenario(name, arguments, guest):
+    """Runs one scenario and prints its line. Returns whether it passed."""
+    parent = Path(tempfile.mkdtemp(prefix=f"quorum-blk-{name}-"))
+    bench = Bench(guest, arguments.daemon, parent, arguments.seed, arguments.peer)
+    start = time.monotonic()
+    try:
+        SCENARIOS[name](bench)
+        problem = None
+    except Failure as failure:
+        problem = str(failure)
+    except subprocess.SubprocessError as error:
+        problem = repr(error)
+    seconds = time.monotonic() - start
+    if problem is None:
+        print(f"vm {name} ... ok ({seconds:.1f} s)", flush=True)
+    else:
+        kept = keep_logs(parent, name)
+        print(f"vm {name} ... FAILED ({seconds:.1f} s)", flush=True)
+        print(f"  {problem}\n  logs: {kept}; seed: {arguments.seed}", flush=True)
+    shutil.rmtree(parent, ignore_errors=True)
+    return problem is None
+
+
+def keep_logs(folder, name):
+    """Copies logs, not images, to the target folder."""
+    kept = target_folder() / "vm" / f"failed-{name}"
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in folder.glob("*"):
+        if path.suffix in (".log", ".jsonl"):
+            shutil.copy(path, kept)
+    return kept
+
+
+def hand_over(arguments, guest):
+    """Boots a guest on three fresh replicas and runs what is typed, until the end of input."""
+    folder = Path(tempfile.mkdtemp(prefix="quorum-blk-vm-"))
+    bench = Bench(guest, arguments.daemon, folder, arguments.seed, arguments.peer)
+    try:
+        with three_replicas(bench) as replicas, bench.serve(replicas) as daemon:
+            with bench.boot(daemon) as machine:
+                print(f"The disk is /dev/disk in the guest; its replicas are in {folder}.")
+                print("One shell command a line; end with Ctrl-D.")
+                for line in iter(lambda: read_line("guest# "), None):
+                    print(machine.run(line, seconds=3600, check=False)[0])
+                machine.shut_down()
+            daemon.stop()
+            print(daemon.log())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_line(prompt):
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = target_folder() / "release" / "quorum-blk"
+    parser.add_argument("--daemon", type=Path, default=default, help="the program under test")
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="only these")
+    parser.add_argument("--list", action="store_true", help="name the scenarios")
+    parser.add_argument("--peer", action="store_true", help="serve with qemu-storage-daemon")
+    parser.add_argument("--interactive", action="store_true", help="a guest to type in")
+    parser.add_argument("--seed", type=int, default=1, help="chooses what is spoiled (default 1)")
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.list:
+        print("\n".join(SCENARIOS))
+        return 0
+    # An interrupted run must leave no mounts, loop devices or processes behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        expect(
+            arguments.peer or arguments.daemon.exists(),
+            f"{arguments.daemon} does not exist: run cargo build --release",
+        )
+        guest = Guest()
+        guest.build()
+    except Failure as failure:
+        print(f"vm: {failure}", file=sys.stderr)
+        return 1
+    if arguments.interactive:
+        hand_over(arguments, guest)
+        return 0
+    names = arguments.scenario or list(SCENARIOS)
+    passed = sum(run_scenario(name, arguments, guest) for name in names)
+    print(f"vm: {passed} passed, {len(names) - passed} failed")
+    return 0 if passed == len(names) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
