@@ -218,7 +218,16 @@ fn malformed_chains_fail_alone() {
             &[(HEADER, 16, 0, 0)],
             None,
         ),
-        ("nested", &[indirect(table16)], &[indirect(table16)], None),
+        (
+            "nested",
+            &[indirect(16)],
+            &[
+                (INDIRECT_TABLE + 16, 32, INDIRECT, 0),
+                (HEADER, 16, NEXT, 1),
+                (STATUS, 1, WRITE, 0),
+            ],
+            None,
+        ),
         (
             "loop in table",
             &[indirect(table16)],
