@@ -280,18 +280,27 @@ fn pause_and_stop_fetch_nothing_and_complete() {
 }
 
 #[test]
-fn memory_that_vanishes_breaks_the_queue_only() {
+fn memory_that_vanishes_breaks_the_queue_and_returns_every_tag() {
     let memory = memory();
     let mut ring = DriverRing::new(0, 8);
     let mut queue = queue(&memory, &ring, 0, PublishOrder::Ring);
-    offer_flush(&memory, &mut ring);
-    let ticket = fetch(&mut queue, &memory);
+    let tickets: Vec<_> = (0..3)
+        .map(|_| {
+            offer_flush(&memory, &mut ring);
+            fetch(&mut queue, &memory)
+        })
+        .collect();
     let empty = GuestMemory::new();
-    queue.complete(ticket, 1, 5);
     let mut tags = Vec::new();
+    queue.complete(tickets[2], 1, 102);
+    queue.complete(tickets[0], 1, 100);
     assert!(!queue.publish(&empty, &mut tags));
-    assert!(queue.is_broken() && queue.is_drained());
-    assert_eq!(tags, [5]);
+    assert!(queue.is_broken() && !queue.is_drained());
+    assert_eq!(tags, [100, 102], "none waits for a turn that never comes");
+    queue.complete(tickets[1], 1, 101);
+    assert!(!queue.publish(&memory, &mut tags));
+    assert!(queue.is_drained());
+    assert_eq!((tags.len(), ring.used_index(&memory)), (3, 0));
 }
 
 #[test]
