@@ -624,12 +624,12 @@ fn greedy_guest_gets_bounded_memory() {
         ..Options::default()
     });
     let before = disk.process().resident_kib();
-    // All requests of a queue share one buffer of 2 MiB: it costs the guest nothing.
+    // All requests of a queue share one buffer of 512 KiB: it costs the guest nothing.
     let per_queue = 80u16;
     for index in 0..8 {
         let memory = front_end.memory();
         let queue = front_end.queue(index);
-        let page = queue.take_memory((2 << 20) + 4096).expect("room").0;
+        let page = queue.take_memory((512 << 10) + 4096).expect("room").0;
         memory
             .write_slice(&[0; 16], GuestAddress(page))
             .expect("guest memory");
@@ -638,7 +638,7 @@ fn greedy_guest_gets_bounded_memory() {
             let at = request * 3;
             let chain = [
                 descriptor(page, 16, NEXT, at + 1),
-                descriptor(page + 4096, 2 << 20, NEXT | WRITE, at + 2),
+                descriptor(page + 4096, 512 << 10, NEXT | WRITE, at + 2),
                 descriptor(page + 512, 1, WRITE, 0),
             ];
             for (at, descriptor) in (at..).zip(&chain) {
@@ -670,7 +670,7 @@ fn greedy_guest_gets_bounded_memory() {
     let limit = 64 << 10;
     assert!(
         highest < before + limit,
-        "{highest} KiB, {before} KiB before, for 1280 MiB of requests"
+        "{highest} KiB, {before} KiB before, for 320 MiB of requests"
     );
     drop(front_end);
     disk.assert_serves();
