@@ -74,18 +74,22 @@ fn push(queue: &mut Queue, chain: &[Descriptor]) {
 #[track_caller]
 fn costs_one_request(front_end: &mut FrontEnd, parts: Parts, what: &str, chain: &[Descriptor]) {
     let memory = front_end.memory();
-    memory
-        .write_obj(Status::UNTOUCHED, GuestAddress(parts.status))
-        .expect("guest memory");
+    // The status is the last byte the device may write: of the data where nothing follows them.
+    let places = [parts.status, parts.data + 511].map(GuestAddress);
+    for place in places {
+        memory
+            .write_obj(Status::UNTOUCHED, place)
+            .expect("guest memory");
+    }
     let queue = front_end.queue(0);
     push(queue, chain);
     let used = queue
         .wait_used(PATIENCE)
         .unwrap_or_else(|error| panic!("{what}: {error}"));
     assert_eq!(used.id, 0, "{what}");
-    let status: u8 = memory
-        .read_obj(GuestAddress(parts.status))
-        .expect("guest memory");
+    let bytes = places.map(|place| memory.read_obj::<u8>(place).expect("guest memory"));
+    let written = bytes.into_iter().find(|&byte| byte != Status::UNTOUCHED);
+    let status = written.unwrap_or(Status::UNTOUCHED);
     assert!(
         status == 1 || status == 2 || (status == Status::UNTOUCHED && used.len == 0),
         "{what}: status {status:#x}, used length {}",
