@@ -114,6 +114,8 @@ impl Ring {
         ring.write(start.0, &vec![0; len])?;
         ring.set_avail_index(first_index)?;
         ring.write(ring.used.0 + 2, &first_index.to_le_bytes())?;
+        // A device that was here before would have asked to be kicked for the next head.
+        ring.write(ring.avail_event(), &first_index.to_le_bytes())?;
         ring.disable_interrupts()?;
         Ok(ring)
     }
@@ -188,8 +190,7 @@ impl Ring {
         // The device looks at the index after it has written the wish that is read now.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let last = USED_HEADER_BYTES + USED_ELEMENT_BYTES * u64::from(self.size);
-            let wanted = Wrapping(self.load(self.used.0 + last)?);
+            let wanted = Wrapping(self.load(self.avail_event())?);
             // Whether `wanted` is in before..next_avail, modulo 2^16 (section 2.7.10).
             return Ok(self.next_avail - wanted - Wrapping(1) < self.next_avail - before);
         }
@@ -269,6 +270,11 @@ impl Ring {
         } else {
             self.store(self.avail.0, NO_INTERRUPT)
         }
+    }
+
+    /// Address of the index for which the device wants to be kicked.
+    fn avail_event(&self) -> u64 {
+        self.used.0 + USED_HEADER_BYTES + USED_ELEMENT_BYTES * u64::from(self.size)
     }
 
     fn store_used_event(&self, index: Wrapping<u16>) -> Result<(), FrontEndError> {
