@@ -15,12 +15,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from guest import Guest, find_program
-from host import Failure, expect, target_folder
+from host import Failure, expect, scratch_folder, target_folder
 from machine import Machine
 from scenarios import SCENARIOS, three_replicas
 from server import Daemon, Peer
@@ -71,8 +70,8 @@ class Bench:
 
 def run_scenario(name, arguments, guest):
     """Runs one scenario and prints its line. Returns whether it passed."""
-    parent = Path(tempfile.mkdtemp(prefix=f"quorum-blk-{name}-"))
-    bench = Bench(guest, arguments.daemon, parent, arguments.seed, arguments.peer)
+    folder = scratch_folder(name)
+    bench = Bench(guest, arguments.daemon, folder, arguments.seed, arguments.peer)
     start = time.monotonic()
     try:
         SCENARIOS[name](bench)
@@ -85,10 +84,10 @@ def run_scenario(name, arguments, guest):
     if problem is None:
         print(f"vm {name} ... ok ({seconds:.1f} s)", flush=True)
     else:
-        kept = keep_logs(parent, name)
+        kept = keep_logs(folder, name)
         print(f"vm {name} ... FAILED ({seconds:.1f} s)", flush=True)
         print(f"  {problem}\n  logs: {kept}; seed: {arguments.seed}", flush=True)
-    shutil.rmtree(parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return problem is None
 
 
@@ -105,7 +104,7 @@ def keep_logs(folder, name):
 
 def hand_over(arguments, guest):
     """Boots a guest on three fresh replicas and runs what is typed, until the end of input."""
-    folder = Path(tempfile.mkdtemp(prefix="quorum-blk-vm-"))
+    folder = scratch_folder("vm")
     bench = Bench(guest, arguments.daemon, folder, arguments.seed, arguments.peer)
     try:
         with three_replicas(bench) as replicas, bench.serve(replicas) as daemon:
