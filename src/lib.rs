@@ -13,6 +13,10 @@
 //! - [`daemon`]: workers, signals, the life of the process.
 //! - [`front_end`], [`demo`]: a small virtio-blk driver of our own and the demonstration that uses it.
 
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod demo;
 pub mod device;
 pub mod front_end;

@@ -304,7 +304,13 @@ mod tests {
     #[test]
     fn range_overlap_and_rounding() {
         let a = SectorRange::new(8, 8).unwrap();
-        let cases = [(0, 8, false), (0, 9, true), (15, 1, true), (16, 4, false), (9, 2, true)];
+        let cases = [
+            (0, 8, false),
+            (0, 9, true),
+            (15, 1, true),
+            (16, 4, false),
+            (9, 2, true),
+        ];
         for (start, count, overlaps) in cases {
             let b = SectorRange::new(start, count).unwrap();
             assert_eq!(a.overlaps(b), overlaps, "{a} {b}");

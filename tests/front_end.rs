@@ -27,7 +27,10 @@ impl Peer {
         file.set_len(bytes).expect("a sparse image");
         let child = Command::new("qemu-storage-daemon")
             .arg("--blockdev")
-            .arg(format!("driver=file,node-name=f,discard=unmap,filename={}", image.display()))
+            .arg(format!(
+                "driver=file,node-name=f,discard=unmap,filename={}",
+                image.display()
+            ))
             .arg("--export")
             .arg(format!(
                 "type=vhost-user-blk,id=e,node-name=f,writable=on,num-queues={queues},\
@@ -37,7 +40,12 @@ impl Peer {
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-storage-daemon is installed (Debian package qemu-system-common)");
-        let peer = Self { child, socket, image, _folder: folder };
+        let peer = Self {
+            child,
+            socket,
+            image,
+            _folder: folder,
+        };
         let deadline = Instant::now() + Duration::from_secs(10);
         while !peer.socket.exists() {
             assert!(Instant::now() < deadline, "the peer made no socket");
@@ -88,7 +96,10 @@ fn plain_rings_without_call_write_then_read() {
 
 fn round_trip(options: &Options) {
     let peer = Peer::start(8 << 20, 4);
-    let options = Options { queues: 4, ..*options };
+    let options = Options {
+        queues: 4,
+        ..*options
+    };
     let mut disk = FrontEnd::connect(peer.socket(), &options).expect("a connection");
     let config = disk.config().expect("a configuration space");
     assert_eq!(config.capacity_sectors, 16 << 10);
@@ -105,7 +116,9 @@ fn round_trip(options: &Options) {
     disk.queue(0).flush().expect("a flush");
     let on_disk = std::fs::read(&peer.image).expect("the image");
     assert_eq!(on_disk[64 * 512..][..1024], pattern(1, 1024));
-    disk.queue(1).write_zeroes(&[Segment::new(64, 1)]).expect("write zeroes");
+    disk.queue(1)
+        .write_zeroes(&[Segment::new(64, 1)])
+        .expect("write zeroes");
     let mut back = vec![1; 1024];
     disk.queue(2).read(64, &mut back).expect("a read");
     assert_eq!(back[..512], [0; 512]);
@@ -125,14 +138,32 @@ fn any_framing_is_understood() {
     let peer = Peer::start(1 << 20, 1);
     let base = Framing::default();
     let framings = [
-        Framing { header_piece: 5, ..base },
-        Framing { data_piece: 512, gap: 512, ..base },
-        Framing { joined: true, ..base },
-        Framing { skew: 3, data_piece: 700, gap: 1, ..base },
+        Framing {
+            header_piece: 5,
+            ..base
+        },
+        Framing {
+            data_piece: 512,
+            gap: 512,
+            ..base
+        },
+        Framing {
+            joined: true,
+            ..base
+        },
+        Framing {
+            skew: 3,
+            data_piece: 700,
+            gap: 1,
+            ..base
+        },
     ];
     let indirect = features::LINUX;
     for features in [indirect, indirect & !features::INDIRECT] {
-        let options = Options { features, ..Options::default() };
+        let options = Options {
+            features,
+            ..Options::default()
+        };
         let mut disk = FrontEnd::connect(peer.socket(), &options).expect("a connection");
         for (round, framing) in framings.iter().enumerate() {
             let queue = disk.queue(0);
@@ -158,7 +189,10 @@ fn many_requests_in_flight_complete_once_each() {
             let sector = (submitted * 13 % 1000) as u64;
             let data = pattern(submitted, 512);
             let request = if submitted % 3 == 0 {
-                Request::Write { sector, data: &data }
+                Request::Write {
+                    sector,
+                    data: &data,
+                }
             } else {
                 Request::Read { sector, len: 512 }
             };
@@ -166,7 +200,9 @@ fn many_requests_in_flight_complete_once_each() {
                 Ok(token) => {
                     submitted += 1;
                     assert!(
-                        waiting.insert(token, if submitted % 3 == 1 { 0 } else { 512 }).is_none()
+                        waiting
+                            .insert(token, if submitted % 3 == 1 { 0 } else { 512 })
+                            .is_none()
                     );
                     continue;
                 }
@@ -175,7 +211,9 @@ fn many_requests_in_flight_complete_once_each() {
             }
         }
         let completion = queue.wait_any().expect("a completion");
-        let len = waiting.remove(&completion.token).expect("a request of ours");
+        let len = waiting
+            .remove(&completion.token)
+            .expect("a request of ours");
         assert_eq!(completion.status, Status::Ok);
         assert_eq!(completion.data.len(), len);
     }
@@ -187,10 +225,21 @@ fn bad_requests_are_refused_and_the_queue_lives() {
     let peer = Peer::start(1 << 20, 1);
     let mut disk = FrontEnd::connect(peer.socket(), &Options::default()).expect("a connection");
     let queue = disk.queue(0);
-    let past = Request::Read { sector: 2048, len: 512 };
+    let past = Request::Read {
+        sector: 2048,
+        len: 512,
+    };
     assert_eq!(queue.run(&past).expect("an end").status, Status::IoError);
-    let unknown = Request::Raw { kind: 77, sector: 0, out: &[], in_len: 0 };
-    assert_eq!(queue.run(&unknown).expect("an end").status, Status::Unsupported);
+    let unknown = Request::Raw {
+        kind: 77,
+        sector: 0,
+        out: &[],
+        in_len: 0,
+    };
+    assert_eq!(
+        queue.run(&unknown).expect("an end").status,
+        Status::Unsupported
+    );
     queue.flush().expect("a flush");
 }
 

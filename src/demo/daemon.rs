@@ -51,7 +51,11 @@ impl Daemon {
             .stderr(log)
             .spawn()
             .map_err(failed("start", program))?;
-        Ok(Self { child, socket, errors })
+        Ok(Self {
+            child,
+            socket,
+            errors,
+        })
     }
 
     /// Process number.

@@ -122,7 +122,9 @@ fn drive(
         let mut completion = Some(queue.wait_any()?);
         while let Some(done) = completion {
             let range = waiting.remove(&done.token);
-            let range = range.ok_or(FrontEndError::UnknownToken { queue: queue.index() })?;
+            let range = range.ok_or(FrontEndError::UnknownToken {
+                queue: queue.index(),
+            })?;
             tally.requests += 1;
             tally.sectors += u64::from(range.count());
             let right = done.status == Status::Ok
@@ -143,8 +145,14 @@ fn enqueue(
 ) -> Result<Token, FrontEndError> {
     let sector = range.start();
     match kind {
-        Kind::Read => queue.enqueue(&Request::Read { sector, len: range.len_bytes() }),
-        Kind::Write => queue.enqueue(&Request::Write { sector, data: &pattern.bytes(range) }),
+        Kind::Read => queue.enqueue(&Request::Read {
+            sector,
+            len: range.len_bytes(),
+        }),
+        Kind::Write => queue.enqueue(&Request::Write {
+            sector,
+            data: &pattern.bytes(range),
+        }),
     }
 }
 

@@ -27,7 +27,6 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::front_end::FrontEndError;
-use crate::units::REPLICAS_MAX;
 
 pub use story::run;
 
@@ -40,7 +39,7 @@ pub struct DemoOptions {
     pub parent: PathBuf,
     /// Whether the folder is left there in the end.
     pub keep: bool,
-    /// Number of replicas, 3 to [`REPLICAS_MAX`]; fewer become 3, more become that.
+    /// Number of replicas, 3 to [`REPLICAS_MAX`](crate::units::REPLICAS_MAX); fewer become 3, more become that.
     pub replicas: usize,
     /// Size of the disk in bytes, rounded down to whole MiB, at least 4 MiB.
     pub disk_bytes: u64,

@@ -90,7 +90,10 @@ mod tests {
         bytes[5 * SECTOR_LEN + 511] ^= 1;
         assert_eq!(pattern.first_wrong(range, &bytes), Some(105));
         let elsewhere = SectorRange::new(101, 16).unwrap();
-        assert_eq!(pattern.first_wrong(elsewhere, &pattern.bytes(range)), Some(101));
+        assert_eq!(
+            pattern.first_wrong(elsewhere, &pattern.bytes(range)),
+            Some(101)
+        );
     }
 
     #[test]

@@ -47,14 +47,18 @@ struct Blame {
 impl Replicas {
     /// Makes `count` files of `bytes` zero bytes in `folder`.
     pub(super) fn create(folder: &Path, count: usize, bytes: u64) -> Result<Self, DemoError> {
-        let paths: Vec<PathBuf> =
-            (0..count).map(|index| folder.join(format!("replica{index}.img"))).collect();
+        let paths: Vec<PathBuf> = (0..count)
+            .map(|index| folder.join(format!("replica{index}.img")))
+            .collect();
         for path in &paths {
             File::create(path)
                 .and_then(|file| file.set_len(bytes))
                 .map_err(failed("create", path))?;
         }
-        Ok(Self { paths, events: folder.join("events.jsonl") })
+        Ok(Self {
+            paths,
+            events: folder.join("events.jsonl"),
+        })
     }
 
     /// The files.
@@ -102,7 +106,8 @@ impl Replicas {
         let file = File::open(path).map_err(failed("open", path))?;
         let mut bytes = vec![0; range.len_bytes()];
         soon(|| {
-            file.read_exact_at(&mut bytes, range.offset_bytes()).map_err(failed("read", path))?;
+            file.read_exact_at(&mut bytes, range.offset_bytes())
+                .map_err(failed("read", path))?;
             Ok(pattern.first_wrong(range, &bytes).is_none())
         })
     }
@@ -132,7 +137,9 @@ impl Replicas {
             Err(error) => return Err(failed("read", &self.events)(error)),
         };
         // The last line may be half written; it is whole the next time.
-        let events = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        let events = text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
         let bad = events.filter(|event: &Event| event.event == "QUORUM_REPORT_BAD");
         Ok(bad.map(|event| event.data).collect())
     }
@@ -214,7 +221,11 @@ fn soon(mut condition: impl FnMut() -> Result<bool, DemoError>) -> Result<bool, 
 
 fn failed(what: &'static str, path: &Path) -> impl Fn(io::Error) -> DemoError {
     let path = path.to_owned();
-    move |source| DemoError::File { what, path: path.clone(), source }
+    move |source| DemoError::File {
+        what,
+        path: path.clone(),
+        source,
+    }
 }
 
 #[cfg(test)]

@@ -82,7 +82,10 @@ mod tests {
         assert!(!report.right());
         let text = String::from_utf8(text).unwrap();
         assert_eq!(text.lines().filter(|line| line.ends_with(" ok")).count(), 2);
-        assert_eq!(text.lines().filter(|line| line.ends_with("WRONG")).count(), 1);
+        assert_eq!(
+            text.lines().filter(|line| line.ends_with("WRONG")).count(),
+            1
+        );
     }
 
     #[test]

@@ -48,8 +48,16 @@ pub fn run(options: &DemoOptions, out: &mut impl Write) -> Result<bool, DemoErro
         })?;
     folder.disable_cleanup(options.keep);
     let replicas = Replicas::create(folder.path(), count, disk_bytes)?;
-    let cache = if replicas.direct() { "direct" } else { "buffered" };
-    let mut daemon = Daemon::start(&options.program, folder.path(), &arguments(&replicas, cache))?;
+    let cache = if replicas.direct() {
+        "direct"
+    } else {
+        "buffered"
+    };
+    let mut daemon = Daemon::start(
+        &options.program,
+        folder.path(),
+        &arguments(&replicas, cache),
+    )?;
     let mut report = Report::new(out);
     report.heading(&format!(
         "One disk of {} on {count} replicas; {} must agree on every sector",
@@ -57,9 +65,17 @@ pub fn run(options: &DemoOptions, out: &mut impl Write) -> Result<bool, DemoErro
         count / 2 + 1
     ))?;
     report.tell("folder", &folder.path().display().to_string())?;
-    report
-        .tell("daemon", &format!("process {}, replicas opened with cache={cache}", daemon.id()))?;
-    let mut disk = daemon.connect(&Options { queues: QUEUES, ..Options::default() })?;
+    report.tell(
+        "daemon",
+        &format!(
+            "process {}, replicas opened with cache={cache}",
+            daemon.id()
+        ),
+    )?;
+    let mut disk = daemon.connect(&Options {
+        queues: QUEUES,
+        ..Options::default()
+    })?;
     let mut story = Story {
         pattern: Pattern::new(options.seed),
         random: Random::new(options.seed),
@@ -79,7 +95,11 @@ pub fn run(options: &DemoOptions, out: &mut impl Write) -> Result<bool, DemoErro
         "{} sectors voted on, {} spoiled, {blamed} blamed; {}",
         story.voted,
         story.spoiled,
-        if report.right() { "every byte was right" } else { "NOT everything was right" }
+        if report.right() {
+            "every byte was right"
+        } else {
+            "NOT everything was right"
+        }
     ))?;
     Ok(report.right())
 }
@@ -141,8 +161,11 @@ impl Story {
         let share = self.sectors / u64::from(QUEUES);
         let work = (0..u64::from(QUEUES))
             .map(|queue| {
-                let end =
-                    if queue + 1 == u64::from(QUEUES) { self.sectors } else { (queue + 1) * share };
+                let end = if queue + 1 == u64::from(QUEUES) {
+                    self.sectors
+                } else {
+                    (queue + 1) * share
+                };
                 load::cover(queue * share, end, SECTORS_MAX, &mut self.random)
             })
             .collect();
@@ -212,8 +235,10 @@ impl Story {
         report.check("read", &text, right)?;
         for &(replica, range) in damage {
             let votes = replicas.paths().len() - 1;
-            let text =
-                format!("replica{replica} outvoted {votes} to 1 in exactly {}", sectors_of(range));
+            let text = format!(
+                "replica{replica} outvoted {votes} to 1 in exactly {}",
+                sectors_of(range)
+            );
             report.check("blame", &text, replicas.blamed(replica, range)?)?;
             let text = format!("replica{replica} has the right bytes in its file again");
             let repaired = replicas.repaired(replica, range, self.pattern)?;
@@ -241,7 +266,10 @@ fn end(
     report.check("stop", &text, status.success() && removed)?;
     report.check(
         "compare",
-        &format!("{} files are the same, byte by byte", replicas.paths().len()),
+        &format!(
+            "{} files are the same, byte by byte",
+            replicas.paths().len()
+        ),
         replicas.identical()?,
     )?;
     let wrong = replicas.first_wrong(pattern)?;

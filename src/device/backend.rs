@@ -29,7 +29,10 @@ impl ConnectionBackend {
     /// The back-end of a new connection to `device`.
     #[must_use]
     pub fn new(device: Arc<Device>) -> Self {
-        Self { context: Arc::new(RingContext::new(device)), rings: OnceLock::new() }
+        Self {
+            context: Arc::new(RingContext::new(device)),
+            rings: OnceLock::new(),
+        }
     }
 
     /// What the rings of this connection share.
@@ -137,7 +140,9 @@ impl VhostUserBackend for ConnectionBackend {
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        let ring = usize::try_from(queue_index).ok().and_then(|index| self.rings().get(index));
+        let ring = usize::try_from(queue_index)
+            .ok()
+            .and_then(|index| self.rings().get(index));
         match ring {
             Some(ring) => ring.stop().map_err(io::Error::other),
             None => Err(io::ErrorKind::InvalidInput.into()),

@@ -116,8 +116,27 @@ fn read_descriptor(
         .filter(|addr| addr.checked_add(u64::from(DESCRIPTOR_BYTES)).is_some())
         .ok_or_else(|| outside(table.addr))?;
     let mut raw = [0u8; 16];
-    memory.read_slice(&mut raw, GuestAddress(addr)).map_err(|_| outside(addr))?;
-    let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
+    memory
+        .read_slice(&mut raw, GuestAddress(addr))
+        .map_err(|_| outside(addr))?;
+    let [
+        a0,
+        a1,
+        a2,
+        a3,
+        a4,
+        a5,
+        a6,
+        a7,
+        l0,
+        l1,
+        l2,
+        l3,
+        f0,
+        f1,
+        n0,
+        n1,
+    ] = raw;
     Ok(Descriptor {
         addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
         len: u32::from_le_bytes([l0, l1, l2, l3]),
@@ -144,7 +163,10 @@ pub fn walk(
     pieces: &mut Vec<Piece>,
 ) -> Result<(), ChainError> {
     if u32::from(head) >= table.count {
-        return Err(ChainError::Head { head, count: table.count });
+        return Err(ChainError::Head {
+            head,
+            count: table.count,
+        });
     }
     let mut table = table;
     let mut index = head;
@@ -168,7 +190,10 @@ pub fn walk(
             }
             indirect = true;
             index = 0;
-            table = DescriptorTable { addr: descriptor.addr, count: len / DESCRIPTOR_BYTES };
+            table = DescriptorTable {
+                addr: descriptor.addr,
+                count: len / DESCRIPTOR_BYTES,
+            };
             continue;
         }
         bytes += u64::from(descriptor.len);
@@ -180,14 +205,21 @@ pub fn walk(
             if !is_inside(memory, addr, len) {
                 return Err(ChainError::Buffer { addr, len });
             }
-            pieces.push(Piece { addr, len, writable: descriptor.flags & F_WRITE != 0 });
+            pieces.push(Piece {
+                addr,
+                len,
+                writable: descriptor.flags & F_WRITE != 0,
+            });
         }
         if descriptor.flags & F_NEXT == 0 {
             return Ok(());
         }
         index = descriptor.next;
         if u32::from(index) >= table.count {
-            return Err(ChainError::Next { next: index, count: table.count });
+            return Err(ChainError::Next {
+                next: index,
+                count: table.count,
+            });
         }
     }
 }

@@ -138,7 +138,10 @@ impl DeviceOptions {
         }
         let sectors = self.sectors;
         if sectors == 0 || !sectors.is_multiple_of(u64::from(self.block_sectors())) {
-            return Err(OptionsError::Sectors { sectors, block_bytes });
+            return Err(OptionsError::Sectors {
+                sectors,
+                block_bytes,
+            });
         }
         if self.serial.len() > SERIAL_BYTES {
             let serial = self.serial.clone();

@@ -193,12 +193,16 @@ fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, Con
 
     let (listener, private) = private_socket().map_err(ConnectionEnd::Setup)?;
     let mut listener = Listener::from(listener);
-    daemon.start(&mut listener).map_err(ConnectionEnd::BackEnd)?;
+    daemon
+        .start(&mut listener)
+        .map_err(ConnectionEnd::BackEnd)?;
     drop(listener);
 
     let options = device.options();
-    let mut session =
-        Session::new(MessageLimits { queues: options.queues, queue_size: options.queue_size });
+    let mut session = Session::new(MessageLimits {
+        queues: options.queues,
+        queue_size: options.queue_size,
+    });
     let relayed = shim::relay(stream, &private, &mut session);
     drop(private);
     let handled = daemon.wait();
@@ -243,7 +247,9 @@ fn private_socket() -> io::Result<(UnixListener, UnixStream)> {
         private.set_nonblocking(false)?;
         return Ok((listener.into(), private));
     }
-    Err(io::Error::other("somebody else connects to our private socket all the time"))
+    Err(io::Error::other(
+        "somebody else connects to our private socket all the time",
+    ))
 }
 
 #[cfg(test)]

@@ -153,7 +153,10 @@ impl<T> Mailbox<T> {
     /// If there is no descriptor left.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            state: Mutex::new(State { messages: Vec::new(), closed: false }),
+            state: Mutex::new(State {
+                messages: Vec::new(),
+                closed: false,
+            }),
             taken: Condvar::new(),
             event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
@@ -168,7 +171,10 @@ impl<T> Mailbox<T> {
     pub fn send(&self, message: T) {
         let mut state = self.lock();
         while state.messages.len() >= MAILBOX_MESSAGES_MAX && !state.closed {
-            state = self.taken.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .taken
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         self.add(state, message);
     }

@@ -175,7 +175,12 @@ impl Message {
         let len = usize::try_from(size).ok().filter(|&l| l <= PAYLOAD_LEN_MAX);
         let mut body = vec![0u8; len.ok_or(oversized)?];
         read_exact(socket, &mut body, &mut descriptors, false)?;
-        Ok(Self { code, flags, body, descriptors })
+        Ok(Self {
+            code,
+            flags,
+            body,
+            descriptors,
+        })
     }
 
     /// Writes the message; its descriptors go with its first byte.
@@ -337,7 +342,11 @@ impl Message {
 
     fn check_queue(&self, index: u64, limits: MessageLimits) -> Result<(), Refusal> {
         let queues = limits.queues;
-        if index < u64::from(queues) { Ok(()) } else { Err(Refusal::Queue { index, queues }) }
+        if index < u64::from(queues) {
+            Ok(())
+        } else {
+            Err(Refusal::Queue { index, queues })
+        }
     }
 
     /// Only where the length was checked.
@@ -346,7 +355,11 @@ impl Message {
     }
 
     fn u32_or_zero(&self, at: usize) -> u32 {
-        if self.body.len() < at + 4 { 0 } else { self.u32_at(at) }
+        if self.body.len() < at + 4 {
+            0
+        } else {
+            self.u32_at(at)
+        }
     }
 
     fn u64_or_zero(&self, at: usize) -> u64 {
@@ -429,7 +442,12 @@ struct Region {
 
 impl Region {
     fn check(self, file: Option<BorrowedFd<'_>>) -> Result<(), Refusal> {
-        let Self { guest_addr, size, user_addr, offset } = self;
+        let Self {
+            guest_addr,
+            size,
+            user_addr,
+            offset,
+        } = self;
         let ends = [guest_addr, user_addr, offset].map(|start| start.checked_add(size));
         let [Some(_), Some(_), Some(end)] = ends else {
             return Err(Refusal::Region { guest_addr, size });
@@ -440,7 +458,9 @@ impl Region {
         let Some(file) = file else {
             return Ok(());
         };
-        let stat = fstat(file).map_err(|errno| Refusal::RegionFile { source: errno.into() })?;
+        let stat = fstat(file).map_err(|errno| Refusal::RegionFile {
+            source: errno.into(),
+        })?;
         // Touching a mapping beyond the end of its file is a SIGBUS. Devices have no length.
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         let file_len = u64::try_from(stat.st_size).unwrap_or(0);

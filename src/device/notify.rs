@@ -13,7 +13,10 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2, read, write};
 /// The offset that means "where the file is", for calls that want one.
 const CURRENT_POSITION: u64 = u64::MAX;
 
-const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+const NOW: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
 
 fn is_ready(fd: BorrowedFd<'_>, flags: PollFlags) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(fd, flags)];
@@ -37,7 +40,12 @@ impl Kick {
         let mut count = [0u8; 8];
         // The open file belongs to the front-end as well: O_NONBLOCK is not ours to set.
         let mut buffers = [IoSliceMut::new(&mut count)];
-        let result = preadv2(&self.0, &mut buffers, CURRENT_POSITION, ReadWriteFlags::NOWAIT);
+        let result = preadv2(
+            &self.0,
+            &mut buffers,
+            CURRENT_POSITION,
+            ReadWriteFlags::NOWAIT,
+        );
         if matches!(result, Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS))
             && is_ready(self.0.as_fd(), PollFlags::IN)
         {

@@ -182,7 +182,16 @@ impl VirtQueue {
     /// broken from the start.
     #[must_use]
     pub fn new(setup: QueueSetup, memory: &GuestMemory) -> Self {
-        let QueueSetup { index, size, rings, features, options, order, kick, call } = setup;
+        let QueueSetup {
+            index,
+            size,
+            rings,
+            features,
+            options,
+            order,
+            kick,
+            call,
+        } = setup;
         let rules = options.rules(features);
         let mut queue = Self {
             index,
@@ -312,10 +321,16 @@ impl VirtQueue {
         let Some(head) = self.load(memory, self.avail_at(4 + 2 * slot), Ordering::Relaxed) else {
             return Fetched::Empty;
         };
-        let ticket = Ticket { position: self.next_avail, head };
+        let ticket = Ticket {
+            position: self.next_avail,
+            head,
+        };
         self.next_avail = self.next_avail.wrapping_add(1);
         self.in_flight += 1;
-        let table = DescriptorTable { addr: self.rings.descriptors, count: u32::from(self.size) };
+        let table = DescriptorTable {
+            addr: self.rings.descriptors,
+            count: u32::from(self.size),
+        };
         match request.parse(memory, table, head, &self.rules) {
             Parsed::Request => Fetched::Request(ticket),
             Parsed::Answer(status) => {
@@ -471,7 +486,11 @@ impl VirtQueue {
         let fetched = self.next_avail.wrapping_sub(used);
         // Also bounds what can be in flight, and catches an index that went back.
         if ahead > size || ahead < fetched {
-            self.stop_for(QueueFault::Index { available, used, size });
+            self.stop_for(QueueFault::Index {
+                available,
+                used,
+                size,
+            });
             return false;
         }
         self.avail_seen = available;
@@ -493,7 +512,11 @@ impl VirtQueue {
 
     fn rings_are_inside(&self, memory: &GuestMemory) -> bool {
         let size = u32::from(self.size);
-        let RingAddresses { descriptors, available, used } = self.rings;
+        let RingAddresses {
+            descriptors,
+            available,
+            used,
+        } = self.rings;
         let aligned = descriptors % 16 == 0 && available % 2 == 0 && used % 4 == 0;
         aligned
             && is_inside(memory, descriptors, 16 * size)

@@ -199,11 +199,17 @@ impl GuestRequest {
         if let Err(error) = chain::walk(memory, table, head, &mut self.pieces) {
             // Where a chain cannot be followed, its last byte is not known.
             let error = error.into();
-            return Parsed::Malformed { error, status_addr: None };
+            return Parsed::Malformed {
+                error,
+                status_addr: None,
+            };
         }
         match self.read_header(memory) {
             Ok((kind, sector)) => self.interpret(memory, kind, sector, rules),
-            Err(error) => Parsed::Malformed { error, status_addr: self.last_writable_byte() },
+            Err(error) => Parsed::Malformed {
+                error,
+                status_addr: self.last_writable_byte(),
+            },
         }
     }
 
@@ -236,14 +242,19 @@ impl GuestRequest {
         offset: u64,
         out: &mut [u8],
     ) -> Result<(), DataError> {
-        let error = DataError { offset, len: out.len() };
+        let error = DataError {
+            offset,
+            len: out.len(),
+        };
         let mut rest = out;
         for (addr, len) in self.locate(offset) {
             if rest.is_empty() {
                 break;
             }
             let (now, later) = rest.split_at_mut(len.min(rest.len()));
-            memory.read_slice(now, GuestAddress(addr)).map_err(|_| error)?;
+            memory
+                .read_slice(now, GuestAddress(addr))
+                .map_err(|_| error)?;
             rest = later;
         }
         if rest.is_empty() { Ok(()) } else { Err(error) }
@@ -259,14 +270,19 @@ impl GuestRequest {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), DataError> {
-        let error = DataError { offset, len: bytes.len() };
+        let error = DataError {
+            offset,
+            len: bytes.len(),
+        };
         let mut rest = bytes;
         for (addr, len) in self.locate(offset) {
             if rest.is_empty() {
                 break;
             }
             let (now, later) = rest.split_at(len.min(rest.len()));
-            memory.write_slice(now, GuestAddress(addr)).map_err(|_| error)?;
+            memory
+                .write_slice(now, GuestAddress(addr))
+                .map_err(|_| error)?;
             rest = later;
         }
         if !rest.is_empty() {
@@ -290,17 +306,19 @@ impl GuestRequest {
     /// The parts of guest memory from byte `offset` of the data on.
     fn locate(&self, offset: u64) -> impl Iterator<Item = (u64, usize)> {
         let mut skip = offset;
-        self.pieces[self.data.clone()].iter().filter_map(move |piece| {
-            let len = u64::from(piece.len);
-            if skip >= len {
-                skip -= len;
-                return None;
-            }
-            let addr = piece.addr + skip;
-            let len = usize::try_from(len - skip).expect("a u32 fits in a usize");
-            skip = 0;
-            Some((addr, len))
-        })
+        self.pieces[self.data.clone()]
+            .iter()
+            .filter_map(move |piece| {
+                let len = u64::from(piece.len);
+                if skip >= len {
+                    skip -= len;
+                    return None;
+                }
+                let addr = piece.addr + skip;
+                let len = usize::try_from(len - skip).expect("a u32 fits in a usize");
+                skip = 0;
+                Some((addr, len))
+            })
     }
 
     fn last_writable_byte(&self) -> Option<u64> {
@@ -324,14 +342,21 @@ impl GuestRequest {
         }
         let mut header = [0u8; 16];
         // The chain's buffers were checked a moment ago, against the same memory.
-        self.copy_from_guest(memory, 0, &mut header).map_err(|_| error)?;
+        self.copy_from_guest(memory, 0, &mut header)
+            .map_err(|_| error)?;
         self.trim_front(HEADER_BYTES);
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        Ok((u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector)))
+        Ok((
+            u32::from_le_bytes([t0, t1, t2, t3]),
+            u64::from_le_bytes(sector),
+        ))
     }
 
     fn count_data(&self) -> u64 {
-        self.pieces[self.data.clone()].iter().map(|piece| u64::from(piece.len)).sum()
+        self.pieces[self.data.clone()]
+            .iter()
+            .map(|piece| u64::from(piece.len))
+            .sum()
     }
 
     fn trim_front(&mut self, bytes: u64) {
@@ -355,7 +380,10 @@ impl GuestRequest {
     /// Sets the slot to the writable data: all writable bytes but the last, the status.
     fn use_writable_data(&mut self) {
         self.data = self.data.end..self.pieces.len();
-        let last = self.pieces.last_mut().expect("there is a writable byte for the status");
+        let last = self
+            .pieces
+            .last_mut()
+            .expect("there is a writable byte for the status");
         last.len -= 1;
         if last.len == 0 {
             self.data.end -= 1;
@@ -377,8 +405,9 @@ impl GuestRequest {
                 self.transfer(sector, rules, 1, |range| RequestKind::Read { range })
             }
             TYPE_OUT if rules.read_only => Parsed::Answer(BlockStatus::IoError),
-            TYPE_OUT => self
-                .transfer(sector, rules, rules.block_sectors, |range| RequestKind::Write { range }),
+            TYPE_OUT => self.transfer(sector, rules, rules.block_sectors, |range| {
+                RequestKind::Write { range }
+            }),
             TYPE_FLUSH => {
                 self.kind = RequestKind::Flush;
                 Parsed::Request
@@ -416,7 +445,11 @@ impl GuestRequest {
         if count == 0 {
             // Like QEMU: nothing to do is done, if it is inside the disk.
             let inside = sector <= rules.sectors;
-            return Parsed::Answer(if inside { BlockStatus::Ok } else { BlockStatus::IoError });
+            return Parsed::Answer(if inside {
+                BlockStatus::Ok
+            } else {
+                BlockStatus::IoError
+            });
         }
         match checked_range(sector, count, rules, align_sectors) {
             Some(range) => {

@@ -51,7 +51,10 @@ impl Session {
     /// A connection on which nothing was said.
     #[must_use]
     pub fn new(limits: MessageLimits) -> Self {
-        Self { limits, back_end_requests: None }
+        Self {
+            limits,
+            back_end_requests: None,
+        }
     }
 
     /// Looks at a message of the front-end before it is passed on.

@@ -47,7 +47,10 @@ impl RingContext {
     /// Nothing acknowledged yet.
     #[must_use]
     pub fn new(device: Arc<Device>) -> Self {
-        Self { device, features: AtomicU64::new(0) }
+        Self {
+            device,
+            features: AtomicU64::new(0),
+        }
     }
 
     /// The served device.
@@ -73,7 +76,10 @@ pub fn collect_rings<R>(
     context: Arc<RingContext>,
     make: impl FnOnce() -> R,
 ) -> (R, Vec<DeviceVring>) {
-    let making = Making { context, rings: Vec::new() };
+    let making = Making {
+        context,
+        rings: Vec::new(),
+    };
     MAKING.set(Some(making));
     let made = make();
     let making = MAKING.take().expect("set above and taken only here");
@@ -223,8 +229,10 @@ impl DeviceVring {
 /// If a worker is gone; the others are waited for.
 pub fn stop_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
     // Tell all before waiting for the first: they drain at the same time.
-    let waits: Vec<_> =
-        rings.iter().filter_map(|ring| Some((ring, ring.begin_stop(&mut ring.lock())?))).collect();
+    let waits: Vec<_> = rings
+        .iter()
+        .filter_map(|ring| Some((ring, ring.begin_stop(&mut ring.lock())?)))
+        .collect();
     let mut result = Ok(());
     for (ring, wait) in waits {
         result = result.and(ring.end_stop(wait));
@@ -336,10 +344,14 @@ impl VringT<ConnectionMemory> for DeviceVring {
         avail_ring: u64,
         used_ring: u64,
     ) -> Result<(), VirtQueueError> {
-        self.inner.set_queue_info(desc_table, avail_ring, used_ring)?;
+        self.inner
+            .set_queue_info(desc_table, avail_ring, used_ring)?;
         let mut ring = self.lock();
-        ring.rings =
-            Some(RingAddresses { descriptors: desc_table, available: avail_ring, used: used_ring });
+        ring.rings = Some(RingAddresses {
+            descriptors: desc_table,
+            available: avail_ring,
+            used: used_ring,
+        });
         self.update(&mut ring);
         Ok(())
     }
@@ -402,7 +414,10 @@ impl VringT<ConnectionMemory> for DeviceVring {
         let mut ring = self.lock();
         ring.kick = kick;
         if let (Phase::Running | Phase::Paused, Some(kick)) = (ring.phase, &ring.kick) {
-            self.send(QueueCommand::SetKick { queue: self.index, kick: Arc::clone(kick) });
+            self.send(QueueCommand::SetKick {
+                queue: self.index,
+                kick: Arc::clone(kick),
+            });
         }
         self.update(&mut ring);
     }

@@ -52,7 +52,10 @@ impl Config {
     pub fn parse(bytes: &[u8]) -> Result<Self, FrontEndError> {
         let needed = CONFIG_BYTES as usize;
         if bytes.len() < needed {
-            return Err(FrontEndError::ShortConfig { bytes: bytes.len(), needed });
+            return Err(FrontEndError::ShortConfig {
+                bytes: bytes.len(),
+                needed,
+            });
         }
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << u16::BITS;

@@ -42,7 +42,10 @@ impl GuestRam {
     /// Memory of `bytes` bytes (rounded down to two equal regions of whole pages), all zero.
     pub(super) fn new(bytes: u64) -> Result<Self, FrontEndError> {
         let half_bytes = bytes / 2 / PAGE_BYTES * PAGE_BYTES;
-        let failed = |source| FrontEndError::System { what: "create the guest memory", source };
+        let failed = |source| FrontEndError::System {
+            what: "create the guest memory",
+            source,
+        };
         // SAFETY: the name is a NUL-terminated string; the flags are plain bits.
         let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -60,7 +63,12 @@ impl GuestRam {
             (GuestAddress(HIGH_BASE), len, Some(high)),
         ])
         .map_err(FrontEndError::Map)?;
-        Ok(Self { map, half_bytes, low_used: 0, high_used: 0 })
+        Ok(Self {
+            map,
+            half_bytes,
+            low_used: 0,
+            high_used: 0,
+        })
     }
 
     /// The mapping; clones share the memory.
@@ -134,7 +142,9 @@ const ARENA_ALIGN: u64 = 512;
 
 impl Arena {
     pub(super) fn new(start: GuestAddress, bytes: u64) -> Self {
-        Self { free: vec![(start.0, bytes / ARENA_ALIGN * ARENA_ALIGN)] }
+        Self {
+            free: vec![(start.0, bytes / ARENA_ALIGN * ARENA_ALIGN)],
+        }
     }
 
     /// A run of at least `bytes` bytes, or `None`.
@@ -189,7 +199,10 @@ mod tests {
     fn ram_halves_share_one_file() {
         let mut ram = GuestRam::new(1 << 20).unwrap();
         assert_eq!(ram.take(Half::High, 1), Some(GuestAddress(HIGH_BASE)));
-        assert_eq!(ram.take(Half::High, 1), Some(GuestAddress(HIGH_BASE + 4096)));
+        assert_eq!(
+            ram.take(Half::High, 1),
+            Some(GuestAddress(HIGH_BASE + 4096))
+        );
         assert_eq!(ram.take(Half::Low, 1 << 20), None);
         let regions = ram.regions();
         assert_eq!(regions[0].mmap_handle, regions[1].mmap_handle);

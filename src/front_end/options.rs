@@ -133,6 +133,10 @@ impl Options {
     /// One queue as cloud-hypervisor would set it up.
     #[must_use]
     pub fn cloud_hypervisor() -> Self {
-        Self { memory_by: MemoryBy::Table, manners: Manners::CloudHypervisor, ..Self::default() }
+        Self {
+            memory_by: MemoryBy::Table,
+            manners: Manners::CloudHypervisor,
+            ..Self::default()
+        }
     }
 }

@@ -189,8 +189,13 @@ impl Queue {
         let head = descriptors[0];
         let token = Token(self.next_token);
         self.next_token += 1;
-        self.in_flight[usize::from(head)] =
-            Some(InFlight { token, descriptors, buffers, start, bytes });
+        self.in_flight[usize::from(head)] = Some(InFlight {
+            token,
+            descriptors,
+            buffers,
+            start,
+            bytes,
+        });
         self.ring.push_head(head)?;
         Ok(token)
     }
@@ -219,7 +224,8 @@ impl Queue {
     #[must_use]
     pub fn buffers(&self, token: Token) -> Option<&[Buffer]> {
         let mut all = self.in_flight.iter().flatten();
-        all.find(|request| request.token == token).map(|request| &request.buffers[..])
+        all.find(|request| request.token == token)
+            .map(|request| &request.buffers[..])
     }
 
     /// A completion, if there is one now.
@@ -398,8 +404,10 @@ impl Queue {
         let mut pieces = Vec::with_capacity(readable.len() + writable.len());
         // The payload first, so that it is as aligned as a driver's pages are; the header and
         // what else is short after it.
-        let lens =
-            readable.iter().map(|&len| (len, false)).chain(writable.iter().map(|&len| (len, true)));
+        let lens = readable
+            .iter()
+            .map(|&len| (len, false))
+            .chain(writable.iter().map(|&len| (len, true)));
         for (len, writable) in lens {
             let len32 = u32::try_from(len).map_err(|_| FrontEndError::TooLong { bytes: len })?;
             pieces.push((len32, writable));
@@ -408,7 +416,11 @@ impl Queue {
         order.sort_by_key(|&at| std::cmp::Reverse(pieces[at].0));
         let mut buffers: Vec<Buffer> = pieces
             .iter()
-            .map(|&(len, writable)| Buffer { address: GuestAddress(0), len, writable })
+            .map(|&(len, writable)| Buffer {
+                address: GuestAddress(0),
+                len,
+                writable,
+            })
             .collect();
         for at in order {
             buffers[at].address = GuestAddress(to_u64(offset));
@@ -439,18 +451,25 @@ impl Queue {
         let Some(taken) = self.ring.take_descriptors(wanted) else {
             return Ok(None);
         };
-        let table_len = u32::try_from(16 * buffers.len())
-            .map_err(|_| FrontEndError::TooLong { bytes: buffers.len() })?;
+        let table_len = u32::try_from(16 * buffers.len()).map_err(|_| FrontEndError::TooLong {
+            bytes: buffers.len(),
+        })?;
         let table = GuestAddress(start.0 + bytes - u64::from(table_len));
         for (at, buffer) in buffers.iter().enumerate() {
-            let next =
-                if indirect { u16::try_from(at + 1).ok() } else { taken.get(at + 1).copied() };
+            let next = if indirect {
+                u16::try_from(at + 1).ok()
+            } else {
+                taken.get(at + 1).copied()
+            };
             let next = next.filter(|_| at + 1 < buffers.len());
             let descriptor = Descriptor {
                 address: buffer.address.0,
                 len: buffer.len,
-                flags: if buffer.writable { Descriptor::WRITE } else { 0 }
-                    | next.map_or(0, |_| Descriptor::NEXT),
+                flags: if buffer.writable {
+                    Descriptor::WRITE
+                } else {
+                    0
+                } | next.map_or(0, |_| Descriptor::NEXT),
                 next: next.unwrap_or(0),
             };
             if indirect {
@@ -486,7 +505,10 @@ impl Queue {
         let slot = at.and_then(|at| self.in_flight.get_mut(at));
         let request = slot
             .and_then(Option::take)
-            .ok_or(FrontEndError::UnknownHead { queue: self.index, head: used.id })?;
+            .ok_or(FrontEndError::UnknownHead {
+                queue: self.index,
+                head: used.id,
+            })?;
         let mut data = Vec::new();
         for buffer in request.buffers.iter().filter(|buffer| buffer.writable) {
             let mut bytes = vec![0; as_len(buffer.len)];
@@ -543,8 +565,8 @@ impl Queue {
         Err(FrontEndError::Closed)
     }
 
-    /// Resets the call descriptor. Returns whether it was signalled.
-    pub(super) fn take_call(&mut self) -> bool {
+    /// Resets the call descriptor. Returns whether it was signalled since the last look.
+    pub fn take_call(&mut self) -> bool {
         let count = self.call.as_ref().and_then(|call| call.read().ok());
         self.calls += count.unwrap_or(0);
         count.is_some()
@@ -560,7 +582,9 @@ impl Queue {
     }
 
     fn write(&self, address: GuestAddress, bytes: &[u8]) -> Result<(), FrontEndError> {
-        self.memory.write_slice(bytes, address).map_err(|_| outside(address))
+        self.memory
+            .write_slice(bytes, address)
+            .map_err(|_| outside(address))
     }
 }
 

@@ -137,7 +137,11 @@ impl Segment {
     /// `sectors` sectors from `sector` on, no flags.
     #[must_use]
     pub fn new(sector: u64, sectors: u32) -> Self {
-        Self { sector, sectors, flags: 0 }
+        Self {
+            sector,
+            sectors,
+            flags: 0,
+        }
     }
 
     fn encode(&self) -> [u8; SEGMENT_BYTES] {
@@ -214,7 +218,13 @@ pub struct Framing {
 impl Default for Framing {
     /// As Linux does it: header, contiguous aligned payload, status.
     fn default() -> Self {
-        Self { header_piece: HEADER_BYTES, data_piece: usize::MAX, joined: false, gap: 0, skew: 0 }
+        Self {
+            header_piece: HEADER_BYTES,
+            data_piece: usize::MAX,
+            joined: false,
+            gap: 0,
+            skew: 0,
+        }
     }
 }
 
@@ -258,7 +268,10 @@ mod tests {
 
     #[test]
     fn header_of_a_write_is_little_endian() {
-        let request = Request::Write { sector: 0x0102_0304_0506, data: &[] };
+        let request = Request::Write {
+            sector: 0x0102_0304_0506,
+            data: &[],
+        };
         let header = request.header();
         assert_eq!(header[..8], [1, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(header[8..], [6, 5, 4, 3, 2, 1, 0, 0]);
@@ -270,10 +283,17 @@ mod tests {
         assert_eq!(linux.readable(1024), [16, 1024]);
         assert_eq!(linux.writable(512), [512, 1]);
         assert_eq!(linux.writable(0), [1]);
-        let joined = Framing { joined: true, ..linux };
+        let joined = Framing {
+            joined: true,
+            ..linux
+        };
         assert_eq!(joined.readable(512), [528]);
         assert_eq!(joined.writable(512), [513]);
-        let pieces = Framing { header_piece: 7, data_piece: 100, ..linux };
+        let pieces = Framing {
+            header_piece: 7,
+            data_piece: 100,
+            ..linux
+        };
         assert_eq!(pieces.readable(250), [7, 7, 2, 100, 100, 50]);
     }
 }

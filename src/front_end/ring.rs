@@ -167,7 +167,10 @@ impl Ring {
     /// If the ring is outside the guest memory.
     pub fn push_head(&mut self, head: u16) -> Result<(), FrontEndError> {
         let slot = u64::from(self.next_avail.0 % self.size);
-        self.write(self.avail.0 + AVAIL_HEADER_BYTES + 2 * slot, &head.to_le_bytes())?;
+        self.write(
+            self.avail.0 + AVAIL_HEADER_BYTES + 2 * slot,
+            &head.to_le_bytes(),
+        )?;
         self.next_avail += 1;
         Ok(())
     }

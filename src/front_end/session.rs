@@ -67,8 +67,10 @@ impl FrontEnd {
     /// # Errors
     /// If nobody listens, or the back-end refuses or cannot do something the options ask for.
     pub fn negotiate(socket: &Path, options: &Options) -> Result<Self, FrontEndError> {
-        let stream = UnixStream::connect(socket)
-            .map_err(|source| FrontEndError::Connect { path: socket.to_owned(), source })?;
+        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
         Self::negotiate_on(stream, options)
     }
 
@@ -107,8 +109,9 @@ impl FrontEnd {
             let feature = "VHOST_USER_F_PROTOCOL_FEATURES";
             return Err(FrontEndError::Missing { feature });
         }
-        let offered =
-            self.send("GET_PROTOCOL_FEATURES", |protocol| protocol.get_protocol_features())?;
+        let offered = self.send("GET_PROTOCOL_FEATURES", |protocol| {
+            protocol.get_protocol_features()
+        })?;
         let mut wanted = PROTOCOL & offered;
         if !self.options.inflight {
             wanted.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
@@ -117,7 +120,9 @@ impl FrontEnd {
             let feature = "VHOST_USER_PROTOCOL_F_CONFIG";
             return Err(FrontEndError::Missing { feature });
         }
-        self.send("SET_PROTOCOL_FEATURES", |protocol| protocol.set_protocol_features(wanted))?;
+        self.send("SET_PROTOCOL_FEATURES", |protocol| {
+            protocol.set_protocol_features(wanted)
+        })?;
         self.protocol_features = wanted;
         if wanted.contains(VhostUserProtocolFeatures::MQ) {
             self.queues_offered =
@@ -135,7 +140,9 @@ impl FrontEnd {
         }
         if wanted.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
             let pair = UnixStream::pair().map_err(failed("create a socket pair"))?;
-            self.send("SET_BACKEND_REQ_FD", |protocol| protocol.set_backend_request_fd(&pair.1))?;
+            self.send("SET_BACKEND_REQ_FD", |protocol| {
+                protocol.set_backend_request_fd(&pair.1)
+            })?;
             self.requests = Some(pair.0);
         }
         self.send("SET_OWNER", |protocol| protocol.set_owner())
@@ -238,8 +245,9 @@ impl FrontEnd {
     pub fn config_bytes(&mut self, size: u32) -> Result<Vec<u8>, FrontEndError> {
         let zeroes = vec![0; usize::try_from(size).expect("sizes fit in an address space")];
         let flags = VhostUserConfigFlags::WRITABLE;
-        let (_, bytes) =
-            self.send("GET_CONFIG", |protocol| protocol.get_config(0, size, flags, &zeroes))?;
+        let (_, bytes) = self.send("GET_CONFIG", |protocol| {
+            protocol.get_config(0, size, flags, &zeroes)
+        })?;
         Ok(bytes)
     }
 
@@ -336,7 +344,11 @@ impl FrontEnd {
 
     /// Whether the next messages ask for a reply.
     pub fn ask_replies(&mut self, ask: bool) {
-        let flag = if ask { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() };
+        let flag = if ask {
+            VhostUserHeaderFlag::NEED_REPLY
+        } else {
+            VhostUserHeaderFlag::empty()
+        };
         self.protocol.set_hdr_flags(flag);
     }
 
@@ -365,7 +377,9 @@ impl FrontEnd {
     /// If the back-end refuses.
     pub fn enable_all(&mut self, enable: bool) -> Result<(), FrontEndError> {
         (0..self.queues.len()).try_for_each(|index| {
-            self.send("SET_VRING_ENABLE", |protocol| protocol.set_vring_enable(index, enable))
+            self.send("SET_VRING_ENABLE", |protocol| {
+                protocol.set_vring_enable(index, enable)
+            })
         })
     }
 
@@ -375,7 +389,9 @@ impl FrontEnd {
     /// If the back-end refuses.
     pub fn tell_size(&mut self, index: usize) -> Result<(), FrontEndError> {
         let size = self.queues[index].ring().size();
-        self.send("SET_VRING_NUM", |protocol| protocol.set_vring_num(index, size))
+        self.send("SET_VRING_NUM", |protocol| {
+            protocol.set_vring_num(index, size)
+        })
     }
 
     /// SET_VRING_BASE.
@@ -383,7 +399,9 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses.
     pub fn tell_base(&mut self, index: usize, base: u16) -> Result<(), FrontEndError> {
-        self.send("SET_VRING_BASE", |protocol| protocol.set_vring_base(index, base))
+        self.send("SET_VRING_BASE", |protocol| {
+            protocol.set_vring_base(index, base)
+        })
     }
 
     /// SET_VRING_ADDR with the ring's addresses in this process.
@@ -402,12 +420,16 @@ impl FrontEnd {
             avail_ring_addr: self.ram.host_address(avail)?,
             log_addr: None,
         };
-        self.send("SET_VRING_ADDR", |protocol| protocol.set_vring_addr(index, &config))
+        self.send("SET_VRING_ADDR", |protocol| {
+            protocol.set_vring_addr(index, &config)
+        })
     }
 
     fn tell_kick(&mut self, index: usize) -> Result<(), FrontEndError> {
         let event = clone_event(self.queues[index].kick_event())?;
-        self.send("SET_VRING_KICK", |protocol| protocol.set_vring_kick(index, &event))
+        self.send("SET_VRING_KICK", |protocol| {
+            protocol.set_vring_kick(index, &event)
+        })
     }
 
     fn tell_call(&mut self, index: usize) -> Result<(), FrontEndError> {
@@ -415,7 +437,9 @@ impl FrontEnd {
             return Ok(());
         };
         let event = clone_event(event)?;
-        self.send("SET_VRING_CALL", |protocol| protocol.set_vring_call(index, &event))
+        self.send("SET_VRING_CALL", |protocol| {
+            protocol.set_vring_call(index, &event)
+        })
     }
 
     /// Tells the back-end of the guest memory, once for a connection.
@@ -448,8 +472,9 @@ impl FrontEnd {
         };
         if !self.inflight.as_ref().is_some_and(fits) {
             let shape = VhostUserInflight::new(0, 0, queues, size);
-            let (mut shape, file) =
-                self.send("GET_INFLIGHT_FD", |protocol| protocol.get_inflight_fd(&shape))?;
+            let (mut shape, file) = self.send("GET_INFLIGHT_FD", |protocol| {
+                protocol.get_inflight_fd(&shape)
+            })?;
             // The back-end says how large the buffer is and where; the shape stays ours.
             shape.num_queues = queues;
             shape.queue_size = size;
@@ -458,8 +483,9 @@ impl FrontEnd {
         let Some((shape, file)) = self.inflight.take() else {
             return Ok(());
         };
-        let sent = self
-            .send("SET_INFLIGHT_FD", |protocol| protocol.set_inflight_fd(&shape, file.as_raw_fd()));
+        let sent = self.send("SET_INFLIGHT_FD", |protocol| {
+            protocol.set_inflight_fd(&shape, file.as_raw_fd())
+        });
         self.inflight = Some((shape, file));
         sent
     }
@@ -478,7 +504,11 @@ impl FrontEnd {
         };
         for index in 0..options.queues {
             // Rings in one region and buffers in both, so that every translation is exercised.
-            let half = if index % 2 == 0 { Half::High } else { Half::Low };
+            let half = if index % 2 == 0 {
+                Half::High
+            } else {
+                Half::Low
+            };
             let start = self.ram.take(Half::Low, Ring::bytes(options.queue_size));
             let buffers = self.ram.take(half, share);
             let (Some(start), Some(buffers)) = (start, buffers) else {
@@ -491,7 +521,10 @@ impl FrontEnd {
                 options.first_index,
                 self.acked() & features::EVENT_IDX != 0,
             )?;
-            let socket = self.socket.try_clone().map_err(failed("clone the socket"))?;
+            let socket = self
+                .socket
+                .try_clone()
+                .map_err(failed("clone the socket"))?;
             self.queues.push(Queue::new(Parts {
                 index,
                 memory: self.ram.map().clone(),
@@ -520,7 +553,9 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
 fn clone_event(
     event: &vmm_sys_util::eventfd::EventFd,
 ) -> Result<vmm_sys_util::eventfd::EventFd, FrontEndError> {
-    event.try_clone().map_err(failed("clone an event descriptor"))
+    event
+        .try_clone()
+        .map_err(failed("clone an event descriptor"))
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> FrontEndError {

@@ -32,12 +32,18 @@ enum State {
 impl Watchdog {
     /// Watches over `socket`, idle at first.
     pub(super) fn new(socket: UnixStream) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { state: Mutex::new(State::Idle), changed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::Idle),
+            changed: Condvar::new(),
+        });
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("front-end-watchdog".to_owned())
             .spawn(move || watched.watch(&socket))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     /// Runs `work`; if it takes longer than `limit`, the socket is shut down under it. Returns

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One anonymous mapping for all buffers of a worker.
-#![allow(unsafe_code, reason = "owns a memory mapping that the kernel reads and writes")]
+#![allow(
+    unsafe_code,
+    reason = "owns a memory mapping that the kernel reads and writes"
+)]
 
 use std::io;
 use std::ptr::{self, NonNull};
@@ -29,7 +32,10 @@ impl Arena {
     /// # Errors
     /// `ENOMEM` if the address space or the limit on it does not allow so much.
     pub(super) fn new(len: usize) -> io::Result<Self> {
-        assert!(len > 0 && len.is_multiple_of(BLOCK_BYTES_MAX), "arena of {len} bytes");
+        assert!(
+            len > 0 && len.is_multiple_of(BLOCK_BYTES_MAX),
+            "arena of {len} bytes"
+        );
         let padded = len
             .checked_add(HUGE_PAGE_BYTES)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
@@ -79,9 +85,17 @@ impl Arena {
     pub(super) fn prefault(&mut self) -> io::Result<()> {
         // SAFETY: the range is our mapping; populating keeps its content.
         let result = unsafe {
-            libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE)
+            libc::madvise(
+                self.base.as_ptr().cast(),
+                self.len,
+                libc::MADV_POPULATE_WRITE,
+            )
         };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     /// The bytes `offset..offset + len`.
@@ -142,7 +156,12 @@ fn unmap(start: *mut u8, len: usize) {
     // SAFETY: called only with a part of the mapping made in `Arena::new`, either before anybody
     // else knew of it or when the arena, and every borrow of it, has ended.
     let result = unsafe { libc::munmap(start.cast(), len) };
-    assert_eq!(result, 0, "munmap of our own mapping: {}", io::Error::last_os_error());
+    assert_eq!(
+        result,
+        0,
+        "munmap of our own mapping: {}",
+        io::Error::last_os_error()
+    );
 }
 
 #[cfg(test)]

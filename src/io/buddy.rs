@@ -65,9 +65,16 @@ impl Buddy {
     /// [`UNITS_MAX`]. Allocates here and never again.
     pub(super) fn new(zone_units: &[u32]) -> Self {
         let total: u32 = zone_units.iter().sum();
-        let unit = Unit { state: State::Inside, order: 0, next: NONE, previous: NONE };
-        let mut buddy =
-            Self { units: vec![unit; total as usize].into_boxed_slice(), zones: Box::default() };
+        let unit = Unit {
+            state: State::Inside,
+            order: 0,
+            next: NONE,
+            previous: NONE,
+        };
+        let mut buddy = Self {
+            units: vec![unit; total as usize].into_boxed_slice(),
+            zones: Box::default(),
+        };
         let mut first = 0;
         let mut zones = Vec::with_capacity(zone_units.len());
         for &units in zone_units {
@@ -207,7 +214,12 @@ impl Buddy {
     }
 
     fn unlink(&mut self, zone: usize, block: u32) {
-        let Unit { state, order, next, previous } = self.units[block as usize];
+        let Unit {
+            state,
+            order,
+            next,
+            previous,
+        } = self.units[block as usize];
         debug_assert_eq!(state, State::Free);
         if previous == NONE {
             self.zones[zone].heads[usize::from(order)] = next;

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
@@ -87,6 +87,8 @@ pub struct Ring {
     mode: Mode,
     /// Submissions for which the queue had no room, oldest first.
     backlog: VecDeque<squeue::Entry>,
+    /// Submissions whose completion was not reaped yet.
+    outstanding: usize,
     /// Whether the eventfd is to be signalled. It is only while the worker means to sleep:
     /// signalling costs the kernel an atomic and the worker a wake-up for nothing.
     armed: bool,
@@ -112,12 +114,16 @@ impl Ring {
     pub fn new(entries: u32) -> Result<Self, RingError> {
         let (uring, mode) = build(entries)?;
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(RingError::Wake)?;
-        uring.submitter().register_eventfd(wake.as_raw_fd()).map_err(RingError::Wake)?;
+        uring
+            .submitter()
+            .register_eventfd(wake.as_raw_fd())
+            .map_err(RingError::Wake)?;
         let mut ring = Self {
             uring,
             wake,
             mode,
             backlog: VecDeque::with_capacity(entries as usize * 4),
+            outstanding: 0,
             armed: true,
             _not_send: std::marker::PhantomData,
         };
@@ -142,7 +148,10 @@ impl Ring {
         self.uring
             .submitter()
             .register_files(files)
-            .map_err(|source| RingError::Files { count: files.len(), source })
+            .map_err(|source| RingError::Files {
+                count: files.len(),
+                source,
+            })
     }
 
     /// Registers memory for `ReadFixed` and `WriteFixed`, each piece at most 1 GiB.
@@ -157,7 +166,10 @@ impl Ring {
         pieces: impl Iterator<Item = (*mut u8, usize)>,
     ) -> io::Result<()> {
         let iovecs: Vec<libc::iovec> = pieces
-            .map(|(start, len)| libc::iovec { iov_base: start.cast(), iov_len: len })
+            .map(|(start, len)| libc::iovec {
+                iov_base: start.cast(),
+                iov_len: len,
+            })
             .collect();
         // SAFETY: the caller's promise.
         unsafe { self.uring.submitter().register_buffers(&iovecs) }
@@ -169,6 +181,7 @@ impl Ring {
     /// The memory the entry points to stays valid, and used by nobody in a conflicting way, until
     /// the completion with its user data was reaped.
     pub unsafe fn push(&mut self, entry: squeue::Entry) {
+        self.outstanding += 1;
         if self.backlog.is_empty() {
             // SAFETY: the caller's promise.
             if unsafe { self.uring.submission().push(&entry) }.is_ok() {
@@ -219,13 +232,7 @@ impl Ring {
     pub fn reap(&mut self, out: &mut Vec<Completion>) -> Result<(), RingError> {
         self.disarm();
         for _ in 0..REAP_ROUNDS {
-            let completions = self.uring.completion();
-            out.extend(
-                completions.map(|entry| Completion {
-                    user_data: entry.user_data(),
-                    result: entry.result(),
-                }),
-            );
+            self.collect(out);
             if !self.unposted() {
                 return Ok(());
             }
@@ -237,12 +244,19 @@ impl Ring {
                 },
             }
         }
-        let completions = self.uring.completion();
-        out.extend(
-            completions
-                .map(|entry| Completion { user_data: entry.user_data(), result: entry.result() }),
-        );
+        self.collect(out);
         Ok(())
+    }
+
+    /// Empties the completion queue.
+    fn collect(&mut self, out: &mut Vec<Completion>) {
+        let before = out.len();
+        out.extend(self.uring.completion().map(|entry| Completion {
+            user_data: entry.user_data(),
+            result: entry.result(),
+        }));
+        // Every submission here has one completion: none is of the kind that has several.
+        self.outstanding -= out.len() - before;
     }
 
     /// To be asked last before sleeping: for how long at most. `None` means that
@@ -272,7 +286,11 @@ impl Ring {
         let flags = EnterFlags::GETEVENTS.bits();
         // SAFETY: the count is the number of entries in the queue, and what they point to is
         // valid by the promise of `push`.
-        unsafe { self.uring.submitter().enter::<libc::sigset_t>(count, 0, flags, None) }
+        unsafe {
+            self.uring
+                .submitter()
+                .enter::<libc::sigset_t>(count, 0, flags, None)
+        }
     }
 
     fn move_backlog(&mut self) {
@@ -323,9 +341,15 @@ impl Ring {
     }
 }
 
-impl AsFd for Ring {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.wake_fd()
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel takes a ring down some time after its descriptor is closed, and would keep
+        // the files, and the locks on them, until then: whoever opens them next would be refused.
+        // With operations in flight the locks have to stay (rule K2), and kernels before 6.13
+        // would wait here for as long as they hang. An error means that nothing is registered.
+        if self.outstanding == 0 {
+            let _ = self.uring.submitter().unregister_files();
+        }
     }
 }
 
@@ -335,16 +359,19 @@ fn build(entries: u32) -> Result<(IoUring, Mode), RingError> {
     let mut last = None;
     for mode in modes {
         let mut builder = IoUring::builder();
-        builder.setup_cqsize(entries.saturating_mul(4)).setup_clamp();
+        builder
+            .setup_cqsize(entries.saturating_mul(4))
+            .setup_clamp();
         match mode {
             Mode::Deferred => builder
                 .setup_single_issuer()
                 .setup_defer_taskrun()
                 .setup_taskrun_flag()
                 .setup_submit_all(),
-            Mode::Cooperative => {
-                builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all()
-            }
+            Mode::Cooperative => builder
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .setup_submit_all(),
             Mode::Plain => &mut builder,
         };
         match builder.build(entries) {
@@ -379,7 +406,11 @@ mod tests {
     use super::*;
 
     fn poll_in(fd: BorrowedFd<'_>, timeout_ms: i32) -> bool {
-        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one valid entry.
         unsafe { libc::poll(&raw mut poll, 1, timeout_ms) == 1 }
     }
@@ -428,7 +459,9 @@ mod tests {
         let late = types::Timespec::new().nsec(20_000_000);
         let mut out = Vec::new();
         for round in 0..3 {
-            let entry = opcode::Timeout::new(&raw const late).build().user_data(round);
+            let entry = opcode::Timeout::new(&raw const late)
+                .build()
+                .user_data(round);
             // SAFETY: `late` outlives the loop, which waits for the completion.
             unsafe { ring.push(entry) };
             ring.submit().unwrap();

@@ -84,29 +84,48 @@ impl FlushGate {
     /// The run of `lane` has ended.
     pub fn finish(&self, lane: LaneId) -> Finished {
         let mut gate = self.gate.lock().expect("no panic under this lock");
-        assert_eq!(gate.running, Some(lane), "the lane that began a run ends it");
+        assert_eq!(
+            gate.running,
+            Some(lane),
+            "the lane that began a run ends it"
+        );
         let run = gate.run;
         let sharers = std::mem::take(&mut gate.sharers);
         gate.running = gate.waiters.pop();
         gate.sharers = std::mem::take(&mut gate.waiters);
         gate.run += u64::from(gate.running.is_some());
-        Finished { run, sharers, next: gate.running }
+        Finished {
+            run,
+            sharers,
+            next: gate.running,
+        }
     }
 
     /// Replicas that still work on a flush of an earlier run: at most one is in flight on each.
     #[must_use]
     pub fn unanswered(&self) -> ReplicaSet {
-        self.gate.lock().expect("no panic under this lock").unanswered
+        self.gate
+            .lock()
+            .expect("no panic under this lock")
+            .unanswered
     }
 
     /// A run ended without the flush of `replica`.
     pub fn leave_unanswered(&self, replica: ReplicaId) {
-        self.gate.lock().expect("no panic under this lock").unanswered.insert(replica);
+        self.gate
+            .lock()
+            .expect("no panic under this lock")
+            .unanswered
+            .insert(replica);
     }
 
     /// The flush that was left has completed.
     pub fn answered(&self, replica: ReplicaId) {
-        self.gate.lock().expect("no panic under this lock").unanswered.remove(replica);
+        self.gate
+            .lock()
+            .expect("no panic under this lock")
+            .unanswered
+            .remove(replica);
     }
 }
 

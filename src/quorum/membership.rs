@@ -17,11 +17,17 @@ struct ExtentBits {
 impl ExtentBits {
     fn new(extents: u64) -> Self {
         let words = usize::try_from(extents.div_ceil(64)).expect("at most 2^20 extents");
-        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), count: AtomicU64::new(0) }
+        Self {
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            count: AtomicU64::new(0),
+        }
     }
 
     fn place(extent: u64) -> (usize, u64) {
-        (usize::try_from(extent / 64).expect("at most 2^20 extents"), 1 << (extent % 64))
+        (
+            usize::try_from(extent / 64).expect("at most 2^20 extents"),
+            1 << (extent % 64),
+        )
     }
 
     fn get(&self, extent: u64) -> bool {
@@ -169,7 +175,8 @@ impl Membership {
     fn mark(&self, extent: u64, replicas: ReplicaSet) -> ReplicaSet {
         let mut marked = ReplicaSet::EMPTY;
         for replica in replicas.iter() {
-            self.any_behind.fetch_or(1 << replica.index(), Ordering::AcqRel);
+            self.any_behind
+                .fetch_or(1 << replica.index(), Ordering::AcqRel);
             if self.behind[replica.index()].set(extent) {
                 marked.insert(replica);
             }
@@ -217,9 +224,18 @@ mod tests {
         for extent in [3, 64, 199] {
             members.make_dirty(extent);
         }
-        assert_eq!(members.mark_behind_where_dirty(ReplicaId::new(2)), (3, true));
-        assert_eq!(members.mark_behind_where_dirty(ReplicaId::new(2)), (0, true));
-        assert_eq!(members.mark_behind_where_dirty(ReplicaId::new(1)), (0, false));
+        assert_eq!(
+            members.mark_behind_where_dirty(ReplicaId::new(2)),
+            (3, true)
+        );
+        assert_eq!(
+            members.mark_behind_where_dirty(ReplicaId::new(2)),
+            (0, true)
+        );
+        assert_eq!(
+            members.mark_behind_where_dirty(ReplicaId::new(1)),
+            (0, false)
+        );
         assert_eq!(members.behind_extents(ReplicaId::new(2)), 3);
         assert_eq!(members.current(64), set(&[0, 1]));
         assert_eq!(members.current(65), set(&[0, 1, 2]));

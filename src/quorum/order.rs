@@ -151,12 +151,19 @@ impl Order {
                 locks: Mutex::new(Vec::with_capacity(64)),
             })
             .collect();
-        Self { shards, extent_shift }
+        Self {
+            shards,
+            extent_shift,
+        }
     }
 
     fn shard(&self, range: SectorRange) -> &Shard {
         let extent = range.start() >> self.extent_shift;
-        debug_assert_eq!(extent, (range.end() - 1) >> self.extent_shift, "one extent, one shard");
+        debug_assert_eq!(
+            extent,
+            (range.end() - 1) >> self.extent_shift,
+            "one extent, one shard"
+        );
         // Neighbouring extents land in neighbouring shards; that spreads sequential work too.
         let shard = usize::try_from(extent % SHARDS as u64).expect("below SHARDS");
         &self.shards[shard]
@@ -173,7 +180,13 @@ impl Order {
     ) -> bool {
         let shard = self.shard(range);
         let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let mut lock = Lock { range, mode, granted: false, lane, ticket };
+        let mut lock = Lock {
+            range,
+            mode,
+            granted: false,
+            lane,
+            ticket,
+        };
         lock.granted = !locks.iter().any(|other| lock.is_barred_by(other, true));
         if lock.granted && mode.disturbs() {
             shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
@@ -195,7 +208,10 @@ impl Order {
         let mut locks = shard.locks.lock().expect("no panic under this lock");
         let index = position(&locks, lane, ticket);
         let held = &mut locks[index];
-        assert!(held.granted && held.mode == LockMode::Exclusive, "once, by its holder");
+        assert!(
+            held.granted && held.mode == LockMode::Exclusive,
+            "once, by its holder"
+        );
         held.mode = LockMode::Deferred;
         shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
         shard.grant(&mut locks, range, woken);
@@ -231,7 +247,10 @@ impl Order {
         // Released first: if the two are equal, every lock granted so far was released before.
         let released = shard.exclusive_released.load(Ordering::Acquire);
         let granted = shard.exclusive_granted.load(Ordering::Acquire);
-        ReadStamp { granted, quiet: released == granted }
+        ReadStamp {
+            granted,
+            quiet: released == granted,
+        }
     }
 
     /// Whether no exclusive lock was held near `range` at any moment since `stamp` was taken. Only
@@ -245,7 +264,10 @@ impl Order {
     /// Number of locks held or waited for.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.shards.iter().map(|s| s.locks.lock().expect("no panic under this lock").len()).sum()
+        self.shards
+            .iter()
+            .map(|s| s.locks.lock().expect("no panic under this lock").len())
+            .sum()
     }
 
     /// Whether no lock is held or waited for.

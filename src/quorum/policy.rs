@@ -54,9 +54,16 @@ impl Geometry {
             || !sectors.is_multiple_of(u64::from(block_sectors))
             || sectors > i64::MAX as u64 / 512
         {
-            return Err(PolicyError::Size { sectors, block_sectors });
+            return Err(PolicyError::Size {
+                sectors,
+                block_sectors,
+            });
         }
-        Ok(Self { sectors, block_sectors, extent_shift })
+        Ok(Self {
+            sectors,
+            block_sectors,
+            extent_shift,
+        })
     }
 
     /// Sectors of the disk.
@@ -195,7 +202,9 @@ impl Policy {
     /// The first rule that is broken.
     pub fn validate(&self) -> Result<(), PolicyError> {
         if self.replicas == 0 || self.replicas > REPLICAS_MAX {
-            return Err(PolicyError::Replicas { replicas: self.replicas });
+            return Err(PolicyError::Replicas {
+                replicas: self.replicas,
+            });
         }
         if self.threshold == 0 || self.threshold > self.replicas {
             return Err(PolicyError::Threshold {

@@ -40,7 +40,12 @@ impl<T> Slab<T> {
     /// Room for `capacity` values.
     pub(super) fn new(capacity: u16) -> Self {
         Self {
-            slots: (0..capacity).map(|_| Slot { generation: 0, value: None }).collect(),
+            slots: (0..capacity)
+                .map(|_| Slot {
+                    generation: 0,
+                    value: None,
+                })
+                .collect(),
             free: (0..capacity).rev().collect(),
         }
     }
@@ -60,11 +65,17 @@ impl<T> Slab<T> {
     /// # Panics
     /// If there is no room; the caller has asked.
     pub(super) fn insert(&mut self, value: T) -> SlotId {
-        let index = self.free.pop().expect("the caller checked that there is room");
+        let index = self
+            .free
+            .pop()
+            .expect("the caller checked that there is room");
         let slot = &mut self.slots[usize::from(index)];
         assert!(slot.value.is_none());
         slot.value = Some(value);
-        SlotId { index, generation: slot.generation }
+        SlotId {
+            index,
+            generation: slot.generation,
+        }
     }
 
     /// The value of that name, or `None` if it is gone.
@@ -82,17 +93,24 @@ impl<T> Slab<T> {
         assert_eq!(slot.generation, id.generation, "removed twice");
         slot.generation = slot.generation.wrapping_add(1);
         self.free.push(id.index);
-        slot.value.take().expect("generation matched, so the value is there")
+        slot.value
+            .take()
+            .expect("generation matched, so the value is there")
     }
 
     /// Names of all values, in the order of their slots.
     pub(super) fn ids(&self) -> impl Iterator<Item = SlotId> + '_ {
-        self.slots.iter().enumerate().filter(|(_, slot)| slot.value.is_some()).map(
-            |(index, slot)| {
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.value.is_some())
+            .map(|(index, slot)| {
                 let index = u16::try_from(index).expect("capacity is a u16");
-                SlotId { index, generation: slot.generation }
-            },
-        )
+                SlotId {
+                    index,
+                    generation: slot.generation,
+                }
+            })
     }
 }
 

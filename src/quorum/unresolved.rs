@@ -15,7 +15,10 @@ impl Unresolved {
     /// No range.
     #[must_use]
     pub fn new() -> Self {
-        Self { count: AtomicUsize::new(0), ranges: Mutex::new(Vec::new()) }
+        Self {
+            count: AtomicUsize::new(0),
+            ranges: Mutex::new(Vec::new()),
+        }
     }
 
     /// Puts `range` into U. The caller holds its exclusive lock.
@@ -53,7 +56,9 @@ impl Unresolved {
                 continue;
             }
             let part = |start: u64, count: u64| {
-                u32::try_from(count).ok().and_then(|count| SectorRange::new(start, count))
+                u32::try_from(count)
+                    .ok()
+                    .and_then(|count| SectorRange::new(start, count))
             };
             kept.extend(part(known.start(), before));
             kept.extend(part(range.end(), after));

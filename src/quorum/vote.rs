@@ -35,7 +35,10 @@ impl<'a> Ballots<'a> {
     /// No ballots yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { ballots: [None; REPLICAS_MAX], count: 0 }
+        Self {
+            ballots: [None; REPLICAS_MAX],
+            count: 0,
+        }
     }
 
     /// Adds the ballot of one replica.
@@ -52,7 +55,9 @@ impl<'a> Ballots<'a> {
         let mut group_count = 0;
         for (replica, bytes) in self.ballots[..self.count].iter().flatten() {
             let sector = &bytes[index * SECTOR_LEN..(index + 1) * SECTOR_LEN];
-            let group = contents[..group_count].iter().position(|content| *content == sector);
+            let group = contents[..group_count]
+                .iter()
+                .position(|content| *content == sector);
             let group = group.unwrap_or_else(|| {
                 contents[group_count] = sector;
                 group_count += 1;
@@ -108,8 +113,9 @@ mod tests {
         let mut cases = 0;
         for n in 0..=5u32 {
             for code in 0..5u32.pow(n) {
-                let contents: Vec<u8> =
-                    (0..n).map(|i| u8::try_from(code / 5u32.pow(i) % 5).unwrap()).collect();
+                let contents: Vec<u8> = (0..n)
+                    .map(|i| u8::try_from(code / 5u32.pow(i) % 5).unwrap())
+                    .collect();
                 let mut ballots = Ballots::new();
                 for (i, &c) in contents.iter().enumerate() {
                     ballots.add(ReplicaId::new(i), &sectors[usize::from(c)]);

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Carries out the operations of one worker on all replicas, through one ring.
-#![allow(unsafe_code, reason = "hands addresses of pinned buffers to the kernel")]
+#![allow(
+    unsafe_code,
+    reason = "hands addresses of pinned buffers to the kernel"
+)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -35,7 +38,11 @@ pub struct ExecutorConfig {
 impl Default for ExecutorConfig {
     /// 16 MiB of buffers, 2 MiB in reserve, 256 submissions a batch.
     fn default() -> Self {
-        Self { pool_budget_bytes: 16 << 20, reserve_bytes: 2 << 20, ring_entries: 256 }
+        Self {
+            pool_budget_bytes: 16 << 20,
+            reserve_bytes: 2 << 20,
+            ring_entries: 256,
+        }
     }
 }
 
@@ -90,8 +97,10 @@ impl Executor {
     pub fn new(replicas: &[Arc<Replica>], config: ExecutorConfig) -> Result<Self, ExecutorError> {
         let pool = Pool::new(config.pool_budget_bytes, config.reserve_bytes)?;
         let mut ring = Ring::new(config.ring_entries)?;
-        let files: Vec<RawFd> =
-            replicas.iter().map(|replica| replica.data_fd().as_raw_fd()).collect();
+        let files: Vec<RawFd> = replicas
+            .iter()
+            .map(|replica| replica.data_fd().as_raw_fd())
+            .collect();
         ring.register_files(&files)?;
         // SAFETY: the pool is dropped after the ring, and keeps its memory mapped for ever if
         // operations are in flight then.
@@ -110,7 +119,10 @@ impl Executor {
         let members = replicas.iter().map(|replica| Member {
             replica: Arc::clone(replica),
             alignment_bytes: replica.direct_alignment_bytes(),
-            zero_methods: ZeroMethods { punch: replica.can_zero_exactly(), zero_range: true },
+            zero_methods: ZeroMethods {
+                punch: replica.can_zero_exactly(),
+                zero_range: true,
+            },
         });
         Ok(Self {
             ring,
@@ -208,8 +220,11 @@ impl Executor {
         let slot = u32::try_from(completion.user_data).expect("user data is a slot");
         let flight = self.flights.get_mut(slot);
         let member = &mut self.replicas[flight.replica.index()];
-        let next =
-            flight.advance(completion.result, member.alignment_bytes, &mut member.zero_methods);
+        let next = flight.advance(
+            completion.result,
+            member.alignment_bytes,
+            &mut member.zero_methods,
+        );
         let Flight { op, work, .. } = *flight;
         match next {
             Next::Again => self.push(slot),
@@ -273,9 +288,14 @@ impl Executor {
                             .build();
                     }
                 };
-                opcode::Fallocate::new(file, u64::from(len)).offset(offset).mode(mode).build()
+                opcode::Fallocate::new(file, u64::from(len))
+                    .offset(offset)
+                    .mode(mode)
+                    .build()
             }
-            Work::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::Flush => opcode::Fsync::new(file)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
         }
     }
 

@@ -83,9 +83,11 @@ impl Flight {
     pub(super) fn new(operation: &Operation, methods: ZeroMethods) -> Self {
         let (work, range) = match operation.kind {
             OperationKind::Read { range, buffer } => (Work::Read { buffer }, Some(range)),
-            OperationKind::Write { range, buffer, skip_bytes } => {
-                (Work::Write { buffer, skip_bytes }, Some(range))
-            }
+            OperationKind::Write {
+                range,
+                buffer,
+                skip_bytes,
+            } => (Work::Write { buffer, skip_bytes }, Some(range)),
             OperationKind::WriteZeroes { range, unmap } => {
                 let method = methods.best(unmap);
                 (Work::Zero { method }, Some(range))
@@ -154,7 +156,10 @@ impl Flight {
         }
         // Nothing, or a part that cannot be continued from: the end of the replica.
         if transferred == 0 || !self.done.is_multiple_of(alignment_bytes) {
-            return Next::Ended(Outcome::Short { expected: self.len, got: self.done });
+            return Next::Ended(Outcome::Short {
+                expected: self.len,
+                got: self.done,
+            });
         }
         Next::Again
     }
@@ -234,10 +239,17 @@ mod tests {
     use super::*;
     use crate::units::SectorRange;
 
-    const ALL: ZeroMethods = ZeroMethods { punch: true, zero_range: true };
+    const ALL: ZeroMethods = ZeroMethods {
+        punch: true,
+        zero_range: true,
+    };
 
     fn operation(kind: OperationKind) -> Operation {
-        Operation { op: OpId(7), replica: ReplicaId::new(0), kind }
+        Operation {
+            op: OpId(7),
+            replica: ReplicaId::new(0),
+            kind,
+        }
     }
 
     fn read(sectors: u32) -> Flight {

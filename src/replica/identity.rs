@@ -27,7 +27,10 @@ pub struct Inode {
 
 impl Inode {
     fn of(metadata: &Metadata) -> Self {
-        Self { device: metadata.dev(), number: metadata.ino() }
+        Self {
+            device: metadata.dev(),
+            number: metadata.ino(),
+        }
     }
 }
 
@@ -41,7 +44,10 @@ impl Identity {
             Some(Self::File(Inode::of(metadata)))
         } else if kind.is_block_device() {
             let number = metadata.rdev();
-            Some(Self::Device { number, backing: loop_backing(number) })
+            Some(Self::Device {
+                number,
+                backing: loop_backing(number),
+            })
         } else {
             None
         }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a file or block device can do, found out without changing a byte of it.
-#![allow(unsafe_code, reason = "statx, pread, fallocate and fadvise have no safe wrapper here")]
+#![allow(
+    unsafe_code,
+    reason = "statx, pread, fallocate and fadvise have no safe wrapper here"
+)]
 
 use std::fs::{self, File};
 use std::io;
@@ -121,5 +124,9 @@ fn device_zeroes(number: u64) -> bool {
 pub(super) fn drop_caches(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open; the advice changes no data.
     let errno = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+    if errno == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(errno))
+    }
 }

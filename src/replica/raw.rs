@@ -273,7 +273,9 @@ fn open<'a>(
     // Looked at before it is opened: opening a pipe or a tape drive has effects of its own.
     let before = identify(&options.path)?;
     if let Some((other, _)) = others.find(|(_, identity)| identity.same_storage(&before)) {
-        return Err(OpenFault::Duplicate { other: other.to_owned() });
+        return Err(OpenFault::Duplicate {
+            other: other.to_owned(),
+        });
     }
     let mut file = open_file(options, &before)?;
     let metadata = file.metadata().map_err(system("examine"))?;
@@ -281,7 +283,9 @@ fn open<'a>(
         return Err(OpenFault::Replaced);
     }
     lock(&file, options)?;
-    let length_bytes = file.seek(SeekFrom::End(0)).map_err(system("find the length"))?;
+    let length_bytes = file
+        .seek(SeekFrom::End(0))
+        .map_err(system("find the length"))?;
     if length_bytes < SECTOR_BYTES {
         return Err(OpenFault::Empty { length_bytes });
     }
@@ -410,7 +414,10 @@ mod tests {
     }
 
     fn buffered(options: RawOptions) -> RawOptions {
-        RawOptions { cache: Cache::Buffered, ..options }
+        RawOptions {
+            cache: Cache::Buffered,
+            ..options
+        }
     }
 
     #[test]
@@ -444,7 +451,10 @@ mod tests {
         assert!(error.is_in_use());
         let text = error.to_string();
         assert!(text.starts_with("replica 'a' (/"), "{text}");
-        assert!(text.contains("another process which holds QEMU's write lock"), "{text}");
+        assert!(
+            text.contains("another process which holds QEMU's write lock"),
+            "{text}"
+        );
         drop(first);
         RawReplica::open(&options).unwrap();
     }
@@ -452,7 +462,10 @@ mod tests {
     #[test]
     fn open_read_only_twice_is_allowed() {
         let directory = tempfile::tempdir().unwrap();
-        let options = RawOptions { read_only: true, ..image(directory.path(), "a", 4096) };
+        let options = RawOptions {
+            read_only: true,
+            ..image(directory.path(), "a", 4096)
+        };
         let first = RawReplica::open(&options).unwrap();
         let second = RawReplica::open(&options).unwrap();
         assert!(first.is_read_only() && second.is_read_only());
@@ -482,7 +495,10 @@ mod tests {
         let error = RawReplica::open(&options).unwrap_err();
         assert!(matches!(error.fault, OpenFault::Qcow2));
         assert!(error.to_string().contains("format=raw"));
-        let forced = RawOptions { format: Some(Format::Raw), ..options };
+        let forced = RawOptions {
+            format: Some(Format::Raw),
+            ..options
+        };
         RawReplica::open(&forced).unwrap();
     }
 
@@ -505,6 +521,9 @@ mod tests {
         }
         let empty = image(directory.path(), "e", 511);
         let error = RawReplica::open(&empty).unwrap_err();
-        assert!(matches!(error.fault, OpenFault::Empty { length_bytes: 511 }));
+        assert!(matches!(
+            error.fault,
+            OpenFault::Empty { length_bytes: 511 }
+        ));
     }
 }

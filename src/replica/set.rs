@@ -18,7 +18,9 @@ use crate::units::SECTOR_BYTES;
 pub fn open_set(options: &[RawOptions]) -> Result<Vec<Arc<Replica>>, OpenError> {
     let mut open: Vec<Arc<Replica>> = Vec::with_capacity(options.len());
     for options in options {
-        let others = open.iter().map(|replica| (replica.name(), replica.identity()));
+        let others = open
+            .iter()
+            .map(|replica| (replica.name(), replica.identity()));
         let replica = RawReplica::open_beside(options, others)?;
         open.push(Arc::new(Replica::Raw(replica)));
     }
@@ -55,7 +57,11 @@ pub enum SetNote {
 impl fmt::Display for SetNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Longer { name, length_bytes, disk_bytes } => write!(
+            Self::Longer {
+                name,
+                length_bytes,
+                disk_bytes,
+            } => write!(
                 f,
                 "replica '{name}' has {length_bytes} bytes; the disk has {disk_bytes}, \
                  the rest is not used"
@@ -86,7 +92,8 @@ pub enum SetError {
     /// Rule Z3.
     #[error(
         "replica '{name}' ({path}) has {length_bytes} bytes, but the disk has {disk_bytes}; \
-         grow it with 'qemu-img resize -f raw {path} {disk_bytes}', or leave it out"
+         {}, or leave it out",
+        cure(path, *disk_bytes, *is_device)
     )]
     TooShort {
         /// Its name.
@@ -97,6 +104,8 @@ pub enum SetError {
         length_bytes: u64,
         /// The disk's size.
         disk_bytes: u64,
+        /// Whether it is a block device.
+        is_device: bool,
     },
     /// Rule L2: there is no read-modify-write.
     #[error(
@@ -123,6 +132,15 @@ pub enum SetError {
         /// Logical block size.
         block_bytes: u32,
     },
+}
+
+/// What helps against a replica that is too short.
+fn cure(path: &str, disk_bytes: u64, is_device: bool) -> String {
+    if is_device {
+        format!("use a device of at least {disk_bytes} bytes")
+    } else {
+        format!("grow it with 'qemu-img resize -f raw {path} {disk_bytes}'")
+    }
 }
 
 /// What the set's rules look at.
@@ -177,6 +195,7 @@ fn check(
                 path: member.path.clone(),
                 length_bytes: member.length_bytes,
                 disk_bytes,
+                is_device: member.identity.device_number().is_some(),
             });
         }
         if member.length_bytes > disk_bytes {
@@ -198,8 +217,9 @@ fn check(
 fn refuse_duplicates(members: &[Member<'_>]) -> Result<(), SetError> {
     for (index, second) in members.iter().enumerate() {
         let earlier = &members[..index];
-        if let Some(first) =
-            earlier.iter().find(|first| first.identity.same_storage(second.identity))
+        if let Some(first) = earlier
+            .iter()
+            .find(|first| first.identity.same_storage(second.identity))
         {
             return Err(SetError::Duplicate {
                 first: first.name.to_owned(),
@@ -213,7 +233,11 @@ fn refuse_duplicates(members: &[Member<'_>]) -> Result<(), SetError> {
 fn block_size(members: &[Member<'_>], asked_bytes: Option<u32>) -> Result<u32, SetError> {
     // 1024 and 2048 exist as alignments but not as block sizes that guests expect.
     let needed = |member: &Member<'_>| {
-        if member.alignment_bytes > 512 { 4096 } else { 512 }
+        if member.alignment_bytes > 512 {
+            4096
+        } else {
+            512
+        }
     };
     let Some(asked_bytes) = asked_bytes else {
         return Ok(members.iter().map(needed).max().unwrap_or(512));
@@ -237,7 +261,10 @@ fn disk_size(members: &[Member<'_>], threshold: usize, block_bytes: u32) -> Resu
     let length = threshold
         .checked_sub(1)
         .and_then(|index| lengths.get(index))
-        .ok_or(SetError::TooFew { replicas: members.len(), threshold })?;
+        .ok_or(SetError::TooFew {
+            replicas: members.len(),
+            threshold,
+        })?;
     let disk_bytes = length - length % u64::from(block_bytes);
     if disk_bytes == 0 {
         return Err(SetError::Empty { block_bytes });
@@ -297,17 +324,30 @@ mod tests {
         assert_eq!(shape.sectors, 16);
         assert_eq!(
             shape.notes,
-            [SetNote::Longer { name: "c".into(), length_bytes: 9000, disk_bytes: 8192 }]
+            [SetNote::Longer {
+                name: "c".into(),
+                length_bytes: 9000,
+                disk_bytes: 8192
+            }]
         );
     }
 
     #[test]
     fn check_of_a_shorter_replica_names_it_and_the_cure() {
         let error = shape(&[8192, 4096, 8192], &[1; 3], 2, None).unwrap_err();
-        let SetError::TooShort { name, length_bytes, disk_bytes, .. } = &error else {
+        let SetError::TooShort {
+            name,
+            length_bytes,
+            disk_bytes,
+            ..
+        } = &error
+        else {
             panic!("{error}");
         };
-        assert_eq!((name.as_str(), *length_bytes, *disk_bytes), ("b", 4096, 8192));
+        assert_eq!(
+            (name.as_str(), *length_bytes, *disk_bytes),
+            ("b", 4096, 8192)
+        );
         assert!(error.to_string().contains("qemu-img resize -f raw /b 8192"));
     }
 
@@ -329,16 +369,37 @@ mod tests {
         assert_eq!(block([1, 512, 1], Some(4096)), Ok(4096));
         assert_eq!(
             block([1, 512, 4096], Some(512)),
-            Err(SetError::BlockSize { name: "c".into(), needed_bytes: 4096, asked_bytes: 512 })
+            Err(SetError::BlockSize {
+                name: "c".into(),
+                needed_bytes: 4096,
+                asked_bytes: 512
+            })
         );
-        assert_eq!(block([1; 3], Some(1024)), Err(SetError::BadBlockSize { asked_bytes: 1024 }));
+        assert_eq!(
+            block([1; 3], Some(1024)),
+            Err(SetError::BadBlockSize { asked_bytes: 1024 })
+        );
     }
 
     #[test]
     fn check_of_impossible_sets() {
         let cases = [
-            (vec![8192, 8192], 3, SetError::TooFew { replicas: 2, threshold: 3 }),
-            (vec![8192], 0, SetError::TooFew { replicas: 1, threshold: 0 }),
+            (
+                vec![8192, 8192],
+                3,
+                SetError::TooFew {
+                    replicas: 2,
+                    threshold: 3,
+                },
+            ),
+            (
+                vec![8192],
+                0,
+                SetError::TooFew {
+                    replicas: 1,
+                    threshold: 0,
+                },
+            ),
             (vec![100, 100], 2, SetError::Empty { block_bytes: 512 }),
         ];
         for (lengths, threshold, expected) in cases {

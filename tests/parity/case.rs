@@ -191,7 +191,10 @@ impl Case {
             }
             match listed(self.name, place) {
                 Some(entry) if entry.ours == our && entry.peer == their => {
-                    println!("{}: {place}: ours {our}; peer {their}: {}", self.name, entry.reason);
+                    println!(
+                        "{}: {place}: ours {our}; peer {their}: {}",
+                        self.name, entry.reason
+                    );
                     seen.push(place.clone());
                 }
                 _ => problems.push(format!("{place}:\n    ours: {our}\n    peer: {their}")),
@@ -199,7 +202,10 @@ impl Case {
         }
         for entry in crate::differences::of_case(self.name) {
             if !seen.iter().any(|place| place == entry.place) {
-                problems.push(format!("{}: listed as a difference, but is none", entry.place));
+                problems.push(format!(
+                    "{}: listed as a difference, but is none",
+                    entry.place
+                ));
             }
         }
         assert!(
@@ -235,7 +241,11 @@ impl Case {
 
     fn images(&self, folder: &Path) -> Vec<Image> {
         let make = |(index, &kind): (usize, &Kind)| {
-            let extra = if self.setup.longer == Some(index) { SECTORS } else { 0 };
+            let extra = if self.setup.longer == Some(index) {
+                SECTORS
+            } else {
+                0
+            };
             Image::new(folder, index, kind, SECTORS + extra)
         };
         self.setup.kinds.iter().enumerate().map(make).collect()
@@ -273,9 +283,20 @@ impl Case {
 fn run_step(step: &Step, front_end: &mut FrontEnd, images: &[Image]) -> Option<String> {
     let data;
     let segments;
-    let one_segment = |sector, sectors, flags| [Segment { sector, sectors, flags }];
+    let one_segment = |sector, sectors, flags| {
+        [Segment {
+            sector,
+            sectors,
+            flags,
+        }]
+    };
     let request = match *step {
-        Step::Spoil { replica, sector, count, version } => {
+        Step::Spoil {
+            replica,
+            sector,
+            count,
+            version,
+        } => {
             images[replica].spoil(sector, count, version);
             return None;
         }
@@ -287,20 +308,38 @@ fn run_step(step: &Step, front_end: &mut FrontEnd, images: &[Image]) -> Option<S
             std::thread::sleep(SETTLE);
             return None;
         }
-        Step::Read { sector, count } => {
-            Request::Read { sector, len: count as usize * SECTOR_BYTES }
-        }
-        Step::Write { sector, count, version } => {
+        Step::Read { sector, count } => Request::Read {
+            sector,
+            len: count as usize * SECTOR_BYTES,
+        },
+        Step::Write {
+            sector,
+            count,
+            version,
+        } => {
             let sectors = sector..sector + u64::from(count);
-            data = sectors.flat_map(|sector| sector_content(sector, version)).collect::<Vec<u8>>();
-            Request::Write { sector, data: &data }
+            data = sectors
+                .flat_map(|sector| sector_content(sector, version))
+                .collect::<Vec<u8>>();
+            Request::Write {
+                sector,
+                data: &data,
+            }
         }
         Step::Flush => Request::Flush,
-        Step::WriteZeroes { sector, count, unmap } => {
+        Step::WriteZeroes {
+            sector,
+            count,
+            unmap,
+        } => {
             segments = one_segment(sector, count, u32::from(unmap));
             Request::WriteZeroes(&segments)
         }
-        Step::WriteZeroesFlags { sector, count, flags } => {
+        Step::WriteZeroesFlags {
+            sector,
+            count,
+            flags,
+        } => {
             segments = one_segment(sector, count, flags);
             Request::WriteZeroes(&segments)
         }
@@ -308,12 +347,21 @@ fn run_step(step: &Step, front_end: &mut FrontEnd, images: &[Image]) -> Option<S
             segments = one_segment(sector, count, 0);
             Request::Discard(&segments)
         }
-        Step::DiscardFlags { sector, count, flags } => {
+        Step::DiscardFlags {
+            sector,
+            count,
+            flags,
+        } => {
             segments = one_segment(sector, count, flags);
             Request::Discard(&segments)
         }
         Step::GetId => Request::GetId,
-        Step::Raw { kind } => Request::Raw { kind, sector: 0, out: &[], in_len: SECTOR_BYTES },
+        Step::Raw { kind } => Request::Raw {
+            kind,
+            sector: 0,
+            out: &[],
+            in_len: SECTOR_BYTES,
+        },
     };
     let completion = match front_end.queue(0).run(&request) {
         Ok(completion) => completion,

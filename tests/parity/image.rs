@@ -45,7 +45,10 @@ impl Image {
         if kind == Kind::Full {
             let mount = folder.join(format!("full{index}"));
             fs::create_dir(&mount).expect("the folder can be written");
-            privileged(&["mount", "-t", "tmpfs", "-o", "size=64k,mode=777", "tmpfs"], &mount);
+            privileged(
+                &["mount", "-t", "tmpfs", "-o", "size=64k,mode=777", "tmpfs"],
+                &mount,
+            );
             backing = mount.join("image");
         }
         let file = File::create(&backing).expect("the image can be made");
@@ -71,12 +74,20 @@ impl Image {
         if kind == Kind::Loop {
             path = PathBuf::from(privileged(&["losetup", "--find", "--show"], &backing));
         }
-        Self { path, direct: kind != Kind::Full, backing, kind }
+        Self {
+            path,
+            direct: kind != Kind::Full,
+            backing,
+            kind,
+        }
     }
 
     /// Overwrites sectors behind the server's back.
     pub fn spoil(&self, sector: u64, count: u32, version: u8) {
-        let file = OpenOptions::new().write(true).open(&self.backing).expect("the image is there");
+        let file = OpenOptions::new()
+            .write(true)
+            .open(&self.backing)
+            .expect("the image is there");
         for sector in sector..sector + u64::from(count) {
             write_sector(&file, sector, version);
         }
@@ -146,12 +157,18 @@ fn recognise(sector: u64, bytes: &[u8]) -> String {
     }
     (0..VERSIONS)
         .find(|&version| bytes == sector_content(sector, version))
-        .map_or_else(|| "something else".to_owned(), |found| format!("version {found}"))
+        .map_or_else(
+            || "something else".to_owned(),
+            |found| format!("version {found}"),
+        )
 }
 
 fn write_sector(file: &File, sector: u64, version: u8) {
-    file.write_all_at(&sector_content(sector, version), sector * SECTOR_BYTES as u64)
-        .expect("the image can be written");
+    file.write_all_at(
+        &sector_content(sector, version),
+        sector * SECTOR_BYTES as u64,
+    )
+    .expect("the image can be written");
 }
 
 /// Runs a command on `path` as root and returns what it prints.

@@ -41,7 +41,9 @@ impl Lane {
     pub(super) fn flush_request<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, tag: Tag) {
         let join = turn.shared.flushes.join(self.id);
         let (Join::Start(run) | Join::Wait(run)) = join;
-        let slot = self.activities.insert(Activity::FlushRequest(FlushRequest { tag, run }));
+        let slot = self
+            .activities
+            .insert(Activity::FlushRequest(FlushRequest { tag, run }));
         self.flushes.push(slot);
         self.run_due |= matches!(join, Join::Start(_));
     }
@@ -50,7 +52,10 @@ impl Lane {
     pub(super) fn flush_begin<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
         let shared = turn.shared;
         // One flush at a time on each replica: who still works on an earlier one fails this one.
-        let asked = shared.membership.replicas().minus(shared.flushes.unanswered());
+        let asked = shared
+            .membership
+            .replicas()
+            .minus(shared.flushes.unanswered());
         let slot = self.activities.insert(Activity::FlushRun(FlushRun {
             asked,
             pending: asked,
@@ -76,7 +81,10 @@ impl Lane {
     ) {
         let shared = turn.shared;
         let run = self.run_mut(slot);
-        assert!(run.pending.contains(replica), "one answer from each replica flushed");
+        assert!(
+            run.pending.contains(replica),
+            "one answer from each replica flushed"
+        );
         run.pending.remove(replica);
         if run.ended {
             shared.flushes.answered(replica);
@@ -126,13 +134,20 @@ impl Lane {
             if asked.contains(replica) {
                 let errno = errnos[replica.index()];
                 let extents = shared.membership.behind_extents(replica);
-                turn.report(Report::FlushFailed { replica, errno, extents });
+                turn.report(Report::FlushFailed {
+                    replica,
+                    errno,
+                    extents,
+                });
             }
         }
         if !ok {
             let sectors = u32::try_from(shared.geometry.sectors()).unwrap_or(u32::MAX);
             let range = SectorRange::new(0, sectors).expect("a disk is not empty");
-            turn.report(Report::Failure { range, during: During::Flush });
+            turn.report(Report::Failure {
+                range,
+                during: During::Flush,
+            });
         }
         self.flush_publish(turn, ok);
     }
@@ -143,13 +158,19 @@ impl Lane {
         let run = finished.run;
         for lane in finished.sharers.iter() {
             if lane != self.id {
-                turn.actions.push(Action::Wake { lane, wakeup: Wakeup::FlushDone { run, ok } });
+                turn.actions.push(Action::Wake {
+                    lane,
+                    wakeup: Wakeup::FlushDone { run, ok },
+                });
             }
         }
         self.flush_answer(turn, run, ok);
         match finished.next {
             Some(lane) if lane == self.id => self.run_due = true,
-            Some(lane) => turn.actions.push(Action::Wake { lane, wakeup: Wakeup::FlushStart }),
+            Some(lane) => turn.actions.push(Action::Wake {
+                lane,
+                wakeup: Wakeup::FlushStart,
+            }),
             None => {}
         }
     }

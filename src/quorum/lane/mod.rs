@@ -59,7 +59,8 @@ struct Turn<'a, B> {
 impl<B: Buffers> Turn<'_, B> {
     fn submit(&mut self, slot: SlotId, replica: ReplicaId, kind: OperationKind) {
         let op = OpName { slot, replica }.pack();
-        self.actions.push(Action::Submit(Operation { op, replica, kind }));
+        self.actions
+            .push(Action::Submit(Operation { op, replica, kind }));
     }
 
     fn report(&mut self, report: Report) {
@@ -87,7 +88,10 @@ impl OpName {
 
     fn unpack(op: OpId) -> Self {
         let replica = usize::try_from(op.0 >> 48).expect("16 bits");
-        Self { slot: SlotId::unpack(op.0), replica: ReplicaId::new(replica) }
+        Self {
+            slot: SlotId::unpack(op.0),
+            replica: ReplicaId::new(replica),
+        }
     }
 }
 
@@ -255,7 +259,12 @@ impl Lane {
         buffers: &mut B,
         actions: &mut Vec<Action>,
     ) {
-        let turn = &mut Turn { now, shared, buffers, actions };
+        let turn = &mut Turn {
+            now,
+            shared,
+            buffers,
+            actions,
+        };
         match event {
             Event::Request { tag, request } => self.begin(turn, tag, request),
             Event::Completed { op, outcome } => self.completed(turn, op, outcome),
@@ -272,7 +281,10 @@ impl Lane {
     fn begin<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, tag: Tag, request: Request) {
         match request {
             Request::Read { range } => {
-                assert!(turn.shared.geometry.admits(range), "read of {range} is not cut right");
+                assert!(
+                    turn.shared.geometry.admits(range),
+                    "read of {range} is not cut right"
+                );
                 self.read_begin(turn, tag, range);
             }
             Request::Write { range, data } => {
@@ -292,7 +304,11 @@ impl Lane {
 
     fn completed<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, op: OpId, outcome: Outcome) {
         let OpName { slot, replica } = OpName::unpack(op);
-        match self.activities.get_mut(slot).expect("an activity outlives its operations") {
+        match self
+            .activities
+            .get_mut(slot)
+            .expect("an activity outlives its operations")
+        {
             Activity::Read(_) => self.read_completed(turn, slot, replica, outcome),
             Activity::Write(_) => self.write_completed(turn, slot, replica, outcome),
             Activity::Settle(_) => self.settle_completed(turn, slot, replica, outcome),
@@ -304,7 +320,11 @@ impl Lane {
     }
 
     fn published<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        match self.activities.get_mut(slot).expect("a request lives until it is published") {
+        match self
+            .activities
+            .get_mut(slot)
+            .expect("a request lives until it is published")
+        {
             Activity::Read(_) => self.read_published(turn, slot),
             Activity::Write(_) => self.write_published(turn, slot),
             Activity::Settle(_) => self.settle_published(turn, slot),
@@ -316,7 +336,11 @@ impl Lane {
     }
 
     fn deferred<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        match self.activities.get_mut(slot).expect("a request lives until it is published") {
+        match self
+            .activities
+            .get_mut(slot)
+            .expect("a request lives until it is published")
+        {
             Activity::Write(_) => self.write_deferred(turn, slot),
             Activity::FlushRun(_) => unreachable!("a flush run has no reply"),
             // These hold no lock once they are replied to.
@@ -372,7 +396,11 @@ impl Lane {
     }
 
     fn lock_granted<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        match self.activities.get_mut(slot).expect("who waits for a lock lives") {
+        match self
+            .activities
+            .get_mut(slot)
+            .expect("who waits for a lock lives")
+        {
             Activity::Read(_) => self.read_ask(turn, slot),
             Activity::Write(_) => self.write_granted(turn, slot),
             Activity::Settle(_) => self.settle_granted(turn, slot),
@@ -389,12 +417,16 @@ impl Lane {
         range: SectorRange,
         mode: LockMode,
     ) -> bool {
-        turn.shared.order.acquire(range, mode, self.id, LockTicket(slot.pack()))
+        turn.shared
+            .order
+            .acquire(range, mode, self.id, LockTicket(slot.pack()))
     }
 
     fn unlock<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, range: SectorRange) {
         let ticket = LockTicket(slot.pack());
-        turn.shared.order.release(range, self.id, ticket, &mut self.woken);
+        turn.shared
+            .order
+            .release(range, self.id, ticket, &mut self.woken);
         self.wake(turn);
     }
 
@@ -404,7 +436,10 @@ impl Lane {
             if lane == self.id {
                 self.granted.push_back(ticket);
             } else {
-                turn.actions.push(Action::Wake { lane, wakeup: Wakeup::Granted(ticket) });
+                turn.actions.push(Action::Wake {
+                    lane,
+                    wakeup: Wakeup::Granted(ticket),
+                });
             }
         }
     }
@@ -421,7 +456,12 @@ impl Lane {
             self.counters.failures += 1;
         }
         let request = RequestId(slot.pack());
-        turn.actions.push(Action::Reply { tag, request, status, data });
+        turn.actions.push(Action::Reply {
+            tag,
+            request,
+            status,
+            data,
+        });
     }
 
     /// Replies to a request that needs no I/O.
@@ -450,7 +490,10 @@ impl Lane {
 
     /// One activity fewer has a deadline.
     fn disarm(&mut self) {
-        self.timed = self.timed.checked_sub(1).expect("only what was armed is disarmed");
+        self.timed = self
+            .timed
+            .checked_sub(1)
+            .expect("only what was armed is disarmed");
     }
 }
 

@@ -176,7 +176,9 @@ impl Lane {
     fn whom_to_ask<B: Buffers>(&mut self, turn: &Turn<'_, B>, range: SectorRange) -> ReplicaSet {
         let shared = turn.shared;
         let policy = &shared.policy;
-        let mut asked = shared.membership.current(shared.geometry.extent_of(range.start()));
+        let mut asked = shared
+            .membership
+            .current(shared.geometry.extent_of(range.start()));
         if broken!(shared, BehindVotes) {
             asked = shared.membership.replicas();
         }
@@ -190,7 +192,11 @@ impl Lane {
             if self.stragglers[replica.index()] > STRAGGLERS_MAX && asked.count() > policy.threshold
             {
                 self.counters.reads_without_laggard += 1;
-                if !self.counters.reads_without_laggard.is_multiple_of(PROBE_EVERY) {
+                if !self
+                    .counters
+                    .reads_without_laggard
+                    .is_multiple_of(PROBE_EVERY)
+                {
                     asked.remove(replica);
                 }
             }
@@ -202,7 +208,9 @@ impl Lane {
         let shared = turn.shared;
         let read = self.read_mut(slot);
         let range = read.range;
-        let current = shared.membership.current(shared.geometry.extent_of(range.start()));
+        let current = shared
+            .membership
+            .current(shared.geometry.extent_of(range.start()));
         if !broken!(shared, BehindVotes) {
             // Somebody may have been marked while this read waited.
             read.asked = read.asked.intersection(current);
@@ -212,7 +220,11 @@ impl Lane {
         let asked = read.asked;
         if shared.unresolved.touches(range) {
             let tag = self.read_drop(turn, slot);
-            let matter = Matter { purpose: SettlePurpose::Resolve, range, during: During::Read };
+            let matter = Matter {
+                purpose: SettlePurpose::Resolve,
+                range,
+                during: During::Read,
+            };
             self.settle_begin(turn, matter, Some(tag));
             return;
         }
@@ -241,7 +253,10 @@ impl Lane {
     ) {
         let late_ignored = broken!(turn.shared, LateBallotsIgnored);
         let read = self.read_mut(slot);
-        assert!(read.pending.contains(replica), "one answer from each replica asked");
+        assert!(
+            read.pending.contains(replica),
+            "one answer from each replica asked"
+        );
         read.pending.remove(replica);
         let replied = read.phase == Phase::Replied;
         match outcome {
@@ -253,7 +268,9 @@ impl Lane {
         }
         if replied {
             let stragglers = &mut self.stragglers[replica.index()];
-            *stragglers = stragglers.checked_sub(1).expect("every straggler was counted");
+            *stragglers = stragglers
+                .checked_sub(1)
+                .expect("every straggler was counted");
         } else {
             self.read_decide(turn, slot);
         }
@@ -301,7 +318,11 @@ impl Lane {
             return;
         }
         // Rule V5: once more under the exclusive lock before anything is reported.
-        let matter = Matter { purpose: SettlePurpose::Arbitrate, range, during: During::Read };
+        let matter = Matter {
+            purpose: SettlePurpose::Arbitrate,
+            range,
+            during: During::Read,
+        };
         self.settle_begin(turn, matter, Some(tag));
     }
 
@@ -309,9 +330,15 @@ impl Lane {
     fn read_ask_next<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) -> bool {
         let read = self.read_mut(slot);
         let range = read.range;
-        let current = turn.shared.membership.current(turn.shared.geometry.extent_of(range.start()));
+        let current = turn
+            .shared
+            .membership
+            .current(turn.shared.geometry.extent_of(range.start()));
         let next = current.minus(read.asked).iter().next();
-        let used = read.asked.iter().find_map(|r| read.ballots.0[r.index()].take());
+        let used = read
+            .asked
+            .iter()
+            .find_map(|r| read.ballots.0[r.index()].take());
         let (Some(next), Some(buffer)) = (next, used) else {
             turn.give(used);
             return false;
@@ -350,7 +377,10 @@ impl Lane {
 
     pub(super) fn read_published<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let read = self.read_mut(slot);
-        assert!(read.phase == Phase::Replied && !read.published, "published once, after the reply");
+        assert!(
+            read.phase == Phase::Replied && !read.published,
+            "published once, after the reply"
+        );
         read.published = true;
         // Stragglers are compared with the reference; the rest is free.
         let mut kept = read.pending;
@@ -378,7 +408,11 @@ impl Lane {
             self.read_drop(turn, slot);
         }
         if suspicious {
-            let matter = Matter { purpose: SettlePurpose::Arbitrate, range, during: During::Read };
+            let matter = Matter {
+                purpose: SettlePurpose::Arbitrate,
+                range,
+                during: During::Read,
+            };
             self.settle_in_background(turn, matter);
         }
     }
@@ -388,7 +422,10 @@ impl Lane {
         let Activity::Read(mut read) = self.activities.remove(slot) else {
             unreachable!("the slot holds a read")
         };
-        assert!(read.pending.is_empty(), "buffers are not given back under an operation (V7)");
+        assert!(
+            read.pending.is_empty(),
+            "buffers are not given back under an operation (V7)"
+        );
         read.ballots.give_all(turn.buffers);
         if read.locked {
             self.unlock(turn, slot, read.range);

@@ -109,7 +109,9 @@ impl Settle {
         for replica in self.good.iter() {
             ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
         }
-        (0..self.matter.range.count() as usize).map(|index| ballots.elect(index, rule)).collect()
+        (0..self.matter.range.count() as usize)
+            .map(|index| ballots.elect(index, rule))
+            .collect()
     }
 
     /// Runs of sectors of the range for which `wanted` holds.
@@ -118,7 +120,10 @@ impl Settle {
         let mut start = None;
         let count = self.matter.range.count();
         for index in 0..=count {
-            let inside = self.winners.get(index as usize).is_some_and(|winner| wanted(*winner));
+            let inside = self
+                .winners
+                .get(index as usize)
+                .is_some_and(|winner| wanted(*winner));
             match (inside, start) {
                 (true, None) => start = Some(index),
                 (false, Some(first)) => {
@@ -225,7 +230,9 @@ impl Lane {
     ) -> bool {
         let shared = turn.shared;
         let range = self.settle_mut(slot).matter.range;
-        let mut current = shared.membership.current(shared.geometry.extent_of(range.start()));
+        let mut current = shared
+            .membership
+            .current(shared.geometry.extent_of(range.start()));
         if broken!(shared, BehindVotes) {
             current = shared.membership.replicas();
         }
@@ -264,7 +271,10 @@ impl Lane {
         outcome: Outcome,
     ) {
         let settle = self.settle_mut(slot);
-        assert!(settle.pending.contains(replica), "one operation on a replica at a time");
+        assert!(
+            settle.pending.contains(replica),
+            "one operation on a replica at a time"
+        );
         settle.pending.remove(replica);
         match settle.phase {
             Phase::Reading => {
@@ -340,8 +350,11 @@ impl Lane {
         let voters = settle.good.union(settle.failed);
         // Rule V3: a winner of a minority threshold is written to others only if it has more
         // than half of the current copies.
-        let enough =
-            majority || settle.winners.iter().all(|winner| 2 * winner.count() > voters.count());
+        let enough = majority
+            || settle
+                .winners
+                .iter()
+                .all(|winner| 2 * winner.count() > voters.count());
         let resolve = settle.matter.purpose == Purpose::Resolve;
         if resolve || (policy.repair && !policy.blkverify && enough) {
             self.settle_repair(turn, slot, voters);
@@ -370,18 +383,32 @@ impl Lane {
         let blkverify = turn.shared.policy.blkverify;
         let mut transient = false;
         let settle = self.settle_mut(slot);
-        let Matter { range, during, purpose } = settle.matter;
+        let Matter {
+            range,
+            during,
+            purpose,
+        } = settle.matter;
         let undecided = settle.runs(ReplicaSet::is_empty);
         let differing = settle.runs(|winner| !winner.contains_all(settle.good));
         // In U a difference is what was to be expected, and no fault of a replica.
         if purpose == Purpose::Arbitrate {
             for replica in settle.failed.iter() {
                 let cause = settle.causes[replica.index()];
-                turn.report(Report::Bad { replica, range, cause, during });
+                turn.report(Report::Bad {
+                    replica,
+                    range,
+                    cause,
+                    during,
+                });
             }
             for replica in settle.good.iter() {
                 for range in settle.runs(|winner| !winner.is_empty() && !winner.contains(replica)) {
-                    turn.report(Report::Bad { replica, range, cause: BadCause::Differs, during });
+                    turn.report(Report::Bad {
+                        replica,
+                        range,
+                        cause: BadCause::Differs,
+                        during,
+                    });
                 }
             }
             transient = differing.is_empty() && settle.failed.is_empty();
@@ -441,9 +468,19 @@ impl Lane {
         settle.repairs[replica.index()] = Repair::Writing { next: end };
         settle.pending.insert(replica);
         // Rule W2 holds for repairs too.
-        shared.membership.make_dirty(shared.geometry.extent_of(range.start()));
+        shared
+            .membership
+            .make_dirty(shared.geometry.extent_of(range.start()));
         let skip_bytes = first * u32::try_from(SECTOR_LEN).expect("512");
-        turn.submit(slot, replica, OperationKind::Write { range: run, buffer, skip_bytes });
+        turn.submit(
+            slot,
+            replica,
+            OperationKind::Write {
+                range: run,
+                buffer,
+                skip_bytes,
+            },
+        );
     }
 
     fn settle_check<B: Buffers>(
@@ -495,7 +532,9 @@ impl Lane {
         replica: ReplicaId,
     ) {
         let settle = self.settle_mut(slot);
-        let result = turn.buffers.bytes(settle.result.expect("taken with the ballots"));
+        let result = turn
+            .buffers
+            .bytes(settle.result.expect("taken with the ballots"));
         let back = turn.buffers.bytes(settle.ballots.of(replica));
         let mut rewritten = 0;
         let mut right = true;
@@ -535,7 +574,11 @@ impl Lane {
         turn.report(Report::RepairFailed { replica, range });
         if marked == Some(true) {
             let extent = geometry.extent_range(extent);
-            turn.report(Report::Behind { replica, extent, why: BehindCause::RepairFailed });
+            turn.report(Report::Behind {
+                replica,
+                extent,
+                why: BehindCause::RepairFailed,
+            });
         }
     }
 
@@ -596,10 +639,15 @@ impl Lane {
         let settle = self.settle_mut(slot);
         let Matter { purpose, range, .. } = settle.matter;
         settle.phase = Phase::Settled;
-        let current = shared.membership.current(shared.geometry.extent_of(range.start()));
+        let current = shared
+            .membership
+            .current(shared.geometry.extent_of(range.start()));
         let decided = settle.winners.iter().all(|winner| !winner.is_empty());
         let verified = !shared.policy.blkverify
-            || settle.winners.iter().all(|winner| winner.contains_all(settle.good));
+            || settle
+                .winners
+                .iter()
+                .all(|winner| winner.contains_all(settle.good));
         let (origin, result) = (settle.origin, settle.result);
         if settle.deadline.take().is_some() {
             self.disarm();
@@ -608,8 +656,11 @@ impl Lane {
             shared.unresolved.remove(range);
         }
         if let Some(tag) = origin {
-            let (status, data) =
-                if decided && verified { (Status::Ok, result) } else { (Status::IoError, None) };
+            let (status, data) = if decided && verified {
+                (Status::Ok, result)
+            } else {
+                (Status::IoError, None)
+            };
             self.reply(turn, slot, tag, status, data);
         }
         if std::mem::take(&mut self.settle_mut(slot).locked) {

@@ -60,10 +60,15 @@ impl Write {
 
     fn operation(&self) -> OperationKind {
         match self.content {
-            Content::Data(buffer) => {
-                OperationKind::Write { range: self.range, buffer, skip_bytes: 0 }
-            }
-            Content::Zeroes { unmap } => OperationKind::WriteZeroes { range: self.range, unmap },
+            Content::Data(buffer) => OperationKind::Write {
+                range: self.range,
+                buffer,
+                skip_bytes: 0,
+            },
+            Content::Zeroes { unmap } => OperationKind::WriteZeroes {
+                range: self.range,
+                unmap,
+            },
         }
     }
 
@@ -91,7 +96,10 @@ impl Lane {
         range: SectorRange,
         content: Content,
     ) {
-        assert!(turn.shared.geometry.admits(range), "write of {range} is not cut right");
+        assert!(
+            turn.shared.geometry.admits(range),
+            "write of {range} is not cut right"
+        );
         let slot = self.activities.insert(Activity::Write(Write {
             tag,
             range,
@@ -125,7 +133,10 @@ impl Lane {
         }
         if current.count() < shared.policy.threshold {
             // Rule W1: before any replica is touched.
-            turn.report(Report::Failure { range, during: During::Write });
+            turn.report(Report::Failure {
+                range,
+                during: During::Write,
+            });
             self.write_reply(turn, slot, Status::IoError);
             return;
         }
@@ -159,7 +170,10 @@ impl Lane {
         outcome: Outcome,
     ) {
         let write = self.write_mut(slot);
-        assert!(write.pending.contains(replica), "one answer from each replica written to");
+        assert!(
+            write.pending.contains(replica),
+            "one answer from each replica written to"
+        );
         write.pending.remove(replica);
         match errno_of(outcome) {
             None => write.done.insert(replica),
@@ -211,7 +225,11 @@ impl Lane {
             let extent = shared.geometry.extent_range(extent);
             for replica in marked.iter() {
                 let why = self.write_mut(slot).behind_cause(replica);
-                turn.report(Report::Behind { replica, extent, why });
+                turn.report(Report::Behind {
+                    replica,
+                    extent,
+                    why,
+                });
             }
             self.write_reply(turn, slot, Status::Ok);
             return;
@@ -234,7 +252,10 @@ impl Lane {
         if !broken!(shared, FailedWriteNotUnresolved) {
             shared.unresolved.insert(range);
         }
-        turn.report(Report::Failure { range, during: During::Write });
+        turn.report(Report::Failure {
+            range,
+            during: During::Write,
+        });
         self.write_reply(turn, slot, Status::IoError);
     }
 
@@ -269,17 +290,25 @@ impl Lane {
     /// Complete, but published later: settlements may pass, writes may not (rules L3, Q3).
     pub(super) fn write_deferred<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let write = self.write_mut(slot);
-        assert!(write.phase == Phase::Replied && !write.published, "deferred after the reply");
+        assert!(
+            write.phase == Phase::Replied && !write.published,
+            "deferred after the reply"
+        );
         if write.locked {
             let (range, ticket) = (write.range, LockTicket(slot.pack()));
-            turn.shared.order.defer(range, self.id, ticket, &mut self.woken);
+            turn.shared
+                .order
+                .defer(range, self.id, ticket, &mut self.woken);
             self.wake(turn);
         }
     }
 
     pub(super) fn write_published<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let write = self.write_mut(slot);
-        assert!(write.phase == Phase::Replied && !write.published, "published once, when replied");
+        assert!(
+            write.phase == Phase::Replied && !write.published,
+            "published once, when replied"
+        );
         write.published = true;
         let (range, locked) = (write.range, std::mem::take(&mut write.locked));
         // Rule L3: not before this moment. Who has not completed is marked behind.

@@ -1,0 +1,493 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The configuration the daemon runs with: every value decided, every choice checked.
+
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use thiserror::Error;
+
+use super::settings::Settings;
+use super::values::{
+    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, ReadPatternName, Record,
+};
+use crate::quorum::{Policy, PolicyError, ReadPattern};
+use crate::units::REPLICAS_MAX;
+
+/// Queues offered unless the user says otherwise: QEMU wants one per virtual CPU and does not
+/// start with fewer.
+const NUM_QUEUES_DEFAULT: u16 = 64;
+/// A vhost-user kick or call message has eight bits for the number of the queue.
+const NUM_QUEUES_MAX: u16 = 256;
+/// Largest queue accepted unless the user says otherwise.
+const QUEUE_SIZE_DEFAULT: u16 = 256;
+/// Front-ends announce two segments fewer than the queue has entries; at least two must be left.
+const QUEUE_SIZE_MIN: u16 = 4;
+/// What QEMU and Linux go up to.
+const QUEUE_SIZE_MAX: u16 = 1024;
+/// More threads than this do not make one disk faster; the default stops here.
+const WORKERS_DEFAULT_MAX: u16 = 4;
+/// A worker is a lane, and lanes are numbered by a byte of which the top half is kept free.
+const WORKERS_MAX: u16 = 64;
+/// Memory for requests in flight unless the user says otherwise.
+const BUFFER_MEMORY_DEFAULT: ByteSize = ByteSize(64 << 20);
+/// The longest piece of a request that is worked on at once.
+const PIECE_BYTES_MAX: u64 = 256 << 10;
+/// The most characters virtio has for a serial number.
+const SERIAL_LEN_MAX: usize = 20;
+
+/// One disk, as the user wants it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Where the front-end comes from.
+    pub front_end: FrontEnd,
+    /// The replicas, in order of configuration, 1 to 16, with different names.
+    pub replicas: Vec<Replica>,
+    /// How many equal sectors make a winner, T.
+    pub threshold: usize,
+    /// Whether T may be N/2 or less (rule V3).
+    pub allow_minority_threshold: bool,
+    /// Who is asked on a read.
+    pub read_pattern: ReadPattern,
+    /// Whether dissenters are rewritten. The default is yes, but for a read-only disk.
+    pub repair: bool,
+    /// Whether the first difference of two replicas stops the daemon.
+    pub blkverify: bool,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// Serial number for the guest and name of the disk in events: 1 to 20 printable ASCII
+    /// characters.
+    pub serial: String,
+    /// Logical block size, or `None` for the largest smallest block of any replica.
+    pub block_size: Option<BlockSize>,
+    /// Queues offered, 1 to 256.
+    pub num_queues: u16,
+    /// Largest queue accepted: a power of two, 4 to 1024.
+    pub queue_size: u16,
+    /// Worker threads, 1 to `num_queues`.
+    pub workers: u16,
+    /// Memory for data of requests in flight, over all workers, in bytes.
+    pub buffer_memory_bytes: u64,
+    /// Where events go, besides the log.
+    pub events: Option<EventsTarget>,
+    /// How the log is written.
+    pub log_format: LogFormat,
+    /// What is logged.
+    pub log_level: LogLevel,
+    /// Where the disk remembers who missed what.
+    pub record: Record,
+}
+
+/// Where the front-end comes from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum FrontEnd {
+    /// A Unix socket to listen on.
+    SocketPath(PathBuf),
+    /// A descriptor of the parent process: a listening or a connected Unix stream socket.
+    Fd(i32),
+}
+
+/// One replica.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Replica {
+    /// 1 to 32 of `A-Z a-z 0-9 . _ -`, different from all others of the disk.
+    pub name: String,
+    /// The image.
+    pub path: PathBuf,
+    /// Past the page cache or through it.
+    pub cache: Cache,
+    /// The format of the image, if it was said. Otherwise it is taken for raw, unless it looks
+    /// like another format.
+    pub format: Option<Format>,
+}
+
+/// Settings that cannot be run with.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// No socket at all.
+    #[error("no socket for the front-end; give --socket-path PATH, or --fd N for an inherited one")]
+    NoFrontEnd,
+    /// Both kinds of socket.
+    #[error("--socket-path and --fd exclude each other; give one of them")]
+    TwoFrontEnds,
+    /// A descriptor number below zero.
+    #[error("--fd {0} is no descriptor; give the number of an open one")]
+    Fd(i32),
+    /// A relative or empty socket path that makes no sense.
+    #[error("--socket-path is empty; give the path of the socket to listen on")]
+    EmptySocketPath,
+    /// Nothing to serve.
+    #[error("no replica given; give --replica PATH once per replica, 1 to {REPLICAS_MAX} times")]
+    NoReplica,
+    /// Two replicas of one name.
+    #[error(
+        "two replicas are named `{0}`; give each its own with --replica PATH,name=NAME \
+         (without one a replica is named replica0, replica1, ... by its place)"
+    )]
+    SameName(String),
+    /// The choices about voting do not fit together.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A serial number virtio has no room for.
+    #[error(
+        "--serial `{0}` is not possible; give 1 to {SERIAL_LEN_MAX} printable ASCII characters"
+    )]
+    Serial(String),
+    /// Too few or too many queues.
+    #[error("--num-queues {0} is not possible; give 1 to {NUM_QUEUES_MAX}")]
+    NumQueues(u16),
+    /// A queue size virtio or front-ends do not take.
+    #[error(
+        "--queue-size {0} is not possible; give a power of two from {QUEUE_SIZE_MIN} to \
+         {QUEUE_SIZE_MAX}"
+    )]
+    QueueSize(u16),
+    /// Too few or too many threads.
+    #[error("--workers {0} is not possible; give 1 to {WORKERS_MAX}")]
+    Workers(u16),
+    /// Threads that would have nothing to do.
+    #[error(
+        "--workers {workers} with --num-queues {num_queues} leaves workers without a queue; give \
+         at most --workers {num_queues}, or more queues"
+    )]
+    IdleWorkers {
+        /// Threads.
+        workers: u16,
+        /// Queues.
+        num_queues: u16,
+    },
+    /// Not enough memory for one request per worker.
+    #[error(
+        "--buffer-memory {given} is too little for {workers} workers and {replicas} replicas; \
+         give at least {least}, or fewer --workers"
+    )]
+    BufferMemory {
+        /// What was given.
+        given: ByteSize,
+        /// The smallest possible.
+        least: ByteSize,
+        /// Threads.
+        workers: u16,
+        /// N.
+        replicas: usize,
+    },
+}
+
+impl Config {
+    /// Decides what the settings leave open and checks the whole.
+    ///
+    /// # Errors
+    /// The first thing that does not fit, by the name of its flag, and the cure.
+    pub fn from_settings(settings: Settings) -> Result<Self, ConfigError> {
+        let front_end = front_end(settings.socket_path, settings.fd)?;
+        let replicas = replicas(&settings.replica, settings.cache.unwrap_or_default())?;
+        let policy = Policy::new(replicas.len());
+        let num_queues = settings.num_queues.unwrap_or(NUM_QUEUES_DEFAULT);
+        if !(1..=NUM_QUEUES_MAX).contains(&num_queues) {
+            return Err(ConfigError::NumQueues(num_queues));
+        }
+        let queue_size = settings.queue_size.unwrap_or(QUEUE_SIZE_DEFAULT);
+        if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size)
+        {
+            return Err(ConfigError::QueueSize(queue_size));
+        }
+        let workers = workers(settings.workers, num_queues)?;
+        let buffer_memory_bytes = buffer_memory(settings.buffer_memory, workers, replicas.len())?;
+        let read_only = settings.read_only.unwrap_or(false);
+        let config = Self {
+            front_end,
+            threshold: settings.threshold.map_or(policy.threshold, usize::from),
+            allow_minority_threshold: settings.allow_minority_threshold.unwrap_or(false),
+            read_pattern: match settings.read_pattern.unwrap_or_default() {
+                ReadPatternName::Quorum => ReadPattern::Quorum,
+                ReadPatternName::Fifo => ReadPattern::Fifo,
+            },
+            repair: settings.repair.map_or(!read_only, |repair| repair.is_on()),
+            blkverify: settings.blkverify.unwrap_or(false),
+            read_only,
+            serial: serial(settings.serial, &replicas)?,
+            replicas,
+            block_size: settings.block_size,
+            num_queues,
+            queue_size,
+            workers,
+            buffer_memory_bytes,
+            events: settings.events,
+            log_format: settings.log_format.unwrap_or_default(),
+            log_level: settings.log_level.unwrap_or_default(),
+            record: settings.record.unwrap_or_default(),
+        };
+        config.policy().validate()?;
+        Ok(config)
+    }
+
+    /// How the replica set decides. What only the opened replicas can tell is left at its
+    /// default.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        Policy {
+            threshold: self.threshold,
+            allow_minority_threshold: self.allow_minority_threshold,
+            read_pattern: self.read_pattern,
+            repair: self.repair,
+            blkverify: self.blkverify,
+            ..Policy::new(self.replicas.len())
+        }
+    }
+
+    /// The names of the replicas, in order of configuration.
+    #[must_use]
+    pub fn replica_names(&self) -> Vec<String> {
+        let names = self.replicas.iter().map(|replica| replica.name.clone());
+        names.collect()
+    }
+}
+
+fn front_end(socket_path: Option<PathBuf>, fd: Option<i32>) -> Result<FrontEnd, ConfigError> {
+    match (socket_path, fd) {
+        (None, None) => Err(ConfigError::NoFrontEnd),
+        (Some(_), Some(_)) => Err(ConfigError::TwoFrontEnds),
+        (None, Some(fd)) if fd < 0 => Err(ConfigError::Fd(fd)),
+        (None, Some(fd)) => Ok(FrontEnd::Fd(fd)),
+        (Some(path), None) if path.as_os_str().is_empty() => Err(ConfigError::EmptySocketPath),
+        (Some(path), None) => Ok(FrontEnd::SocketPath(path)),
+    }
+}
+
+fn replicas(
+    arguments: &[super::ReplicaArgument],
+    cache: Cache,
+) -> Result<Vec<Replica>, ConfigError> {
+    if arguments.is_empty() {
+        return Err(ConfigError::NoReplica);
+    }
+    let mut names = BTreeSet::new();
+    let mut replicas = Vec::with_capacity(arguments.len());
+    for (index, argument) in arguments.iter().enumerate() {
+        let name = argument.name.clone();
+        let name = name.unwrap_or_else(|| format!("replica{index}"));
+        if !names.insert(name.clone()) {
+            return Err(ConfigError::SameName(name));
+        }
+        replicas.push(Replica {
+            name,
+            path: argument.path.clone(),
+            cache: argument.cache.unwrap_or(cache),
+            format: argument.format,
+        });
+    }
+    Ok(replicas)
+}
+
+fn workers(given: Option<u16>, num_queues: u16) -> Result<u16, ConfigError> {
+    let Some(workers) = given else {
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let cpus = u16::try_from(cpus).unwrap_or(WORKERS_DEFAULT_MAX);
+        return Ok(cpus.min(WORKERS_DEFAULT_MAX).min(num_queues));
+    };
+    if !(1..=WORKERS_MAX).contains(&workers) {
+        return Err(ConfigError::Workers(workers));
+    }
+    if workers > num_queues {
+        return Err(ConfigError::IdleWorkers {
+            workers,
+            num_queues,
+        });
+    }
+    Ok(workers)
+}
+
+/// Each worker must be able to hold one longest piece for every replica and one copy of what the
+/// guest writes, and the same again for settling a difference meanwhile.
+fn buffer_memory(
+    given: Option<ByteSize>,
+    workers: u16,
+    replicas: usize,
+) -> Result<u64, ConfigError> {
+    let given = given.unwrap_or(BUFFER_MEMORY_DEFAULT);
+    let pieces = u64::try_from(replicas + 1).unwrap_or(u64::MAX);
+    let least = ByteSize((u64::from(workers) * 2 * PIECE_BYTES_MAX).saturating_mul(pieces));
+    if given < least {
+        return Err(ConfigError::BufferMemory {
+            given,
+            least,
+            workers,
+            replicas,
+        });
+    }
+    Ok(given.0)
+}
+
+fn serial(given: Option<String>, replicas: &[Replica]) -> Result<String, ConfigError> {
+    match given {
+        None => Ok(serial_of(&replicas[0].path)),
+        Some(serial) => {
+            let printable = serial.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+            if !printable || !(1..=SERIAL_LEN_MAX).contains(&serial.len()) {
+                return Err(ConfigError::Serial(serial));
+            }
+            Ok(serial)
+        }
+    }
+}
+
+/// A serial number that stays the same over restarts and differs between two disks: a hash
+/// (FNV-1a, 64 bits) of the absolute path of the first replica.
+fn serial_of(path: &Path) -> String {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for &byte in absolute.as_os_str().as_bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    format!("qb{hash:016x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{OnOff, ReplicaArgument};
+    use super::*;
+
+    fn settings(replicas: usize) -> Settings {
+        Settings {
+            socket_path: Some("/run/s".into()),
+            replica: (0..replicas)
+                .map(|index| ReplicaArgument::from_path(format!("/r{index}").into()))
+                .collect(),
+            ..Settings::default()
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut Settings)) -> String {
+        let mut settings = settings(3);
+        change(&mut settings);
+        Config::from_settings(settings).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn config_decides_what_is_left_open() {
+        let config = Config::from_settings(settings(3)).unwrap();
+        assert_eq!(config.front_end, FrontEnd::SocketPath("/run/s".into()));
+        assert_eq!(config.replica_names(), ["replica0", "replica1", "replica2"]);
+        assert_eq!(
+            (config.threshold, config.num_queues, config.queue_size),
+            (2, 64, 256)
+        );
+        assert!((1..=4).contains(&config.workers));
+        assert_eq!(config.buffer_memory_bytes, 64 << 20);
+        assert!(config.repair && !config.blkverify && !config.read_only);
+        assert_eq!(config.replicas[0].cache, Cache::Direct);
+        assert_eq!(config.policy(), Policy::new(3));
+        for (replicas, threshold) in [(1, 1), (2, 2), (4, 3), (5, 3), (16, 9)] {
+            let config = Config::from_settings(settings(replicas)).unwrap();
+            assert_eq!(config.threshold, threshold);
+        }
+    }
+
+    #[test]
+    fn config_serial_is_stable_and_differs_between_disks() {
+        let serial = |path: &str| {
+            let mut settings = settings(2);
+            settings.replica[0].path = path.into();
+            Config::from_settings(settings).unwrap().serial
+        };
+        assert_eq!(serial("/a"), serial("/a"));
+        assert_ne!(serial("/a"), serial("/b"));
+        assert!(serial("/a").len() <= SERIAL_LEN_MAX);
+    }
+
+    #[test]
+    fn config_that_does_not_fit_names_flag_and_cure() {
+        let cases: [(&str, fn(&mut Settings)); 18] = [
+            ("give --socket-path PATH, or --fd N", |s| {
+                s.socket_path = None
+            }),
+            ("--socket-path and --fd exclude each other", |s| {
+                s.fd = Some(3)
+            }),
+            ("--fd -1 is no descriptor", |s| {
+                s.socket_path = None;
+                s.fd = Some(-1);
+            }),
+            ("--socket-path is empty", |s| {
+                s.socket_path = Some("".into())
+            }),
+            ("give --replica PATH once per replica, 1 to 16 times", |s| {
+                s.replica.clear()
+            }),
+            ("17 replicas given; a disk has 1 to 16", |s| {
+                *s = Settings {
+                    workers: Some(1),
+                    ..settings(17)
+                };
+            }),
+            ("two replicas are named `replica2`", |s| {
+                s.replica[0].name = Some("replica2".to_owned());
+            }),
+            (
+                "threshold 4 is impossible with 3 replicas; give 1 to 3",
+                |s| s.threshold = Some(4),
+            ),
+            ("threshold 0 is impossible", |s| s.threshold = Some(0)),
+            (
+                "give --threshold 2 or more, or --allow-minority-threshold",
+                |s| {
+                    s.threshold = Some(1);
+                },
+            ),
+            ("--blkverify compares exactly two replicas", |s| {
+                s.blkverify = Some(true)
+            }),
+            ("--serial `` is not possible; give 1 to 20 printable", |s| {
+                s.serial = Some(String::new());
+            }),
+            ("--serial `123456789012345678901`", |s| {
+                s.serial = Some("123456789012345678901".to_owned());
+            }),
+            ("--num-queues 0 is not possible; give 1 to 256", |s| {
+                s.num_queues = Some(0)
+            }),
+            (
+                "--queue-size 100 is not possible; give a power of two from 4 to 1024",
+                |s| {
+                    s.queue_size = Some(100);
+                },
+            ),
+            ("--workers 0 is not possible; give 1 to 64", |s| {
+                s.workers = Some(0)
+            }),
+            ("give at most --workers 2, or more queues", |s| {
+                s.num_queues = Some(2);
+                s.workers = Some(3);
+            }),
+            ("give at least 2 MiB, or fewer --workers", |s| {
+                s.workers = Some(1);
+                s.buffer_memory = Some(ByteSize(1 << 20));
+            }),
+        ];
+        for (message, change) in cases {
+            let refused = refusal(change);
+            assert!(refused.contains(message), "expected {message:?}: {refused}");
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let mut file = settings(3);
+        file.threshold = Some(3);
+        file.repair = Some(OnOff::Off);
+        file.read_only = Some(true);
+        let flags = Settings {
+            fd: Some(7),
+            replica: vec![ReplicaArgument::from_path("/x".into())],
+            read_only: Some(false),
+            threshold: Some(1),
+            ..Settings::default()
+        };
+        let config = Config::from_settings(flags.over(file)).unwrap();
+        assert_eq!(config.front_end, FrontEnd::Fd(7));
+        assert_eq!(config.replicas.len(), 1);
+        assert_eq!(config.threshold, 1);
+        assert!(!config.repair && !config.read_only);
+    }
+}

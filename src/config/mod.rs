@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the user asked for, checked: one disk, its replicas, how it votes, where it is served.
+//!
+//! [`Settings`] is what flags and the file say, every value optional and named alike in both.
+//! [`Config`] is what the daemon runs with: complete, and every choice checked against the
+//! others. Nothing here opens a replica or a socket.
+//!
+//! - [`settings`]: the names, shared by the command line and the file;
+//! - [`file`]: the TOML file;
+//! - [`replica_argument`]: `PATH,name=...,cache=...`;
+//! - [`values`]: the types of single values;
+//! - [`disk`]: the checked whole.
+
+mod disk;
+mod file;
+#[doc(hidden)]
+pub mod fuzzing;
+mod replica_argument;
+mod settings;
+mod values;
+
+pub use disk::{Config, ConfigError, FrontEnd, Replica};
+pub use file::{FileError, parse_file, read_file};
+pub use replica_argument::{OPTIONS, ReplicaArgument, ReplicaArgumentError};
+pub use settings::Settings;
+pub use values::{
+    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, OnOff, ReadPatternName,
+    Record, ValueError,
+};

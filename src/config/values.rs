@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Types of single values: how each is written in a flag and in the file.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+use thiserror::Error;
+
+/// A value that cannot be read.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ValueError {
+    /// Not a number of bytes.
+    #[error("`{0}` is no size; write bytes, or a number with K, M, G or T (1024-based), as in 64M")]
+    Size(String),
+    /// Not one of two words.
+    #[error("`{0}` is neither `on` nor `off`")]
+    OnOff(String),
+    /// Not a block size.
+    #[error("a block size of {0} is not possible; give 512 or 4096")]
+    BlockSize(String),
+    /// No place for events.
+    #[error("the events target is empty; give a path or the number of an open descriptor")]
+    EventsTarget,
+}
+
+/// Whether a replica goes through the page cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cache {
+    /// O_DIRECT: a vote asks the medium, not the host's memory.
+    #[default]
+    Direct,
+    /// Through the page cache: faster where memory is plenty, blind to what the medium does.
+    Buffered,
+}
+
+/// The format of a replica's image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// The bytes of the disk, nothing else. Never guessed: a guest can write any header.
+    #[default]
+    Raw,
+}
+
+/// Who is asked on a read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReadPatternName {
+    /// All current replicas; as many equal sectors as the threshold win.
+    #[default]
+    Quorum,
+    /// The first current replica, the next one if it fails; nothing is compared.
+    Fifo,
+}
+
+/// Where the disk remembers which replica missed what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Record {
+    /// Nowhere: it is forgotten when the process ends.
+    #[default]
+    None,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The least important thing that is logged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogLevel {
+    /// Requests of the guest that failed, and what ends the daemon.
+    Error,
+    /// Also things to act on: a replica that lied, failed or fell behind.
+    Warn,
+    /// Also changes of state: connections, repairs, start and stop.
+    #[default]
+    Info,
+    /// Also single requests, as far as they are unusual.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// `on` or `off`; the file also takes `true` and `false`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnOff {
+    /// Do it.
+    On,
+    /// Do not.
+    Off,
+}
+
+impl OnOff {
+    /// Whether it is [`OnOff::On`].
+    #[must_use]
+    pub fn is_on(self) -> bool {
+        self == Self::On
+    }
+}
+
+impl FromStr for OnOff {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            other => Err(ValueError::OnOff(other.to_owned())),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for OnOff {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OnOffVisitor;
+
+        impl Visitor<'_> for OnOffVisitor {
+            type Value = OnOff;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"on\" or \"off\"")
+            }
+
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<OnOff, E> {
+                Ok(if on { OnOff::On } else { OnOff::Off })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<OnOff, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(OnOffVisitor)
+    }
+}
+
+/// The logical block size the guest is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BlockSize {
+    /// 512 bytes.
+    Bytes512,
+    /// 4096 bytes.
+    Bytes4096,
+}
+
+impl BlockSize {
+    /// The size in bytes.
+    #[must_use]
+    pub fn bytes(self) -> u32 {
+        match self {
+            Self::Bytes512 => 512,
+            Self::Bytes4096 => 4096,
+        }
+    }
+}
+
+impl FromStr for BlockSize {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "512" => Ok(Self::Bytes512),
+            "4096" | "4k" | "4K" => Ok(Self::Bytes4096),
+            other => Err(ValueError::BlockSize(other.to_owned())),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for BlockSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = i64::deserialize(deserializer)?;
+        number.to_string().parse().map_err(de::Error::custom)
+    }
+}
+
+/// A number of bytes, written with a 1024-based suffix if that is shorter.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct ByteSize(pub u64);
+
+impl FromStr for ByteSize {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let refuse = || ValueError::Size(text.to_owned());
+        let digits_end = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let (digits, suffix) = text.split_at(digits_end);
+        let shift = match suffix {
+            "" | "B" => 0,
+            "K" | "k" | "KiB" => 10,
+            "M" | "m" | "MiB" => 20,
+            "G" | "g" | "GiB" => 30,
+            "T" | "t" | "TiB" => 40,
+            _ => return Err(refuse()),
+        };
+        let number: u64 = digits.parse().map_err(|_| refuse())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(refuse)
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+            let number = self.0 >> shift;
+            if number != 0 && number << shift == self.0 {
+                return write!(f, "{number} {unit}");
+            }
+        }
+        write!(f, "{} bytes", self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SizeVisitor;
+
+        impl Visitor<'_> for SizeVisitor {
+            type Value = ByteSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes or a text such as \"64M\"")
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<ByteSize, E> {
+                u64::try_from(number)
+                    .map(ByteSize)
+                    .map_err(|_| E::custom(ValueError::Size(number.to_string())))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+/// Where events go. A number is a descriptor the parent left open; a file of that name is
+/// written `./3`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EventsTarget {
+    /// A file or fifo, appended to.
+    Path(PathBuf),
+    /// An open descriptor.
+    Fd(i32),
+}
+
+impl FromStr for EventsTarget {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        if text.is_empty() {
+            return Err(ValueError::EventsTarget);
+        }
+        if text.bytes().all(|byte| byte.is_ascii_digit())
+            && let Ok(fd) = text.parse()
+        {
+            return Ok(Self::Fd(fd));
+        }
+        Ok(Self::Path(PathBuf::from(text)))
+    }
+}
+
+impl<'de> Deserialize<'de> for EventsTarget {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TargetVisitor;
+
+        impl Visitor<'_> for TargetVisitor {
+            type Value = EventsTarget;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a path or the number of an open descriptor")
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<EventsTarget, E> {
+                match i32::try_from(number) {
+                    Ok(fd) if fd >= 0 => Ok(EventsTarget::Fd(fd)),
+                    _ => Err(E::invalid_value(de::Unexpected::Signed(number), &self)),
+                }
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<EventsTarget, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(TargetVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn byte_size_reads_suffixes_and_refuses_the_rest() {
+        let good = [
+            ("0", 0),
+            ("1", 1),
+            ("512B", 512),
+            ("64K", 65_536),
+            ("64KiB", 65_536),
+            ("64M", 64 << 20),
+            ("1G", 1 << 30),
+            ("2TiB", 2 << 40),
+        ];
+        for (text, bytes) in good {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        let bad = [
+            "",
+            "M",
+            "-1",
+            "+1",
+            "1.5G",
+            "64MB",
+            "64 M",
+            "18446744073709551616",
+            "16777216T",
+            "é",
+        ];
+        for text in bad {
+            assert_eq!(
+                text.parse::<ByteSize>(),
+                Err(ValueError::Size(text.to_owned())),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn byte_size_shows_the_largest_whole_unit() {
+        assert_eq!(ByteSize(64 << 20).to_string(), "64 MiB");
+        assert_eq!(ByteSize((64 << 20) + 1024).to_string(), "65537 KiB");
+        assert_eq!(ByteSize(513).to_string(), "513 bytes");
+        assert_eq!(ByteSize(0).to_string(), "0 bytes");
+    }
+
+    #[test]
+    fn events_target_takes_digits_for_a_descriptor() {
+        assert_eq!("3".parse(), Ok(EventsTarget::Fd(3)));
+        assert_eq!("./3".parse(), Ok(EventsTarget::Path("./3".into())));
+        assert_eq!("3a".parse(), Ok(EventsTarget::Path("3a".into())));
+        assert_eq!("".parse::<EventsTarget>(), Err(ValueError::EventsTarget));
+        let long = "99999999999";
+        assert_eq!(long.parse(), Ok(EventsTarget::Path(long.into())));
+    }
+}

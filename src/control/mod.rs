@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What people and programs learn of the disk: events, counters, the log.
+//!
+//! Nothing here takes part in the data path. Workers hand reports over without waiting and count
+//! in memory of their own; the control thread does the rest.
+//!
+//! - [`events`]: every event there is, and how it is written;
+//! - [`rate_limit`]: how often one may be written;
+//! - [`sink`]: where they are written to;
+//! - [`report_channel`]: from the workers to the control thread;
+//! - [`reporter`]: a report becomes a log line and an event;
+//! - [`counters`]: what the workers count;
+//! - [`logging`]: the log itself.
+
+pub mod counters;
+pub mod events;
+pub mod logging;
+pub mod rate_limit;
+pub mod report_channel;
+pub mod reporter;
+pub mod sink;
+
+pub use counters::{Counters, RequestKind, Totals, WorkerCounters};
+pub use events::{Event, EventData};
+pub use rate_limit::RateLimiter;
+pub use report_channel::{ReportReceiver, ReportSender, report_channel};
+pub use reporter::Reporter;
+pub use sink::{EventSink, SinkError};

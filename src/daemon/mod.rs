@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The life of the process: start, the control thread, connections one after the other, the end.
+//!
+//! - [`listener`]: where front-ends come from;
+//! - [`signals`]: signals as something to read;
+//! - [`event_loop`]: waiting for many descriptors;
+//! - [`control_loop`]: what the control thread waits for;
+//! - [`clock`]: the time all threads agree on;
+//! - `disk`, `worker`: the replicas, and the threads that serve them.
+
+pub mod clock;
+pub mod control_loop;
+mod disk;
+pub mod event_loop;
+pub mod listener;
+pub mod signals;
+mod worker;
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use tracing::{info, warn};
+
+use crate::config::{Config, FrontEnd, LogFormat, Record};
+use crate::control::events::Names;
+use crate::control::report_channel::REPORTS_MAX;
+use crate::control::{Counters, EventSink, Reporter, SinkError, logging, report_channel};
+use crate::device::{Connection, ConnectionHandle};
+use clock::Clock;
+use control_loop::{ControlLoop, Wakeup};
+use disk::{Disk, DiskError};
+use listener::{FrontEndSource, ListenerError};
+use signals::{SignalError, Signals};
+
+/// The daemon cannot start, or cannot go on.
+#[derive(Debug, Error)]
+pub enum DaemonError {
+    /// Signals cannot be received.
+    #[error("cannot receive signals")]
+    Signals(#[from] SignalError),
+    /// No front-end can reach us.
+    #[error(transparent)]
+    Listener(#[from] ListenerError),
+    /// The disk cannot be served.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Events cannot be written.
+    #[error(transparent)]
+    Events(#[from] SinkError),
+    /// `--blkverify`: the copies differ.
+    #[error(
+        "the two replicas differ, and --blkverify stops at the first difference; see the log for the sectors"
+    )]
+    VerifyFailed,
+    /// The control thread cannot wait for what it must.
+    #[error("the control thread failed")]
+    Control(#[source] io::Error),
+}
+
+/// The descriptor that tells that a connection has ended.
+const TOKEN_CONNECTION: event_loop::Token = 0;
+
+/// Serves the disk of `config` until a signal ends it, or until the only connection it was given
+/// does. The log must have been set up, and no other thread started.
+///
+/// # Errors
+/// If the daemon cannot start or go on.
+pub fn run(config: Config) -> Result<(), DaemonError> {
+    let signals = Signals::block()?;
+    let clock = Clock::start();
+    warn_of_record(config.record);
+    let sink = config.events.as_ref().map(EventSink::open).transpose()?;
+    let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
+    let counters = Counters::new(usize::from(config.workers), config.replica_names());
+    let disk = Disk::start(&config, &sender, &counters, clock)?;
+    let names = Names {
+        disk: config.serial.clone(),
+        replicas: config.replica_names(),
+        disk_sectors: disk.sectors(),
+    };
+    let reporter = Reporter::new(names, sink);
+    // Last: whoever waits for the socket to appear may connect at once.
+    let source = FrontEndSource::open(&config.front_end)?;
+    say_ready(&config);
+    let mut control = ControlLoop::new(clock, signals, receiver, reporter, source)
+        .map_err(DaemonError::Control)?;
+    let end = serve(&mut control, &disk, &counters, config.log_format);
+    info!("stopping");
+    disk.stop();
+    control.finish();
+    show_counters(&counters, config.log_format);
+    end
+}
+
+/// One connection after the other, until the process is to end.
+fn serve(
+    control: &mut ControlLoop,
+    disk: &Disk,
+    counters: &Counters,
+    log_format: LogFormat,
+) -> Result<(), DaemonError> {
+    let mut connection: Option<ConnectionHandle> = None;
+    let end = loop {
+        match control.next().map_err(DaemonError::Control)? {
+            Wakeup::Connection(stream) => {
+                let handle = Connection::serve(stream, Arc::clone(disk.device()))
+                    .map_err(DaemonError::Control)?;
+                control
+                    .add(&handle.ended(), TOKEN_CONNECTION)
+                    .map_err(DaemonError::Control)?;
+                connection = Some(handle);
+            }
+            Wakeup::Ready(_) => {
+                if let Some(handle) = connection.take() {
+                    control
+                        .remove(&handle.ended())
+                        .map_err(DaemonError::Control)?;
+                    // The connection has said in the log how it ended.
+                    let _ = handle.join();
+                    if !control.accept_next().map_err(DaemonError::Control)? {
+                        break Ok(());
+                    }
+                }
+            }
+            Wakeup::Terminate => break Ok(()),
+            Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
+            Wakeup::ShowCounters => show_counters(counters, log_format),
+        }
+    };
+    if let Some(handle) = connection {
+        // What was fetched is completed and shown to the guest first.
+        handle.shutdown();
+        let _ = handle.join();
+    }
+    end
+}
+
+/// Says what a disk without a record cannot do. An operator must not learn it from a guest that
+/// reads old data.
+fn warn_of_record(record: Record) {
+    match record {
+        Record::None => warn!(
+            "running without a state record: nothing remembers across a restart which replica \
+             missed writes, so one that was behind votes again after a restart; before you \
+             restart with a replica that failed, rewrite it from a good one"
+        ),
+    }
+}
+
+fn say_ready(config: &Config) {
+    let place = match &config.front_end {
+        FrontEnd::SocketPath(path) => format!("socket {}", path.display()),
+        FrontEnd::Fd(fd) => format!("descriptor {fd}"),
+    };
+    info!(
+        serial = config.serial,
+        replicas = config.replicas.len(),
+        threshold = config.threshold,
+        workers = config.workers,
+        "ready for a front-end on {place}"
+    );
+}
+
+/// Writes the counters to the log: a table for people, an object for programs.
+fn show_counters(counters: &Counters, format: LogFormat) {
+    let totals = counters.totals();
+    let lines = logging::foreign_lines_suppressed();
+    match format {
+        LogFormat::Text => info!("counters\n{totals}\nlog: {lines} lines left out"),
+        LogFormat::Json => info!(
+            counters = totals.to_json(),
+            lines_left_out = lines,
+            "counters"
+        ),
+    }
+}

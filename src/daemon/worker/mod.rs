@@ -1,0 +1,561 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A worker: the thread that owns some of the queues, a lane, a ring and buffers, and binds them.
+//!
+//! It takes chains from its queues, hands them to the lane cut into parts, carries out what the
+//! lane asks for, copies what was read to the guest, and publishes. Everything is done in
+//! batches: one look at each queue, one entry into the ring, one update of a used index and at
+//! most one signal a queue.
+//!
+//! Two orders matter. All parts of a request go to the lane before the next request is fetched:
+//! locks are then queued for in the order of the ring, and requests that publish in that order
+//! cannot wait for each other in a circle. And a reply is carried out before the lane hears of
+//! anything else, because the data it names may be used again after that.
+
+mod guests;
+mod queues;
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::clock::Clock;
+use super::event_loop::{EventLoop, Token};
+use crate::control::ReportSender;
+use crate::control::counters::{RequestKind as Kind, WorkerCounters};
+use crate::device::mailbox::{Mailbox, QueueCommand};
+use crate::device::queue::Answer;
+use crate::device::{BlockStatus, Fetched, GuestMemory};
+use crate::io::RingError;
+use crate::quorum::{
+    Action, BadCause, Buffers, Event, Lane, LaneCounters, LaneId, Purpose, Report, Request, Shared,
+    Status, Tag, Wakeup,
+};
+use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
+use guests::{Guests, Piece};
+use queues::Queues;
+
+/// Requests a worker takes on at once; more stay in their rings.
+const GUESTS_MAX: usize = 2048;
+
+/// Requests fetched from one queue before the next one gets its turn.
+const FETCH_BATCH: usize = 64;
+
+const TOKEN_RING: Token = u64::MAX;
+const TOKEN_MAILBOX: Token = u64::MAX - 1;
+
+/// What other threads tell a worker.
+#[derive(Debug)]
+pub enum Message {
+    /// About one of its queues, or guest memory.
+    Queue(QueueCommand),
+    /// From another lane.
+    Wake(Wakeup),
+    /// End when nothing is in flight any more.
+    Shutdown,
+}
+
+impl From<QueueCommand> for Message {
+    fn from(command: QueueCommand) -> Self {
+        Self::Queue(command)
+    }
+}
+
+/// What a worker is made of.
+pub struct WorkerSetup {
+    /// Its number, which is also that of its lane.
+    pub index: u8,
+    /// What the lanes share.
+    pub shared: Arc<Shared>,
+    /// The replicas, in the order of their slots.
+    pub replicas: Vec<Arc<Replica>>,
+    /// Ring and buffers.
+    pub executor: ExecutorConfig,
+    /// The mailboxes of all workers, this one's at `index`.
+    pub mailboxes: Vec<Arc<Mailbox<Message>>>,
+    /// Where reports go.
+    pub reports: ReportSender,
+    /// What it counts in.
+    pub counters: Arc<WorkerCounters>,
+    /// The time.
+    pub clock: Clock,
+}
+
+/// A worker that cannot be started.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// No thread.
+    #[error("cannot start a worker thread")]
+    Thread(#[source] std::io::Error),
+    /// No ring or no buffers.
+    #[error("cannot set up a worker")]
+    Executor(#[from] ExecutorError),
+    /// No descriptor to wait with.
+    #[error("cannot set up waiting in a worker")]
+    Wait(#[source] std::io::Error),
+    /// The thread ended before it was ready.
+    #[error("a worker ended before it was ready")]
+    Gone,
+}
+
+/// Starts a worker and waits until it is ready.
+///
+/// # Errors
+/// [`WorkerError`].
+pub fn spawn(setup: WorkerSetup) -> Result<JoinHandle<()>, WorkerError> {
+    let (ready, started) = sync_channel(1);
+    let thread = thread::Builder::new()
+        .name(format!("worker{}", setup.index))
+        .spawn(move || {
+            let _abort = AbortOnPanic;
+            // The ring belongs to the thread that makes it.
+            match Worker::new(setup) {
+                Ok(mut worker) => {
+                    // Nobody waits any more only if the start was given up.
+                    let _ = ready.send(Ok(()));
+                    worker.run();
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })
+        .map_err(WorkerError::Thread)?;
+    wait_until_ready(&started)?;
+    Ok(thread)
+}
+
+fn wait_until_ready(started: &Receiver<Result<(), WorkerError>>) -> Result<(), WorkerError> {
+    started.recv().map_err(|_| WorkerError::Gone)?
+}
+
+/// A broken invariant ends the process: a worker that has lost track of a request must not leave
+/// the others to acknowledge more.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+struct Worker {
+    lane: Lane,
+    shared: Arc<Shared>,
+    executor: Executor,
+    mailboxes: Vec<Arc<Mailbox<Message>>>,
+    index: usize,
+    reports: ReportSender,
+    counters: Arc<WorkerCounters>,
+    counted: LaneCounters,
+    clock: Clock,
+    events: EventLoop,
+    queues: Queues,
+    memory: Arc<GuestMemory>,
+    guests: Guests,
+    /// A request that was fetched and not handed to the lane whole, for want of room or buffers.
+    stalled: Option<u32>,
+    shutting_down: bool,
+    // Reused from batch to batch.
+    actions: Vec<Action>,
+    outcomes: Vec<(crate::quorum::OpId, crate::quorum::Outcome)>,
+    messages: Vec<Message>,
+    ready: Vec<Token>,
+    replied: Vec<u32>,
+    published: Vec<u32>,
+}
+
+impl Worker {
+    fn new(setup: WorkerSetup) -> Result<Self, WorkerError> {
+        let executor = Executor::new(&setup.replicas, setup.executor)?;
+        let index = usize::from(setup.index);
+        let events = EventLoop::new().map_err(WorkerError::Wait)?;
+        events
+            .add_edge(&executor.wake_fd(), TOKEN_RING)
+            .map_err(WorkerError::Wait)?;
+        events
+            .add(&setup.mailboxes[index].as_fd(), TOKEN_MAILBOX)
+            .map_err(WorkerError::Wait)?;
+        Ok(Self {
+            lane: Lane::new(LaneId(setup.index)),
+            shared: setup.shared,
+            executor,
+            mailboxes: setup.mailboxes,
+            index,
+            reports: setup.reports,
+            counters: setup.counters,
+            counted: LaneCounters::default(),
+            clock: setup.clock,
+            events,
+            queues: Queues::default(),
+            memory: Arc::new(GuestMemory::new()),
+            guests: Guests::default(),
+            stalled: None,
+            shutting_down: false,
+            actions: Vec::with_capacity(256),
+            outcomes: Vec::with_capacity(256),
+            messages: Vec::with_capacity(64),
+            ready: Vec::with_capacity(64),
+            replied: Vec::with_capacity(256),
+            published: Vec::with_capacity(256),
+        })
+    }
+
+    fn run(&mut self) {
+        loop {
+            let busy = self
+                .turn()
+                .expect("the ring of a worker works as long as the worker");
+            if self.shutting_down && self.is_idle() {
+                break;
+            }
+            if !busy {
+                self.sleep();
+            }
+        }
+        self.mailboxes[self.index].close();
+    }
+
+    fn is_idle(&self) -> bool {
+        self.guests.len() == 0 && self.executor.in_flight() == 0 && self.lane.is_idle()
+    }
+
+    /// One batch. Returns whether there may be more to do at once.
+    fn turn(&mut self) -> Result<bool, RingError> {
+        let fetched = self.fetch();
+        self.executor.submit()?;
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        self.executor.reap(&mut outcomes)?;
+        let completed = !outcomes.is_empty();
+        for (op, outcome) in outcomes.drain(..) {
+            self.tell(Event::Completed { op, outcome });
+        }
+        self.outcomes = outcomes;
+        if self
+            .lane
+            .deadline()
+            .is_some_and(|deadline| deadline <= self.clock.now())
+        {
+            self.tell(Event::Tick);
+        }
+        self.publish();
+        self.executor.submit()?;
+        self.count_lane();
+        Ok(fetched || completed)
+    }
+
+    /// Hands an event to the lane and carries out what it asks for.
+    fn tell(&mut self, event: Event) {
+        let now = self.clock.now();
+        let mut actions = std::mem::take(&mut self.actions);
+        self.lane.handle(
+            now,
+            event,
+            &self.shared,
+            self.executor.pool_mut(),
+            &mut actions,
+        );
+        for action in actions.drain(..) {
+            match action {
+                Action::Submit(operation) => {
+                    self.counters.replica(operation.replica).operations.add(1);
+                    self.executor.start(&operation);
+                }
+                Action::Reply {
+                    tag,
+                    request,
+                    status,
+                    data,
+                } => {
+                    let part = self.guests.part(tag.0);
+                    part.replied = Some(request);
+                    let (guest, lead, len) = (part.guest, part.lead, part.len);
+                    let data_offset = part.data_offset;
+                    let owner = self.guests.get(guest);
+                    if status == Status::IoError {
+                        owner.status = BlockStatus::IoError;
+                    } else if let Some(buffer) = data {
+                        let bytes = &self.executor.pool().bytes(buffer)[lead..lead + len];
+                        // Memory that the front-end has taken away is its own affair.
+                        if owner
+                            .request
+                            .copy_to_guest(&self.memory, data_offset, bytes)
+                            .is_err()
+                        {
+                            owner.status = BlockStatus::IoError;
+                        }
+                    }
+                    owner.outstanding -= 1;
+                    self.replied.push(tag.0);
+                }
+                Action::Wake { lane, wakeup } => {
+                    self.mailboxes[usize::from(lane.0)].post(Message::Wake(wakeup));
+                }
+                Action::Report(report) => self.report(report),
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn report(&self, report: Report) {
+        match report {
+            Report::Bad { replica, cause, .. } => {
+                let counters = self.counters.replica(replica);
+                match cause {
+                    BadCause::Differs => counters.dissents.add(1),
+                    BadCause::Error(_) | BadCause::Short => counters.errors.add(1),
+                }
+            }
+            Report::Behind { replica, .. } => self.counters.replica(replica).behind.add(1),
+            Report::FlushFailed { replica, .. } => self.counters.replica(replica).errors.add(1),
+            Report::Repaired { replica, .. } => self.counters.replica(replica).repairs.add(1),
+            Report::Resynced { replica, .. } => self.counters.replica(replica).resynced.add(1),
+            Report::Failure { .. }
+            | Report::Transient { .. }
+            | Report::RepairFailed { .. }
+            | Report::VerifyFailed { .. } => {}
+        }
+        self.reports.send(report);
+    }
+
+    /// Takes requests from the queues and hands them to the lane. Returns whether there were any.
+    fn fetch(&mut self) -> bool {
+        if let Some(guest) = self.stalled.take()
+            && !self.issue(guest)
+        {
+            return false;
+        }
+        let memory = Arc::clone(&self.memory);
+        let mut any = false;
+        for at in 0..self.queues.active_len() {
+            let queue = self.queues.active(at);
+            let mut fetched = 0;
+            while fetched < FETCH_BATCH {
+                if self.guests.len() >= GUESTS_MAX || !self.lane.has_room() {
+                    return any;
+                }
+                let guest = self.guests.take();
+                let slot = self.guests.get(guest);
+                let entry = self.queues.get(queue);
+                match entry.virtqueue.fetch(&memory, &mut slot.request) {
+                    Fetched::Request(ticket) => {
+                        slot.begin(queue, ticket, entry.virtqueue.write_through());
+                        fetched += 1;
+                        any = true;
+                        if !self.issue(guest) {
+                            return any;
+                        }
+                    }
+                    Fetched::Answered(answer) => {
+                        entry.to_publish = true;
+                        fetched += 1;
+                        any = true;
+                        self.guests.free(guest);
+                        self.count_answer(answer);
+                    }
+                    Fetched::Empty => {
+                        self.guests.free(guest);
+                        break;
+                    }
+                }
+            }
+            self.queues.looked_at(queue, fetched > 0, &memory);
+        }
+        self.queues.drop_quiet();
+        any
+    }
+
+    fn count_answer(&self, answer: Answer) {
+        match answer {
+            Answer::Malformed(_) => self.counters.malformed.add(1),
+            Answer::Status(BlockStatus::Unsupported) => self.counters.unsupported.add(1),
+            Answer::Status(BlockStatus::Ok) => self.counters.add_request(Kind::GetId, 0, true),
+            Answer::Status(BlockStatus::IoError) => self.counters.refused.add(1),
+        }
+    }
+
+    /// Hands the parts of a request to the lane. Returns whether all are; otherwise the request
+    /// is stalled, and nothing else is fetched before it goes on.
+    fn issue(&mut self, guest: u32) -> bool {
+        loop {
+            let Some(piece) = self.guests.get(guest).next_piece(&self.shared.geometry) else {
+                break;
+            };
+            if !self.lane.has_room() {
+                self.stalled = Some(guest);
+                return false;
+            }
+            let (request, lead, len, data_offset) = match piece {
+                Piece::Read {
+                    range,
+                    lead,
+                    len,
+                    data_offset,
+                } => (Request::Read { range }, lead, len, data_offset),
+                Piece::Write { range, data_offset } => {
+                    let len = range.len_bytes();
+                    let pool = self.executor.pool_mut();
+                    let Some(data) = pool.take(len, Purpose::Guest) else {
+                        self.counters.buffer_waits.add(1);
+                        self.stalled = Some(guest);
+                        return false;
+                    };
+                    // Rule L4: the only copy, before any replica sees the data.
+                    let bytes = &mut pool.bytes_mut(data)[..len];
+                    let owner = self.guests.get(guest);
+                    if owner
+                        .request
+                        .copy_from_guest(&self.memory, data_offset, bytes)
+                        .is_err()
+                    {
+                        pool.give(data);
+                        owner.abandon();
+                        break;
+                    }
+                    (Request::Write { range, data }, 0, len, data_offset)
+                }
+                Piece::Plain(request) => (request, 0, 0, 0),
+            };
+            self.guests.get(guest).advance(&piece);
+            let part = self.guests.add_part(guest, lead, len, data_offset);
+            self.tell(Event::Request {
+                tag: Tag(part),
+                request,
+            });
+        }
+        if self.guests.get(guest).is_complete() {
+            self.complete(guest);
+        }
+        true
+    }
+
+    /// All parts are replied to: the request is complete, unless a flush is owed first.
+    fn complete(&mut self, guest: u32) {
+        let owner = self.guests.get(guest);
+        if owner.take_owed_flush() {
+            let part = self.guests.add_part(guest, 0, 0, 0);
+            self.tell(Event::Request {
+                tag: Tag(part),
+                request: Request::Flush,
+            });
+            return;
+        }
+        let ok = owner.status == BlockStatus::Ok;
+        self.counters.add_request(owner.kind(), owner.bytes(), ok);
+        let len = owner.request.finish(&self.memory, owner.status);
+        let ticket = owner.ticket.take().expect("a request is completed once");
+        let queue = owner.queue;
+        let entry = self.queues.get(queue);
+        entry.virtqueue.complete(ticket, len, guest);
+        entry.to_publish = true;
+    }
+
+    /// Completes what was replied to, publishes, and tells the lane what the guest can see.
+    fn publish(&mut self) {
+        let mut replied = std::mem::take(&mut self.replied);
+        let mut at = 0;
+        while at < replied.len() {
+            let guest = self.guests.part(replied[at]).guest;
+            // Once for the last of its parts; a flush owed may add one more.
+            let owner = self.guests.get(guest);
+            if owner.is_complete() && owner.ticket.is_some() {
+                self.complete(guest);
+                replied.append(&mut self.replied);
+            }
+            at += 1;
+        }
+        let memory = Arc::clone(&self.memory);
+        let mut published = std::mem::take(&mut self.published);
+        for queue in self.queues.all() {
+            let Some(entry) = self.queues.try_get(queue) else {
+                continue;
+            };
+            if std::mem::take(&mut entry.to_publish)
+                && entry.virtqueue.publish(&memory, &mut published)
+            {
+                entry.virtqueue.signal();
+                self.counters.calls.add(1);
+            }
+        }
+        for guest in published.drain(..) {
+            let mut part = self.guests.last_part(guest);
+            while let Some(slot) = part {
+                let request = self.guests.part(slot).replied.take();
+                let request = request.expect("every part of a complete request is replied to");
+                self.tell(Event::Published { request });
+                part = self.guests.part_before(slot);
+            }
+            self.guests.free(guest);
+        }
+        self.published = published;
+        // What stays unpublished waits for an earlier request of its queue; who holds a lock
+        // meanwhile must let settlements pass.
+        for part in replied.drain(..) {
+            if let Some(request) = self.guests.part(part).replied {
+                self.tell(Event::Deferred { request });
+            }
+        }
+        // Replies that came of these events are for the next turn.
+        replied.append(&mut self.replied);
+        self.replied = replied;
+        self.queues.drain_stopped(&self.events);
+    }
+
+    fn count_lane(&mut self) {
+        let now = *self.lane.counters();
+        let before = std::mem::replace(&mut self.counted, now);
+        if now == before {
+            return;
+        }
+        self.counters
+            .early_replies
+            .add(now.early_replies - before.early_replies);
+        self.counters
+            .arbitrations
+            .add(now.arbitrations - before.arbitrations);
+        self.counters
+            .transients
+            .add(now.transient - before.transient);
+        self.counters.failures.add(now.failures - before.failures);
+        self.counters.buffer_waits.add(now.starved - before.starved);
+    }
+
+    /// Sleeps until a kick, a completion, a message or a deadline.
+    fn sleep(&mut self) {
+        if !self.replied.is_empty() || self.queues.ask_for_kicks(&self.memory) {
+            return;
+        }
+        let limit = self
+            .executor
+            .wait_limit()
+            .expect("the ring works as long as the worker");
+        let deadline = self
+            .lane
+            .deadline()
+            .map(|deadline| deadline.since(self.clock.now()));
+        let timeout = [limit, deadline].into_iter().flatten().min();
+        if timeout == Some(Duration::ZERO) {
+            return;
+        }
+        let mut ready = std::mem::take(&mut self.ready);
+        self.events
+            .wait(timeout, &mut ready)
+            .expect("waiting does not fail");
+        for token in ready.drain(..) {
+            match token {
+                TOKEN_RING => {}
+                TOKEN_MAILBOX => self.take_messages(),
+                queue => {
+                    self.counters.kicks.add(1);
+                    self.queues.kicked(queue, &self.memory);
+                }
+            }
+        }
+        self.ready = ready;
+    }
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The real daemon, driven over its socket by a front-end in the test process: what every guest
+//! and every VMM relies on, and what no guest and no VMM may be able to do.
+//!
+//! - `data`: requests of all kinds and sizes; the configuration space.
+//! - `statuses`: how requests end that ask for something impossible.
+//! - `rings`: framing, feature bits, interrupts, kicks, indices.
+//! - `faults`: replicas that lie.
+//! - `life`: connections and processes, from their start to their end.
+//! - `guests`: hostile guests.
+//! - `front_ends`: hostile front-ends.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod data;
+mod faults;
+mod front_ends;
+mod guests;
+mod life;
+mod rings;
+mod statuses;
