@@ -11,6 +11,7 @@ What a failed scenario leaves (logs, console, commands) is kept under target/vm.
 """
 
 import argparse
+import fcntl
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,9 @@ def main():
     except Failure as failure:
         print(f"vm: {failure}", file=sys.stderr)
         return 1
+    # A guest has four virtual CPUs: two of them at once would only be slow.
+    turn = open(target_folder() / "vm" / "turn", "w")
+    fcntl.flock(turn, fcntl.LOCK_EX)
     if arguments.interactive:
         hand_over(arguments, guest)
         return 0
