@@ -35,6 +35,7 @@ use crate::quorum::{
     Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
+use crate::units::Time;
 use guests::{Guests, Piece};
 use queues::Queues;
 
@@ -154,6 +155,8 @@ struct Worker {
     counters: Arc<WorkerCounters>,
     counted: LaneCounters,
     clock: Clock,
+    /// The time of the batch: looked up once, not for every event.
+    now: Time,
     events: EventLoop,
     queues: Queues,
     memory: Arc<GuestMemory>,
@@ -191,6 +194,7 @@ impl Worker {
             counters: setup.counters,
             counted: LaneCounters::default(),
             clock: setup.clock,
+            now: setup.clock.now(),
             events,
             queues: Queues::default(),
             memory: Arc::new(GuestMemory::new()),
@@ -227,6 +231,7 @@ impl Worker {
 
     /// One batch. Returns whether there may be more to do at once.
     fn turn(&mut self) -> Result<bool, RingError> {
+        self.now = self.clock.now();
         let fetched = self.fetch();
         self.executor.submit()?;
         let mut outcomes = std::mem::take(&mut self.outcomes);
@@ -239,7 +244,7 @@ impl Worker {
         if self
             .lane
             .deadline()
-            .is_some_and(|deadline| deadline <= self.clock.now())
+            .is_some_and(|deadline| deadline <= self.now)
         {
             self.tell(Event::Tick);
         }
@@ -251,10 +256,9 @@ impl Worker {
 
     /// Hands an event to the lane and carries out what it asks for.
     fn tell(&mut self, event: Event) {
-        let now = self.clock.now();
         let mut actions = std::mem::take(&mut self.actions);
         self.lane.handle(
-            now,
+            self.now,
             event,
             &self.shared,
             self.executor.pool_mut(),
