@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The fault budget: at most N-T replicas are bad at a sector at any moment, so that whatever
+//! goes wrong is our fault and not the faults'.
+
+use crate::units::SectorRange;
+
+/// Most replicas of a simulated disk.
+pub const REPLICAS: usize = 8;
+
+/// Which copies may be bad, and how many more may become so.
+pub struct Budget {
+    limit: u32,
+    extent_shift: u32,
+    /// Replicas whose sector is not what it should be, a bit each.
+    tainted: Vec<u16>,
+    /// Faults that are still at work on a sector, counted per replica.
+    held: Vec<[u8; REPLICAS]>,
+    held_bits: Vec<u16>,
+    /// Replicas that are, or may any moment be, behind in an extent.
+    doomed: Vec<u16>,
+    /// Repair operations at work in an extent, counted per replica.
+    repairs: Vec<[u8; REPLICAS]>,
+}
+
+pub fn bit(replica: usize) -> u16 {
+    1 << replica
+}
+
+fn sectors(range: SectorRange) -> impl Iterator<Item = usize> {
+    (range.start()..range.end()).map(index)
+}
+
+/// A sector or extent number as an index.
+pub fn index(number: u64) -> usize {
+    usize::try_from(number).expect("a small disk")
+}
+
+impl Budget {
+    pub fn new(limit: usize, sector_count: u64, extent_shift: u32) -> Self {
+        let count = index(sector_count);
+        Self {
+            limit: u32::try_from(limit).expect("a few replicas"),
+            extent_shift,
+            tainted: vec![0; count],
+            held: vec![[0; REPLICAS]; count],
+            held_bits: vec![0; count],
+            doomed: vec![0; (count >> extent_shift) + 1],
+            repairs: vec![[0; REPLICAS]; (count >> extent_shift) + 1],
+        }
+    }
+
+    pub fn sector_count(&self) -> u64 {
+        self.tainted.len() as u64
+    }
+
+    pub fn extent_shift(&self) -> u32 {
+        self.extent_shift
+    }
+
+    fn extent(&self, sector: usize) -> usize {
+        sector >> self.extent_shift
+    }
+
+    fn bad(&self, sector: usize) -> u16 {
+        self.tainted[sector] | self.held_bits[sector] | self.doomed[self.extent(sector)]
+    }
+
+    /// Whether `replica` may be bad in `range`.
+    pub fn admits(&self, range: SectorRange, replica: usize) -> bool {
+        sectors(range).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit)
+    }
+
+    /// Whether the content of `range` may change on `replica` without a write. Not while a repair
+    /// is at work nearby: that would fail and cost the extent, which is not in this budget.
+    pub fn admits_rot(&self, range: SectorRange, replica: usize) -> bool {
+        let extent = self.extent(index(range.start()));
+        self.repairs[extent][replica] == 0 && self.admits(range, replica)
+    }
+
+    pub fn repair_begins(&mut self, range: SectorRange, replica: usize) {
+        let extent = self.extent(index(range.start()));
+        self.repairs[extent][replica] += 1;
+    }
+
+    pub fn repair_ends(&mut self, range: SectorRange, replica: usize) {
+        let extent = self.extent(index(range.start()));
+        self.repairs[extent][replica] -= 1;
+    }
+
+    pub fn under_repair(&self, range: SectorRange, replica: usize) -> bool {
+        self.repairs[self.extent(index(range.start()))][replica] > 0
+    }
+
+    /// Whether `replica` may fall behind in the extent of `range`; then it is expected to.
+    pub fn doom(&mut self, range: SectorRange, replica: usize) -> bool {
+        let extent = self.extent(index(range.start()));
+        if self.doomed[extent] & bit(replica) != 0 {
+            return true;
+        }
+        let first = extent << self.extent_shift;
+        let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
+        let fits = (first..last).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
+        if fits {
+            self.doomed[extent] |= bit(replica);
+        }
+        fits
+    }
+
+    /// Like [`Budget::doom`] for the whole disk.
+    pub fn doom_everywhere(&mut self, replica: usize) -> bool {
+        let fits = (0..self.tainted.len())
+            .all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
+        if fits {
+            for extent in &mut self.doomed {
+                *extent |= bit(replica);
+            }
+        }
+        fits
+    }
+
+    pub fn is_doomed(&self, sector: u64, replica: usize) -> bool {
+        self.doomed[self.extent(index(sector))] & bit(replica) != 0
+    }
+
+    /// Whether a silent fault, other than being behind, explains what is wrong with the copy.
+    pub fn is_tainted(&self, sector: u64, replica: usize) -> bool {
+        let s = index(sector);
+        (self.tainted[s] | self.held_bits[s]) & bit(replica) != 0
+    }
+
+    pub fn taint(&mut self, sector: u64, replica: usize) {
+        self.tainted[index(sector)] |= bit(replica);
+    }
+
+    pub fn cleanse(&mut self, sector: u64, replica: usize) {
+        self.tainted[index(sector)] &= !bit(replica);
+    }
+
+    /// A fault is at work in `range` until [`Budget::release`].
+    pub fn hold(&mut self, range: SectorRange, replica: usize) {
+        for s in sectors(range) {
+            self.held[s][replica] += 1;
+            self.held_bits[s] |= bit(replica);
+        }
+    }
+
+    pub fn release(&mut self, range: SectorRange, replica: usize) {
+        for s in sectors(range) {
+            self.held[s][replica] -= 1;
+            if self.held[s][replica] == 0 {
+                self.held_bits[s] &= !bit(replica);
+            }
+        }
+    }
+}
