@@ -83,6 +83,18 @@ impl Guests {
         self.left == 0 && self.waiting == 0
     }
 
+    /// Requests without a reply, for people.
+    pub fn list_waiting(&self) -> String {
+        let mut list = String::new();
+        for (lane, requests) in self.lanes.iter().enumerate() {
+            for request in requests.iter().flatten().filter(|r| r.replied.is_none()) {
+                let GuestRequest { kind, range, began, .. } = request;
+                list += &format!("; lane {lane}: {kind:?} of {range} since step {began}");
+            }
+        }
+        list
+    }
+
     pub fn add(&mut self, lane: usize, request: GuestRequest) -> Tag {
         self.waiting += 1;
         let requests = &mut self.lanes[lane];

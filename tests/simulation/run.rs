@@ -94,7 +94,11 @@ fn campaign_of_all_profiles_holds_every_invariant() {
     let seed = number("SIM_SEED").unwrap_or(1);
     let started = Instant::now();
     let mut total = Tally::default();
+    let only = std::env::var("SIM_PROFILE").ok();
     for profile in profile::ALL {
+        if only.as_ref().is_some_and(|only| only != profile.name) {
+            continue;
+        }
         let share = requests / profile::ALL.len() as u64;
         total.merge(&campaign(profile, share, seed));
     }

@@ -119,10 +119,12 @@ impl World {
         }
         while !self.guests.all_replied() {
             if !self.advance()? {
-                return violation("I14", "requests are left and nothing will happen any more");
+                let waiting = self.guests.list_waiting();
+                return violation("I14", format!("nothing will happen any more{waiting}"));
             }
             if self.clock.now() - self.last_reply > STUCK_AFTER {
-                return violation("I14", "no reply for a long time");
+                let waiting = self.guests.list_waiting();
+                return violation("I14", format!("no reply for a long time{waiting}"));
             }
         }
         self.calm = true;
