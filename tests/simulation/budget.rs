@@ -2,6 +2,7 @@
 //! The fault budget: at most N-T replicas are bad at a sector at any moment, so that whatever
 //! goes wrong is our fault and not the faults'.
 
+use crate::pool::REQUEST_SECTORS;
 use crate::units::SectorRange;
 
 /// Most replicas of a simulated disk.
@@ -18,6 +19,9 @@ pub struct Budget {
     held_bits: Vec<u16>,
     /// Replicas that are, or may any moment be, behind in an extent.
     doomed: Vec<u16>,
+    /// Sectors that cannot be read near a sector, counted per replica.
+    shaded: Vec<[u8; REPLICAS]>,
+    shaded_bits: Vec<u16>,
     /// Repair operations at work in an extent, counted per replica.
     repairs: Vec<[u8; REPLICAS]>,
 }
@@ -45,6 +49,8 @@ impl Budget {
             held: vec![[0; REPLICAS]; count],
             held_bits: vec![0; count],
             doomed: vec![0; (count >> extent_shift) + 1],
+            shaded: vec![[0; REPLICAS]; count],
+            shaded_bits: vec![0; count],
             repairs: vec![[0; REPLICAS]; (count >> extent_shift) + 1],
         }
     }
@@ -62,7 +68,44 @@ impl Budget {
     }
 
     fn bad(&self, sector: usize) -> u16 {
-        self.tainted[sector] | self.held_bits[sector] | self.doomed[self.extent(sector)]
+        self.tainted[sector]
+            | self.held_bits[sector]
+            | self.shaded_bits[sector]
+            | self.doomed[self.extent(sector)]
+    }
+
+    /// The sectors that a read which meets `sector` may be about.
+    fn around(&self, sector: usize) -> std::ops::Range<usize> {
+        let first = self.extent(sector) << self.extent_shift;
+        let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
+        first.max((sector + 1).saturating_sub(REQUEST_SECTORS))..last.min(sector + REQUEST_SECTORS)
+    }
+
+    /// Whether `sector` may become unreadable on `replica`; then it counts as that. Any read that
+    /// meets it fails as a whole, so its neighbours are bad as well.
+    pub fn shade(&mut self, sector: u64, replica: usize) -> bool {
+        let s = index(sector);
+        let around = self.around(s);
+        let free = self.repairs[self.extent(s)][replica] == 0;
+        let fits = |s: usize| (self.bad(s) | bit(replica)).count_ones() <= self.limit;
+        if !free || !around.clone().all(fits) {
+            return false;
+        }
+        for s in around {
+            self.shaded[s][replica] += 1;
+            self.shaded_bits[s] |= bit(replica);
+        }
+        true
+    }
+
+    /// `sector` can be read again.
+    pub fn unshade(&mut self, sector: u64, replica: usize) {
+        for s in self.around(index(sector)) {
+            self.shaded[s][replica] -= 1;
+            if self.shaded[s][replica] == 0 {
+                self.shaded_bits[s] &= !bit(replica);
+            }
+        }
     }
 
     /// Whether `replica` may be bad in `range`.

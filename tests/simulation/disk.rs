@@ -32,15 +32,14 @@ impl Disk {
         self.landings[index(sector)]
     }
 
-    /// A write reaches the sector; it can be read again.
-    pub fn write(&mut self, sector: u64, value: u64) {
+    /// A write reaches the sector; it can be read again. Returns whether it could not before.
+    pub fn write(&mut self, sector: u64, value: u64) -> bool {
         let s = index(sector);
         self.content[s] = value;
         self.landings[s] += 1;
-        if self.unreadable[s] {
-            self.unreadable[s] = false;
-            self.unreadable_count -= 1;
-        }
+        let was_unreadable = std::mem::take(&mut self.unreadable[s]);
+        self.unreadable_count -= usize::from(was_unreadable);
+        was_unreadable
     }
 
     /// The content changes without a write.

@@ -239,7 +239,9 @@ impl World {
         }
         if self.rng.chance(rates.unreadable) {
             let (sector, replica) = self.some_copy();
-            if self.budget.admits_rot(sector_range(sector), replica) {
+            if self.disks[replica].is_readable(sector_range(sector))
+                && self.budget.shade(sector, replica)
+            {
                 self.disks[replica].make_unreadable(sector);
                 self.budget.taint(sector, replica);
                 self.spoiled_at[index(sector)][replica] = self.step;

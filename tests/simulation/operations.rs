@@ -14,7 +14,7 @@ use crate::units::{ReplicaId, SectorRange};
 use crate::world::{Breach, World};
 
 /// How long the fault of an ended operation still counts: whoever asked has acted on it by then.
-const REMEMBERED: u64 = 150 * MS;
+pub const REMEMBERED: u64 = 150 * MS;
 
 /// An activity of a lane: what its operations have in common is all of the number but the
 /// replica in its highest bits.
@@ -319,8 +319,14 @@ impl World {
     }
 
     fn land(&mut self, replica: usize, sector: u64, value: u64) {
-        self.disks[replica].write(sector, value);
+        self.put_on_medium(replica, sector, value);
         self.budget.cleanse(sector, replica);
+    }
+
+    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64) {
+        if self.disks[replica].write(sector, value) {
+            self.budget.unshade(sector, replica);
+        }
     }
 
     /// Content changes that nobody asked for.

@@ -7,7 +7,7 @@ use crate::disk::Disk;
 use crate::faults::{MS, Plan};
 use crate::guest::{GuestRequest, Guests};
 use crate::model::Model;
-use crate::operations::{Landing, Operations};
+use crate::operations::{Landing, Operations, REMEMBERED};
 use crate::pool::Pool;
 use crate::profile::{Ailment, Profile, Shape};
 use crate::quorum::{Action, Event, Lane, LaneId, Mutation, Request, Shared};
@@ -269,7 +269,7 @@ impl World {
             let landing = self.operations.landing(late);
             let (value, seen) = (landing.values[place], landing.landings[place]);
             let overtaken = self.disks[replica].landings(sector) != seen;
-            self.disks[replica].write(sector, value);
+            self.put_on_medium(replica, sector, value);
             self.spoiled_at[index(sector)][replica] = self.step;
             if overtaken {
                 self.budget.taint(sector, replica);
@@ -277,7 +277,9 @@ impl World {
                 self.budget.cleanse(sector, replica);
             }
         }
-        self.budget.release(range, replica);
+        // Who has read what was there before may still speak of it.
+        let forget = Happening::Forget { replica, range };
+        self.clock.after(REMEMBERED, forget);
     }
 
     /// The current copies of the extent of `range`, as slots.

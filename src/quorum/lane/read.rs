@@ -241,6 +241,11 @@ impl Lane {
             self.settle_begin(turn, matter, Some(tag));
             return;
         }
+        if asked.count() < needed && current.count() >= needed {
+            // Whoever was to be asked fell behind meanwhile; there are others.
+            self.read_start_over(turn, slot);
+            return;
+        }
         if asked.count() < needed {
             let tag = self.read_drop(turn, slot);
             self.refuse(turn, tag, range, During::Read);
@@ -255,6 +260,19 @@ impl Lane {
         for replica in asked.iter() {
             let buffer = ballots.of(replica);
             turn.submit(slot, replica, OperationKind::Read { range, buffer });
+        }
+    }
+
+    fn read_start_over<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let read = self.read_mut(slot);
+        read.ballots.give_all(turn.buffers);
+        read.phase = Phase::Starved;
+        let range = read.range;
+        if std::mem::take(&mut read.locked) {
+            self.unlock(turn, slot, range);
+        }
+        if !self.read_take_buffers(turn, slot) {
+            self.starved.push_back(slot);
         }
     }
 
