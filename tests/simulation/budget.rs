@@ -24,6 +24,9 @@ pub struct Budget {
     shaded_bits: Vec<u16>,
     /// Repair operations at work in an extent, counted per replica.
     repairs: Vec<[u8; REPLICAS]>,
+    /// Reads at work on a sector.
+    reads: Vec<u32>,
+    rare: u32,
 }
 
 pub fn bit(replica: usize) -> u16 {
@@ -51,6 +54,8 @@ impl Budget {
             doomed: vec![0; (count >> extent_shift) + 1],
             shaded: vec![[0; REPLICAS]; count],
             shaded_bits: vec![0; count],
+            reads: vec![0; count],
+            rare: 0,
             repairs: vec![[0; REPLICAS]; (count >> extent_shift) + 1],
         }
     }
@@ -86,7 +91,7 @@ impl Budget {
     pub fn shade(&mut self, sector: u64, replica: usize) -> bool {
         let s = index(sector);
         let around = self.around(s);
-        let free = self.repairs[self.extent(s)][replica] == 0;
+        let free = self.repairs[self.extent(s)][replica] == 0 && self.reads[s] == 0;
         let fits = |s: usize| (self.bad(s) | bit(replica)).count_ones() <= self.limit;
         if !free || !around.clone().all(fits) {
             return false;
@@ -113,11 +118,38 @@ impl Budget {
         sectors(range).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit)
     }
 
-    /// Whether the content of `range` may change on `replica` without a write. Not while a repair
-    /// is at work nearby: that would fail and cost the extent, which is not in this budget.
-    pub fn admits_rot(&self, range: SectorRange, replica: usize) -> bool {
+    /// Whether the content of `range` may change on `replica` without a write. While a settlement
+    /// is at work there, its repair may fail because of that, which costs the extent; then there
+    /// must be room for that as well.
+    pub fn admits_rot(&mut self, range: SectorRange, replica: usize) -> bool {
+        if self.is_being_settled(range, replica) {
+            self.rare += 1;
+            return self.rare.is_multiple_of(8) && self.doom(range, replica);
+        }
+        self.admits(range, replica)
+    }
+
+    /// Like [`Budget::admits_rot`] for a write whose fault is in the books already.
+    pub fn admits_landing(&mut self, range: SectorRange, replica: usize) -> bool {
+        !self.is_being_settled(range, replica) || self.doom(range, replica)
+    }
+
+    /// Whether a settlement may have read `range` and be about to repair it.
+    fn is_being_settled(&self, range: SectorRange, replica: usize) -> bool {
         let extent = self.extent(index(range.start()));
-        self.repairs[extent][replica] == 0 && self.admits(range, replica)
+        self.repairs[extent][replica] > 0 || sectors(range).any(|s| self.reads[s] > 0)
+    }
+
+    pub fn read_begins(&mut self, range: SectorRange) {
+        for s in sectors(range) {
+            self.reads[s] += 1;
+        }
+    }
+
+    pub fn read_ends(&mut self, range: SectorRange) {
+        for s in sectors(range) {
+            self.reads[s] -= 1;
+        }
     }
 
     pub fn repair_begins(&mut self, range: SectorRange, replica: usize) {
@@ -128,10 +160,6 @@ impl Budget {
     pub fn repair_ends(&mut self, range: SectorRange, replica: usize) {
         let extent = self.extent(index(range.start()));
         self.repairs[extent][replica] -= 1;
-    }
-
-    pub fn under_repair(&self, range: SectorRange, replica: usize) -> bool {
-        self.repairs[self.extent(index(range.start()))][replica] > 0
     }
 
     /// Whether `replica` may fall behind in the extent of `range`; then it is expected to.

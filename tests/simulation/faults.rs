@@ -307,7 +307,7 @@ fn misdirection(
     rng: &mut Rng,
     range: SectorRange,
     replica: usize,
-    budget: &Budget,
+    budget: &mut Budget,
 ) -> Option<u64> {
     let extent = range.start() >> budget.extent_shift();
     let other = rng.below(budget.sector_count() - u64::from(range.count()));

@@ -141,6 +141,9 @@ impl World {
             if repair {
                 self.budget.repair_begins(range, replica);
             }
+            if !writes {
+                self.budget.read_begins(range);
+            }
             self.check_submission(activity, range, writes, repair, operation.replica)?;
         } else {
             self.operations.flushing[replica] += 1;
@@ -369,10 +372,13 @@ impl World {
         }
         let op = operation.op;
         self.deliver(flight.lane, Event::Completed { op, outcome })?;
-        if let Some((range, _)) = target(operation.kind)
-            && flight.repair
-        {
-            self.budget.repair_ends(range, replica);
+        if let Some((range, writes)) = target(operation.kind) {
+            if flight.repair {
+                self.budget.repair_ends(range, replica);
+            }
+            if !writes {
+                self.budget.read_ends(range);
+            }
         }
         Ok(())
     }

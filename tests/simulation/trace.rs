@@ -36,19 +36,30 @@ pub enum Line {
 }
 
 /// The last lines of a run.
-#[derive(Default)]
 pub struct Trace {
     lines: Vec<(u64, u64, usize, Line)>,
     next: usize,
+    kept: usize,
 }
 
 impl Trace {
+    /// Keeps 60 lines, or as many as SIM_TRACE says.
+    pub fn new() -> Self {
+        let wanted = std::env::var("SIM_TRACE").ok();
+        let kept = wanted.and_then(|text| text.parse().ok()).unwrap_or(LINES);
+        Self {
+            lines: Vec::new(),
+            next: 0,
+            kept,
+        }
+    }
+
     pub fn note(&mut self, step: u64, now: u64, lane: usize, line: Line) {
         let entry = (step, now, lane, line);
-        if self.lines.len() < LINES {
+        if self.lines.len() < self.kept {
             self.lines.push(entry);
         } else {
-            self.lines[self.next % LINES] = entry;
+            self.lines[self.next % self.kept] = entry;
         }
         self.next += 1;
     }
@@ -58,7 +69,7 @@ impl fmt::Display for Trace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let oldest = self.next.saturating_sub(self.lines.len());
         for number in oldest..self.next {
-            let (step, now, lane, line) = &self.lines[number % LINES];
+            let (step, now, lane, line) = &self.lines[number % self.kept];
             writeln!(f, "{step:>8} {:>10} us  lane {lane}  {line:?}", now / 1000)?;
         }
         Ok(())

@@ -100,7 +100,7 @@ impl World {
             step: 0,
             shared,
             workers,
-            trace: Trace::default(),
+            trace: Trace::new(),
             tally: Tally::default(),
             calm: false,
             actions: Vec::new(),
@@ -260,8 +260,7 @@ impl World {
     /// A write that was called complete long ago reaches the medium, on top of what is there.
     fn land_late(&mut self, late: usize) {
         let Landing { replica, range, .. } = *self.operations.landing(late);
-        if self.budget.under_repair(range, replica) {
-            // Waits until the repair is done; it would be found at fault for this.
+        if !self.budget.admits_landing(range, replica) {
             self.clock.after(MS, Happening::Land { late });
             return;
         }
