@@ -45,6 +45,9 @@ const GUESTS_MAX: usize = 2048;
 /// Requests fetched from one queue before the next one gets its turn.
 const FETCH_BATCH: usize = 64;
 
+/// Batches after which a busy worker looks whether another queue was kicked or a message came.
+const BATCHES_PER_LOOK: u32 = 4;
+
 const TOKEN_RING: Token = u64::MAX;
 const TOKEN_MAILBOX: Token = u64::MAX - 1;
 
@@ -211,6 +214,7 @@ impl Worker {
     }
 
     fn run(&mut self) {
+        let mut batches = 0;
         loop {
             let busy = self
                 .turn()
@@ -218,8 +222,11 @@ impl Worker {
             if self.shutting_down && self.is_idle() {
                 break;
             }
+            batches = if busy { batches + 1 } else { 0 };
             if !busy {
                 self.sleep();
+            } else if batches % BATCHES_PER_LOOK == 0 {
+                self.wait(Some(Duration::ZERO));
             }
         }
         self.mailboxes[self.index].close();
@@ -336,6 +343,7 @@ impl Worker {
         }
         let memory = Arc::clone(&self.memory);
         let mut any = false;
+        self.queues.rotate();
         for at in 0..self.queues.active_len() {
             let queue = self.queues.active(at);
             let mut fetched = 0;
@@ -386,10 +394,7 @@ impl Worker {
     /// Hands the parts of a request to the lane. Returns whether all are; otherwise the request
     /// is stalled, and nothing else is fetched before it goes on.
     fn issue(&mut self, guest: u32) -> bool {
-        loop {
-            let Some(piece) = self.guests.get(guest).next_piece(&self.shared.geometry) else {
-                break;
-            };
+        while let Some(piece) = self.guests.get(guest).next_piece(&self.shared.geometry) {
             if !self.lane.has_room() {
                 self.stalled = Some(guest);
                 return false;
@@ -543,9 +548,11 @@ impl Worker {
             .deadline()
             .map(|deadline| deadline.since(self.clock.now()));
         let timeout = [limit, deadline].into_iter().flatten().min();
-        if timeout == Some(Duration::ZERO) {
-            return;
-        }
+        self.wait(timeout);
+    }
+
+    /// Waits for kicks, messages and completions, at most for `timeout`.
+    fn wait(&mut self, timeout: Option<Duration>) {
         let mut ready = std::mem::take(&mut self.ready);
         self.events
             .wait(timeout, &mut ready)

@@ -54,6 +54,14 @@ impl Queues {
         0..self.entries.len()
     }
 
+    /// Lets the next queue be the first to be looked at: where there is no room for the requests
+    /// of all, each gets its turn.
+    pub(super) fn rotate(&mut self) {
+        if self.active.len() > 1 {
+            self.active.rotate_left(1);
+        }
+    }
+
     /// Number of queues to look at.
     pub(super) fn active_len(&self) -> usize {
         self.active.len()
