@@ -18,7 +18,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "vm"))
 
-from host import Failure, privileged, stop_process, target_folder, wait_until  # noqa: E402
+from host import (  # noqa: E402
+    Failure,
+    privileged,
+    scratch_folder,
+    stop_process,
+    target_folder,
+    wait_until,
+)
 
 THRESHOLD = 2
 NAMES = ("alpha", "beta", "gamma")
@@ -84,7 +90,7 @@ def cached_storage(folder):
 
 @contextmanager
 def direct_storage(folder):
-    """The file system that holds the temporary folder, past the page cache."""
+    """The file system that holds /var/tmp, or TMPDIR if that is set, past the page cache."""
     path = folder / "direct"
     path.mkdir()
     yield path
@@ -260,7 +266,6 @@ def parse_arguments():
     parser.add_argument("--list", action="store_true", help="name the rows")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each server (default 5)")
     parser.add_argument("--seconds", type=float, default=3, help="of each run (default 3)")
-    parser.add_argument("--folder", type=Path, help="where the direct rows keep their files")
     parser.add_argument("--peer-only", action="store_true", help="measure the peer alone")
     parser.add_argument("--peer-aio", choices=("threads", "native", "io_uring"))
     parser.add_argument("--check", action="store_true", help="fail if a target is missed")
@@ -275,7 +280,7 @@ def main():
         return 0
     # An interrupted run must leave no mounts, loop devices or servers behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    folder = Path(tempfile.mkdtemp(prefix="quorum-blk-bench-", dir=arguments.folder))
+    folder = scratch_folder("bench")
     met = True
     try:
         version = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True)

@@ -398,7 +398,8 @@ mod tests {
 
     #[test]
     fn config_that_does_not_fit_names_flag_and_cure() {
-        let cases: [(&str, fn(&mut Settings)); 18] = [
+        type Change = fn(&mut Settings);
+        let cases: [(&str, Change); 18] = [
             ("give --socket-path PATH, or --fd N", |s| {
                 s.socket_path = None
             }),

@@ -5,11 +5,11 @@
 //! [`Config`] is what the daemon runs with: complete, and every choice checked against the
 //! others. Nothing here opens a replica or a socket.
 //!
-//! - [`settings`]: the names, shared by the command line and the file;
-//! - [`file`]: the TOML file;
-//! - [`replica_argument`]: `PATH,name=...,cache=...`;
-//! - [`values`]: the types of single values;
-//! - [`disk`]: the checked whole.
+//! - `settings`: the names, shared by the command line and the file;
+//! - `file`: the TOML file;
+//! - `replica_argument`: `PATH,name=...,cache=...`;
+//! - `values`: the types of single values;
+//! - `disk`: the checked whole.
 
 mod disk;
 mod file;

@@ -361,13 +361,14 @@ impl fmt::Display for Totals {
         write!(
             f,
             "queues: {} kicks, {} calls, {} ring enters, {} waits for memory, \
-             {} malformed chains, {} unsupported requests",
+             {} malformed chains, {} unsupported and {} refused requests",
             self.kicks,
             self.calls,
             self.ring_enters,
             self.buffer_waits,
             self.malformed,
-            self.unsupported
+            self.unsupported,
+            self.refused
         )
     }
 }

@@ -128,7 +128,7 @@ impl ControlLoop {
     ///
     /// # Errors
     /// If waiting itself fails, which it does not in practice.
-    pub fn next(&mut self) -> io::Result<Wakeup> {
+    pub fn wait(&mut self) -> io::Result<Wakeup> {
         loop {
             if let Some(wakeup) = self.pending.pop_front() {
                 return Ok(wakeup);
@@ -275,14 +275,14 @@ mod tests {
         let path = folder.path().join("s");
         let _first = UnixStream::connect(&path).unwrap();
         let _second = UnixStream::connect(&path).unwrap();
-        assert!(matches!(control.next().unwrap(), Wakeup::Connection(_)));
+        assert!(matches!(control.wait().unwrap(), Wakeup::Connection(_)));
         let eventfd = EventFd::new(EFD_NONBLOCK).unwrap();
         control.add(&eventfd, 7).unwrap();
         eventfd.write(1).unwrap();
-        assert!(matches!(control.next().unwrap(), Wakeup::Ready(7)));
+        assert!(matches!(control.wait().unwrap(), Wakeup::Ready(7)));
         control.remove(&eventfd).unwrap();
         assert!(control.accept_next().unwrap());
-        assert!(matches!(control.next().unwrap(), Wakeup::Connection(_)));
+        assert!(matches!(control.wait().unwrap(), Wakeup::Connection(_)));
     }
 
     #[test]
@@ -302,7 +302,7 @@ mod tests {
             waker.write(1).unwrap();
             sender.send(transient(20));
         });
-        assert!(matches!(control.next().unwrap(), Wakeup::Ready(7)));
+        assert!(matches!(control.wait().unwrap(), Wakeup::Ready(7)));
         let told = || std::fs::read_to_string(folder.path().join("events")).unwrap();
         assert_eq!(told().lines().count(), 2);
         worker.join().unwrap();

@@ -102,7 +102,7 @@ fn serve(
 ) -> Result<(), DaemonError> {
     let mut connection: Option<ConnectionHandle> = None;
     let end = loop {
-        match control.next().map_err(DaemonError::Control)? {
+        match control.wait().map_err(DaemonError::Control)? {
             Wakeup::Connection(stream) => {
                 let handle = Connection::serve(stream, Arc::clone(disk.device()))
                     .map_err(DaemonError::Control)?;

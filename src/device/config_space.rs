@@ -289,7 +289,8 @@ mod tests {
     #[test]
     fn options_out_of_range_are_refused() {
         assert_eq!(options().validate(), Ok(()));
-        let cases: [(fn(&mut DeviceOptions), &str); 7] = [
+        type Case = (fn(&mut DeviceOptions), &'static str);
+        let cases: [Case; 7] = [
             (|o| o.block_bytes = 513, "block size"),
             (|o| o.sectors = 0, "empty"),
             (|o| (o.sectors, o.block_bytes) = (9, 4096), "whole number"),

@@ -19,8 +19,8 @@ use super::notify::{Call, Kick};
 use super::queue::QueueSetup;
 
 /// Messages a mailbox holds before [`Mailbox::send`] waits: a front-end that floods us fills its
-/// own socket instead of our memory.
-pub const MAILBOX_MESSAGES_MAX: usize = 1024;
+/// own socket instead of our memory and descriptor table.
+pub const MAILBOX_MESSAGES_MAX: usize = 256;
 
 /// What a worker is to do. `queue` is the index of a queue it owns: `index % workers`.
 #[derive(Debug)]

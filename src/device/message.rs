@@ -544,6 +544,9 @@ pub enum Refusal {
         /// Length of the file in bytes.
         file_len: u64,
     },
+    /// More regions of guest memory than were announced.
+    #[error("the front-end adds more memory regions than there are slots")]
+    Regions,
     /// No descriptor left to keep a copy of one that came.
     #[error("no descriptor is left to serve the connection")]
     Exhausted {

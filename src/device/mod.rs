@@ -24,6 +24,8 @@ pub mod notify;
 pub mod queue;
 pub mod request;
 pub mod shim;
+#[cfg(test)]
+mod test_support;
 pub mod vring;
 
 pub use config_space::{DeviceOptions, OptionsError};

@@ -285,10 +285,11 @@ impl VirtQueue {
         }
     }
 
-    /// Whether nothing that was fetched is still owed to the driver.
+    /// Whether nothing that was fetched is outstanding. Also of a broken queue: its requests
+    /// are still being worked on, and their tickets must not meet the queue that follows it.
     #[must_use]
     pub fn is_drained(&self) -> bool {
-        self.in_flight == 0 || self.is_broken()
+        self.in_flight == 0
     }
 
     /// Takes a new kick descriptor. Look at the ring afterwards.
@@ -408,6 +409,8 @@ impl VirtQueue {
         self.in_flight -= count;
         published.extend(self.staged.drain(..).filter_map(|c| c.tag));
         if !shown {
+            // It broke just now: those that waited for their turn will not get one.
+            self.stage(published);
             return false;
         }
         self.next_used = new;

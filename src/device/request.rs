@@ -231,6 +231,11 @@ impl GuestRequest {
         self.data_len
     }
 
+    /// The buffers of the chain, those that hold the data trimmed to it.
+    pub(super) fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
     /// Copies data of the guest, from byte `offset` of the request's data on. The one copy of
     /// rule L4: call it once for every byte.
     ///

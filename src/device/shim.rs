@@ -15,6 +15,10 @@ use thiserror::Error;
 
 use super::message::{Message, MessageLimits, Refusal, Request, TransportError};
 
+/// Most regions of guest memory: the number of slots the crate answers GET_MAX_MEM_SLOTS with.
+/// It does not enforce it.
+pub const MEMORY_REGIONS_MAX: usize = 509;
+
 /// Why the relay ended.
 #[derive(Debug, Error)]
 pub enum RelayEnd {
@@ -42,6 +46,8 @@ pub enum RelayEnd {
 #[derive(Debug)]
 pub struct Session {
     limits: MessageLimits,
+    /// Regions of guest memory; each holds a descriptor and a mapping of ours.
+    regions: usize,
     /// The socket on which we may ask the front-end for something. QEMU takes its closing for a
     /// failure, so a copy is kept until the connection ends.
     back_end_requests: Option<OwnedFd>,
@@ -53,6 +59,7 @@ impl Session {
     pub fn new(limits: MessageLimits) -> Self {
         Self {
             limits,
+            regions: 0,
             back_end_requests: None,
         }
     }
@@ -68,11 +75,17 @@ impl Session {
                 let copy = copy.map_err(|source| Refusal::Exhausted { source })?;
                 self.back_end_requests = Some(copy);
             }
+            Request::SetMemTable => self.regions = message.descriptors.len(),
+            Request::AddMemReg if self.regions >= MEMORY_REGIONS_MAX => {
+                return Err(Refusal::Regions);
+            }
+            Request::AddMemReg => self.regions += 1,
+            // One that is not there ends the connection in the crate.
+            Request::RemMemReg => self.regions = self.regions.saturating_sub(1),
             Request::GetFeatures
             | Request::SetFeatures
             | Request::SetOwner
             | Request::ResetOwner
-            | Request::SetMemTable
             | Request::SetVringNum
             | Request::SetVringAddr
             | Request::SetVringBase
@@ -87,9 +100,7 @@ impl Session {
             | Request::GetConfig
             | Request::SetConfig
             | Request::ResetDevice
-            | Request::GetMaxMemSlots
-            | Request::AddMemReg
-            | Request::RemMemReg => {}
+            | Request::GetMaxMemSlots => {}
         }
         Ok(())
     }
@@ -160,5 +171,38 @@ fn front_end_failed(error: TransportError) -> RelayEnd {
             RelayEnd::FrontEndClosed
         }
         error => RelayEnd::FrontEnd(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_regions_are_counted() {
+        let mut session = Session::new(MessageLimits {
+            queues: 1,
+            queue_size: 128,
+        });
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let region = |code, fds: usize| Message {
+            code,
+            flags: 1,
+            body: [0u64, 0, 4096, 0, 0]
+                .iter()
+                .flat_map(|word| word.to_ne_bytes())
+                .collect(),
+            descriptors: (0..fds)
+                .map(|_| OwnedFd::from(file.try_clone().unwrap()))
+                .collect(),
+        };
+        for _ in 0..MEMORY_REGIONS_MAX {
+            session.inspect(&region(37, 1)).unwrap();
+        }
+        let refused = session.inspect(&region(37, 1));
+        assert!(matches!(refused, Err(Refusal::Regions)));
+        session.inspect(&region(38, 0)).unwrap();
+        session.inspect(&region(37, 1)).unwrap();
     }
 }

@@ -220,8 +220,9 @@ impl Case {
     fn run(&self, side: Side) -> Vec<Finding> {
         let folder = tempfile::Builder::new()
             .prefix("parity-")
-            .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
-            .expect("cargo's folder for test files can be written");
+            // Not in /tmp, which may be a tmpfs; not in cargo's folder: socket paths are short.
+            .tempdir_in("/var/tmp")
+            .expect("/var/tmp can be written");
         let images = self.images(folder.path());
         let mut findings = Vec::new();
         match Server::start(side, folder.path(), &self.setup, &images) {

@@ -42,6 +42,13 @@ const LONGER: &str = "A replica may be longer than the disk (Z3); the peer wants
 
 const DIFFERENCES: &[Difference] = &[
     Difference {
+        case: "fifo, read error",
+        place: "replica 0 afterwards",
+        ours: "0..64 version 0, 64..128 zeroes, 128..136 version 0",
+        peer: "0..64 version 0",
+        reason: READ_ERROR,
+    },
+    Difference {
         case: "two wrong, different sectors",
         place: "step 2",
         ours: "0..8 version 0",

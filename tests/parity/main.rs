@@ -181,6 +181,13 @@ fn first_replica_wrong_in_a_long_request() {
             count: 1024,
         })
         .settled()
+        // A late vote is not counted if something was written near it meanwhile (V7): here
+        // the repair of the other half may hide the first half's.
+        .step(Step::Read {
+            sector: 0,
+            count: 1024,
+        })
+        .settled()
         .check();
 }
 

@@ -101,6 +101,8 @@ fn ours(socket: &Path, setup: &Setup, images: &[Image]) -> Command {
     command.arg("serve").arg("--socket-path").arg(socket);
     command.args(["--threshold", &setup.threshold.to_string()]);
     command.args(["--repair", on_off(setup.repair)]);
+    // What the peer calls every disk.
+    command.args(["--serial", "vhost_user_blk"]);
     for image in images {
         let cache = if image.direct { "direct" } else { "buffered" };
         let argument = format!("{},cache={cache}", image.path.display());

@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,13 @@ class Failure(Exception):
 def target_folder():
     """Cargo's target folder, where everything that can be made again is kept."""
     return Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target")).resolve()
+
+
+def scratch_folder(name):
+    """A new folder for images and sockets. Not in /tmp, which may be a tmpfs and then does not
+    behave like a disk; not in the target folder, because socket paths must be short."""
+    parent = os.environ.get("TMPDIR", "/var/tmp")
+    return Path(tempfile.mkdtemp(prefix=f"quorum-blk-{name}-", dir=parent))
 
 
 def privileged(*command):

@@ -29,7 +29,13 @@ FIO = (
     " --verify=crc32c --verify_fatal=1 --do_verify={verify} --fsync=32 --group_reporting"
     " --output-format=json"
 )
-# Only the second half of it, for files that an earlier run has written.
+# The same on the disk itself, in an area of its own for each process, without a flush.
+FIO_RAW = (
+    "fio --name=raw --filename=/dev/disk --offset=32m --offset_increment=8m --size=2m --numjobs=4"
+    " --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=8 --verify=crc32c"
+    " --verify_fatal=1 --do_verify=1 --group_reporting --output-format=json"
+)
+# Only the reading half of the first, for files that an earlier run has written.
 FIO_VERIFY_ONLY = " --verify_only"
 
 
@@ -144,7 +150,10 @@ def spoil_while_running(bench, choose, guilty):
                 machine.finish("during")
                 machine.run(fio("before", 3) + FIO_VERIFY_ONLY)
                 check_file_system(machine)
-                read_whole_disk(machine)
+                # A late vote is not counted if something was written near it meanwhile, be it a
+                # repair (V7): the first pass may leave a few sectors to the next.
+                for _ in range(3):
+                    read_whole_disk(machine)
                 machine.check_kernel_log()
                 machine.shut_down()
             daemon.stop()
@@ -215,18 +224,21 @@ def truncated(bench):
 
 
 def slow(bench):
-    """One replica answers 500 ms late. Nobody waits for it: the guest's mean latencies stay far
-    below that."""
+    """One replica answers 500 ms late. The guest sees nothing, and its reads and writes do not
+    wait for it: their mean latencies stay far below that."""
     with three_replicas(bench, SlowReplica) as replicas:
         with bench.serve(replicas) as daemon:
             with bench.boot(daemon) as machine:
                 make_file_system(machine)
-                report = json.loads(machine.run(fio("verify", 2)))
-                job = report["jobs"][0]
-                for kind in ("read", "write"):
-                    mean_ms = job[kind]["clat_ns"]["mean"] / 1e6
-                    expect(mean_ms < 250, f"a {kind} took {mean_ms:.0f} ms in the mean")
+                machine.run(fio("verify", 1))
                 check_file_system(machine)
+                # Without flushes, which do wait for it (up to flush-grace).
+                output = machine.run(FIO_RAW)
+                # Notes may come before the object.
+                report = json.loads(output[output.index("{") :])
+                for kind in ("read", "write"):
+                    mean_ms = report["jobs"][0][kind]["clat_ns"]["mean"] / 1e6
+                    expect(mean_ms < 250, f"a {kind} took {mean_ms:.0f} ms in the mean")
                 machine.check_kernel_log()
                 machine.shut_down()
             daemon.stop(60)

@@ -67,6 +67,14 @@ impl<B: Buffers> Turn<'_, B> {
         self.actions.push(Action::Report(report));
     }
 
+    /// How much longer those that are late are waited for, when the others took from `started`
+    /// until now (rule W6).
+    fn grace(&self, started: Time) -> Duration {
+        let policy = &self.shared.policy;
+        let took = self.now.since(started);
+        (took * 4).clamp(policy.write_grace_min, policy.write_grace_max)
+    }
+
     fn give(&mut self, buffer: Option<BufferId>) {
         if let Some(buffer) = buffer {
             self.buffers.give(buffer);
@@ -357,6 +365,9 @@ impl Lane {
         swept.extend(self.activities.ids());
         for &slot in &swept {
             match self.activities.get_mut(slot) {
+                Some(Activity::Read(read)) if read.is_late(turn.now) => {
+                    self.read_late(turn, slot);
+                }
                 Some(Activity::Write(write)) if write.is_late(turn.now) => {
                     self.write_late(turn, slot);
                 }

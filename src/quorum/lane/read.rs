@@ -9,7 +9,7 @@ use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
 use super::settle::{Matter, Purpose as SettlePurpose};
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
-use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange};
+use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
 
 /// One read among this many asks a slow replica all the same, to see whether it is back.
 const PROBE_EVERY: u64 = 64;
@@ -24,6 +24,8 @@ enum Phase {
     Asking,
     /// Replied; stragglers may be out.
     Replied,
+    /// Handed to a settlement; stragglers may be out.
+    Left,
 }
 
 /// A read in flight.
@@ -48,10 +50,18 @@ pub(super) struct Read {
     /// A ballot differs from the reference.
     differs: bool,
     stamp: Option<ReadStamp>,
+    asked_at: Time,
+    /// When those that are late are not waited for any more, although the answers that are in
+    /// decide nothing.
+    deadline: Option<Time>,
     ballots: ReplicaBuffers,
 }
 
 impl Read {
+    pub(super) fn is_late(&self, now: Time) -> bool {
+        self.phase == Phase::Asking && self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
     /// Compares the ballot of `replica` with the reference, on all bytes.
     fn count_ballot<B: Buffers>(&mut self, buffers: &B, replica: ReplicaId) {
         self.good.insert(replica);
@@ -137,6 +147,8 @@ impl Lane {
             agreeing: 0,
             differs: false,
             stamp: None,
+            asked_at: turn.now,
+            deadline: None,
             ballots: ReplicaBuffers::default(),
         }));
         if !self.starved.is_empty() || !self.read_take_buffers(turn, slot) {
@@ -224,8 +236,14 @@ impl Lane {
                 purpose: SettlePurpose::Resolve,
                 range,
                 during: During::Read,
+                explained: false,
             };
             self.settle_begin(turn, matter, Some(tag));
+            return;
+        }
+        if asked.count() < needed && current.count() >= needed {
+            // Whoever was to be asked fell behind meanwhile; there are others.
+            self.read_start_over(turn, slot);
             return;
         }
         if asked.count() < needed {
@@ -235,12 +253,26 @@ impl Lane {
         }
         let read = self.read_mut(slot);
         read.phase = Phase::Asking;
+        read.asked_at = turn.now;
         read.pending = asked;
         read.stamp = Some(shared.order.read_stamp(range));
         let ballots = read.ballots;
         for replica in asked.iter() {
             let buffer = ballots.of(replica);
             turn.submit(slot, replica, OperationKind::Read { range, buffer });
+        }
+    }
+
+    fn read_start_over<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let read = self.read_mut(slot);
+        read.ballots.give_all(turn.buffers);
+        read.phase = Phase::Starved;
+        let range = read.range;
+        if std::mem::take(&mut read.locked) {
+            self.unlock(turn, slot, range);
+        }
+        if !self.read_take_buffers(turn, slot) {
+            self.starved.push_back(slot);
         }
     }
 
@@ -258,8 +290,9 @@ impl Lane {
             "one answer from each replica asked"
         );
         read.pending.remove(replica);
-        let replied = read.phase == Phase::Replied;
+        let replied = matches!(read.phase, Phase::Replied | Phase::Left);
         match outcome {
+            _ if read.phase == Phase::Left => {}
             Outcome::Done if replied && (read.differs || late_ignored) => {
                 read.good.insert(replica);
             }
@@ -306,13 +339,33 @@ impl Lane {
             return;
         }
         if !read.pending.is_empty() {
+            // Two answers that a write came between differ, and the third may never come.
+            if early && read.deadline.is_none() && read.good.count() >= threshold {
+                read.deadline = Some(turn.now.after(turn.grace(read.asked_at)));
+                self.arm(turn.now);
+            }
             return;
         }
         if fifo && self.read_ask_next(turn, slot) {
             return;
         }
-        let range = self.read_mut(slot).range;
-        let tag = self.read_drop(turn, slot);
+        self.read_arbitrate(turn, slot);
+    }
+
+    pub(super) fn read_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        self.read_arbitrate(turn, slot);
+    }
+
+    /// Hands the request to a settlement. Answers that are still out are waited for, because of
+    /// their buffers, and not looked at: the settlement asks everybody again.
+    fn read_arbitrate<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let read = self.read_mut(slot);
+        let (tag, range) = (read.tag, read.range);
+        let stamp = read.stamp.expect("taken before anybody was asked");
+        let explained = read.failed.is_empty() && !shared.order.undisturbed(range, stamp);
+        read.phase = Phase::Left;
+        self.read_abandon(turn, slot);
         if broken!(shared, NoArbitration) {
             self.refuse(turn, tag, range, During::Read);
             return;
@@ -322,6 +375,7 @@ impl Lane {
             purpose: SettlePurpose::Arbitrate,
             range,
             during: During::Read,
+            explained,
         };
         self.settle_begin(turn, matter, Some(tag));
     }
@@ -357,9 +411,7 @@ impl Lane {
         let data = read.ballots.of(reference);
         read.phase = Phase::Replied;
         read.locked = false;
-        for replica in pending.iter() {
-            self.stragglers[replica.index()] += 1;
-        }
+        self.read_leave_stragglers(slot);
         if !pending.is_empty() {
             self.counters.early_replies += 1;
         }
@@ -372,6 +424,32 @@ impl Lane {
             for replica in read.pending.iter() {
                 turn.buffers.give(read.ballots.of(replica));
             }
+        }
+    }
+
+    /// Nobody waits for the answers that are out any more.
+    fn read_leave_stragglers(&mut self, slot: SlotId) {
+        let read = self.read_mut(slot);
+        let (pending, deadline) = (read.pending, read.deadline.take());
+        for replica in pending.iter() {
+            self.stragglers[replica.index()] += 1;
+        }
+        if deadline.is_some() {
+            self.disarm();
+        }
+    }
+
+    /// A read whose request went elsewhere gives back all it can.
+    fn read_abandon<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        self.read_leave_stragglers(slot);
+        let read = self.read_mut(slot);
+        read.ballots.give_except(turn.buffers, read.pending);
+        let range = read.range;
+        if std::mem::take(&mut read.locked) {
+            self.unlock(turn, slot, range);
+        }
+        if self.read_mut(slot).pending.is_empty() {
+            self.activities.remove(slot);
         }
     }
 
@@ -395,6 +473,10 @@ impl Lane {
         let Some(Activity::Read(read)) = self.activities.get_mut(slot) else {
             return;
         };
+        if read.phase == Phase::Left && read.pending.is_empty() {
+            self.read_drop(turn, slot);
+            return;
+        }
         if read.phase != Phase::Replied || !read.pending.is_empty() || !read.published {
             return;
         }
@@ -412,6 +494,7 @@ impl Lane {
                 purpose: SettlePurpose::Arbitrate,
                 range,
                 during: During::Read,
+                explained: false,
             };
             self.settle_in_background(turn, matter);
         }

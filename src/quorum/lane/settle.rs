@@ -34,6 +34,9 @@ pub(super) struct Matter {
     pub(super) purpose: Purpose,
     pub(super) range: SectorRange,
     pub(super) during: During,
+    /// A write that was under way explains the difference that was seen: if it is gone, there was
+    /// none (I15).
+    pub(super) explained: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -387,6 +390,7 @@ impl Lane {
             range,
             during,
             purpose,
+            explained,
         } = settle.matter;
         let undecided = settle.runs(ReplicaSet::is_empty);
         let differing = settle.runs(|winner| !winner.contains_all(settle.good));
@@ -411,7 +415,7 @@ impl Lane {
                     });
                 }
             }
-            transient = differing.is_empty() && settle.failed.is_empty();
+            transient = !explained && differing.is_empty() && settle.failed.is_empty();
         }
         if blkverify && let Some(&range) = differing.first() {
             turn.report(Report::VerifyFailed { range });

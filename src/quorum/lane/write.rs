@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Writes, zeroes and discards: order, intent, all current copies, reply (rules L3, W1-W7).
 
-use std::time::Duration;
-
 use super::super::event::{
     BehindCause, BufferId, During, LockTicket, OperationKind, Outcome, Report, Status, Tag,
 };
@@ -260,15 +258,12 @@ impl Lane {
     }
 
     fn write_arm_grace<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        let (now, policy) = (turn.now, &turn.shared.policy);
         let write = self.write_mut(slot);
         if write.grace_until.is_some() {
             return;
         }
-        let took: Duration = now.since(write.started);
-        let grace = (took * 4).clamp(policy.write_grace_min, policy.write_grace_max);
-        write.grace_until = Some(now.after(grace));
-        self.arm(now);
+        write.grace_until = Some(turn.now.after(turn.grace(write.started)));
+        self.arm(turn.now);
     }
 
     fn write_reply<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, status: Status) {

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The fault budget: at most N-T replicas are bad at a sector at any moment, so that whatever
+//! goes wrong is our fault and not the faults'.
+
+use crate::pool::REQUEST_SECTORS;
+use crate::units::SectorRange;
+
+/// Most replicas of a simulated disk.
+pub const REPLICAS: usize = 8;
+
+/// Which copies may be bad, and how many more may become so.
+pub struct Budget {
+    limit: u32,
+    extent_shift: u32,
+    /// Replicas whose sector is not what it should be, a bit each.
+    tainted: Vec<u16>,
+    /// Faults that are still at work on a sector, counted per replica.
+    held: Vec<[u8; REPLICAS]>,
+    held_bits: Vec<u16>,
+    /// Replicas that are, or may any moment be, behind in an extent.
+    doomed: Vec<u16>,
+    /// Sectors that cannot be read near a sector, counted per replica.
+    shaded: Vec<[u8; REPLICAS]>,
+    shaded_bits: Vec<u16>,
+    /// Repair operations at work in an extent, counted per replica.
+    repairs: Vec<[u8; REPLICAS]>,
+    /// Reads at work on a sector.
+    reads: Vec<u32>,
+    rare: u32,
+}
+
+pub fn bit(replica: usize) -> u16 {
+    1 << replica
+}
+
+fn sectors(range: SectorRange) -> impl Iterator<Item = usize> {
+    (range.start()..range.end()).map(index)
+}
+
+/// A sector or extent number as an index.
+pub fn index(number: u64) -> usize {
+    usize::try_from(number).expect("a small disk")
+}
+
+impl Budget {
+    pub fn new(limit: usize, sector_count: u64, extent_shift: u32) -> Self {
+        let count = index(sector_count);
+        Self {
+            limit: u32::try_from(limit).expect("a few replicas"),
+            extent_shift,
+            tainted: vec![0; count],
+            held: vec![[0; REPLICAS]; count],
+            held_bits: vec![0; count],
+            doomed: vec![0; (count >> extent_shift) + 1],
+            shaded: vec![[0; REPLICAS]; count],
+            shaded_bits: vec![0; count],
+            reads: vec![0; count],
+            rare: 0,
+            repairs: vec![[0; REPLICAS]; (count >> extent_shift) + 1],
+        }
+    }
+
+    pub fn sector_count(&self) -> u64 {
+        self.tainted.len() as u64
+    }
+
+    pub fn extent_shift(&self) -> u32 {
+        self.extent_shift
+    }
+
+    fn extent(&self, sector: usize) -> usize {
+        sector >> self.extent_shift
+    }
+
+    fn bad(&self, sector: usize) -> u16 {
+        self.tainted[sector]
+            | self.held_bits[sector]
+            | self.shaded_bits[sector]
+            | self.doomed[self.extent(sector)]
+    }
+
+    /// The sectors that a read which meets `sector` may be about.
+    fn around(&self, sector: usize) -> std::ops::Range<usize> {
+        let first = self.extent(sector) << self.extent_shift;
+        let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
+        first.max((sector + 1).saturating_sub(REQUEST_SECTORS))..last.min(sector + REQUEST_SECTORS)
+    }
+
+    /// Whether `sector` may become unreadable on `replica`; then it counts as that. Any read that
+    /// meets it fails as a whole, so its neighbours are bad as well.
+    pub fn shade(&mut self, sector: u64, replica: usize) -> bool {
+        let s = index(sector);
+        let around = self.around(s);
+        let free = self.repairs[self.extent(s)][replica] == 0 && self.reads[s] == 0;
+        let fits = |s: usize| (self.bad(s) | bit(replica)).count_ones() <= self.limit;
+        if !free || !around.clone().all(fits) {
+            return false;
+        }
+        for s in around {
+            self.shaded[s][replica] += 1;
+            self.shaded_bits[s] |= bit(replica);
+        }
+        true
+    }
+
+    /// `sector` can be read again.
+    pub fn unshade(&mut self, sector: u64, replica: usize) {
+        for s in self.around(index(sector)) {
+            self.shaded[s][replica] -= 1;
+            if self.shaded[s][replica] == 0 {
+                self.shaded_bits[s] &= !bit(replica);
+            }
+        }
+    }
+
+    /// Whether `replica` may be bad in `range`.
+    pub fn admits(&self, range: SectorRange, replica: usize) -> bool {
+        sectors(range).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit)
+    }
+
+    /// Whether the content of `range` may change on `replica` without a write. While a settlement
+    /// is at work there, its repair may fail because of that, which costs the extent; then there
+    /// must be room for that as well.
+    pub fn admits_rot(&mut self, range: SectorRange, replica: usize) -> bool {
+        if self.is_being_settled(range, replica) {
+            self.rare += 1;
+            return self.rare.is_multiple_of(8) && self.doom(range, replica);
+        }
+        self.admits(range, replica)
+    }
+
+    /// Like [`Budget::admits_rot`] for a write whose fault is in the books already.
+    pub fn admits_landing(&mut self, range: SectorRange, replica: usize) -> bool {
+        !self.is_being_settled(range, replica) || self.doom(range, replica)
+    }
+
+    /// Whether a settlement may have read `range` and be about to repair it.
+    fn is_being_settled(&self, range: SectorRange, replica: usize) -> bool {
+        let extent = self.extent(index(range.start()));
+        self.repairs[extent][replica] > 0 || sectors(range).any(|s| self.reads[s] > 0)
+    }
+
+    pub fn read_begins(&mut self, range: SectorRange) {
+        for s in sectors(range) {
+            self.reads[s] += 1;
+        }
+    }
+
+    pub fn read_ends(&mut self, range: SectorRange) {
+        for s in sectors(range) {
+            self.reads[s] -= 1;
+        }
+    }
+
+    pub fn repair_begins(&mut self, range: SectorRange, replica: usize) {
+        let extent = self.extent(index(range.start()));
+        self.repairs[extent][replica] += 1;
+    }
+
+    pub fn repair_ends(&mut self, range: SectorRange, replica: usize) {
+        let extent = self.extent(index(range.start()));
+        self.repairs[extent][replica] -= 1;
+    }
+
+    /// Whether `replica` may fall behind in the extent of `range`; then it is expected to.
+    pub fn doom(&mut self, range: SectorRange, replica: usize) -> bool {
+        let extent = self.extent(index(range.start()));
+        if self.doomed[extent] & bit(replica) != 0 {
+            return true;
+        }
+        let first = extent << self.extent_shift;
+        let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
+        let fits = (first..last).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
+        if fits {
+            self.doomed[extent] |= bit(replica);
+        }
+        fits
+    }
+
+    /// Like [`Budget::doom`] for the whole disk.
+    pub fn doom_everywhere(&mut self, replica: usize) -> bool {
+        let fits = (0..self.tainted.len())
+            .all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
+        if fits {
+            for extent in &mut self.doomed {
+                *extent |= bit(replica);
+            }
+        }
+        fits
+    }
+
+    pub fn is_doomed(&self, sector: u64, replica: usize) -> bool {
+        self.doomed[self.extent(index(sector))] & bit(replica) != 0
+    }
+
+    /// Whether a silent fault, other than being behind, explains what is wrong with the copy.
+    pub fn is_tainted(&self, sector: u64, replica: usize) -> bool {
+        let s = index(sector);
+        (self.tainted[s] | self.held_bits[s]) & bit(replica) != 0
+    }
+
+    pub fn taint(&mut self, sector: u64, replica: usize) {
+        self.tainted[index(sector)] |= bit(replica);
+    }
+
+    pub fn cleanse(&mut self, sector: u64, replica: usize) {
+        self.tainted[index(sector)] &= !bit(replica);
+    }
+
+    /// A fault is at work in `range` until [`Budget::release`].
+    pub fn hold(&mut self, range: SectorRange, replica: usize) {
+        for s in sectors(range) {
+            self.held[s][replica] += 1;
+            self.held_bits[s] |= bit(replica);
+        }
+    }
+
+    pub fn release(&mut self, range: SectorRange, replica: usize) {
+        for s in sectors(range) {
+            self.held[s][replica] -= 1;
+            if self.held[s][replica] == 0 {
+                self.held_bits[s] &= !bit(replica);
+            }
+        }
+    }
+}

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What must hold of replies and reports, and at the end of a run.
+
+use crate::budget::index;
+use crate::content::written;
+use crate::guest::{GuestRequest, Kind};
+use crate::quorum::{BadCause, BufferId, ReadPattern, Report, Status, Tag};
+use crate::trace::{Verdict, violation};
+use crate::units::{ReplicaId, SectorRange};
+use crate::world::World;
+
+impl World {
+    pub fn check_reply(
+        &mut self,
+        lane: usize,
+        tag: Tag,
+        status: Status,
+        data: Option<BufferId>,
+    ) -> Verdict {
+        let Some(request) = self.guests.request(lane, tag) else {
+            return violation("I11", format!("a reply to {tag:?}, which nobody asked"));
+        };
+        let extent = self.shape.geometry.extent_of(request.range.start());
+        let Some(request) = self.guests.replied(lane, tag, status, extent) else {
+            return violation("I11", format!("a second reply to {tag:?}"));
+        };
+        if status == Status::IoError {
+            self.tally.count("I/O errors");
+            return self.check_failure(&request);
+        }
+        match request.kind {
+            Kind::Read => {
+                let Some(data) = data else {
+                    return violation("I1", "a good read without data");
+                };
+                self.check_data(lane, &request, data)
+            }
+            Kind::Write => self.check_write(&request),
+            Kind::Flush => self.check_flush(&request),
+            Kind::Nothing => Ok(()),
+        }
+    }
+
+    /// I14: no request fails while the faults are within the budget.
+    fn check_failure(&mut self, request: &GuestRequest) -> Verdict {
+        if request.kind == Kind::Write {
+            self.model.failed(request.range, request.version, self.step);
+            if self.profile.beyond_budget {
+                return Ok(());
+            }
+        }
+        violation("I14", format!("{:?} of {} failed", request.kind, request.range))
+    }
+
+    /// I1, also I7: what was returned is legal.
+    fn check_data(&mut self, lane: usize, request: &GuestRequest, data: BufferId) -> Verdict {
+        let range = request.range;
+        for (place, sector) in (range.start()..range.end()).enumerate() {
+            let value = self.workers[lane].pool.value(data, place);
+            let (floor, began) = (request.floors[place], request.began);
+            if let Err(what) = self.model.shown(sector, value, floor, began, self.step) {
+                return violation("I1", what);
+            }
+        }
+        Ok(())
+    }
+
+    /// I2: T current copies hold the write, everybody else is behind.
+    fn check_write(&mut self, request: &GuestRequest) -> Verdict {
+        let current = self.current(request.range);
+        if current.len() < self.shape.policy.threshold {
+            let what = format!("acknowledged with current copies {current:?} only");
+            return violation("I2", what);
+        }
+        for sector in request.range.start()..request.range.end() {
+            let expected = match request.zero {
+                true => 0,
+                false => written(request.version, sector),
+            };
+            for &replica in &current {
+                let found = self.disks[replica].value(sector);
+                if found != expected && !self.budget.is_tainted(sector, replica) {
+                    let what = format!(
+                        "current replica {replica} holds {found:#x} in sector {sector} when \
+                         {expected:#x} is acknowledged"
+                    );
+                    return violation("I2", what);
+                }
+            }
+        }
+        self.model.acknowledged(request.range, request.version);
+        Ok(())
+    }
+
+    /// I5, as far as it goes without power loss: T replicas were flushed since the request, the
+    /// others are behind wherever a write had completed.
+    fn check_flush(&mut self, request: &GuestRequest) -> Verdict {
+        let replicas = self.shape.policy.replicas;
+        let mut flushed = 0;
+        for replica in 0..replicas {
+            if self.operations.flushed_since(replica, request.began) {
+                flushed += 1;
+                continue;
+            }
+            for extent in (0..self.shape.geometry.extents()).filter(|e| request.covers >> e & 1 > 0)
+            {
+                let id = ReplicaId::new(replica);
+                if !self.shared.membership.is_behind(extent, id) {
+                    let what = format!(
+                        "a flush is acknowledged, replica {replica} was not flushed and is \
+                         current in extent {extent}"
+                    );
+                    return violation("F2", what);
+                }
+            }
+        }
+        if flushed < self.shape.policy.threshold {
+            return violation("F2", format!("acknowledged with {flushed} replicas flushed"));
+        }
+        self.tally.count("flushes");
+        Ok(())
+    }
+
+    pub fn check_report(&mut self, report: Report) -> Verdict {
+        if self.profile.is_faultless() {
+            return violation("I15", format!("{report:?} without any fault"));
+        }
+        match report {
+            Report::Bad {
+                replica,
+                range,
+                cause,
+                ..
+            } => {
+                self.tally.count("bad reports");
+                self.check_blame(replica, range, cause)
+            }
+            Report::Failure { range, .. } => {
+                if self.profile.beyond_budget {
+                    return Ok(());
+                }
+                violation("I14", format!("failure reported at {range}"))
+            }
+            Report::Transient { .. } => {
+                self.tally.count("transient differences");
+                Ok(())
+            }
+            Report::Repaired { replica, range } => {
+                self.tally.count("repairs");
+                self.check_repaired(replica.index(), range)
+            }
+            Report::RepairFailed { .. } => {
+                self.tally.count("failed repairs");
+                Ok(())
+            }
+            Report::Behind {
+                replica, extent, ..
+            } => {
+                self.tally.count("behind marks");
+                self.check_behind(replica, extent)
+            }
+            Report::FlushFailed { .. } => {
+                self.tally.count("failed flushes");
+                Ok(())
+            }
+            Report::Resynced { .. } | Report::VerifyFailed { .. } => {
+                violation("report", format!("{report:?} is impossible here"))
+            }
+        }
+    }
+
+    /// Nobody is called bad who is not.
+    fn check_blame(&self, replica: ReplicaId, range: SectorRange, cause: BadCause) -> Verdict {
+        let slot = replica.index();
+        let guilty = |sector: u64| {
+            self.budget.is_tainted(sector, slot) || self.budget.is_doomed(sector, slot)
+        };
+        let mut sectors = range.start()..range.end();
+        let fair = match cause {
+            BadCause::Differs => sectors.all(guilty),
+            BadCause::Error(_) | BadCause::Short => sectors.any(guilty),
+        };
+        if fair {
+            return Ok(());
+        }
+        violation("Y2", format!("{replica:?} is blamed for {range} ({cause:?}) unjustly"))
+    }
+
+    /// Y4: what is reported as repaired holds what it should.
+    fn check_repaired(&self, replica: usize, range: SectorRange) -> Verdict {
+        for sector in range.start()..range.end() {
+            let value = self.disks[replica].value(sector);
+            let since = self.repaired_at[index(sector)][replica];
+            let spoiled_since = self.spoiled_at[index(sector)][replica] > since;
+            if !self.model.is_legal_now(sector, value) && !spoiled_since {
+                let what = format!("replica {replica} holds {value:#x} in sector {sector}");
+                return violation("Y4", format!("reported as repaired, but {what}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Only who met a fault falls behind.
+    fn check_behind(&self, replica: ReplicaId, extent: SectorRange) -> Verdict {
+        if self.profile.beyond_budget || self.budget.is_doomed(extent.start(), replica.index()) {
+            return Ok(());
+        }
+        violation("I15", format!("{replica:?} falls behind in {extent} without a fault"))
+    }
+
+    /// Nothing is left when nothing is going on.
+    pub fn check_idle(&self) -> Verdict {
+        for (number, worker) in self.workers.iter().enumerate() {
+            if !worker.lane.is_idle() {
+                return violation("I9", format!("lane {number} is not idle"));
+            }
+            if !worker.pool.all_free() {
+                return violation("V7", format!("lane {number} has not given all buffers back"));
+            }
+        }
+        if !self.shared.order.is_empty() {
+            return violation("I10", "a range lock is left");
+        }
+        if !self.operations.none_in_flight() {
+            return violation("I9", "an operation is left");
+        }
+        Ok(())
+    }
+
+    /// I9, as far as it goes without resync: current copies are equal, and nobody is behind
+    /// without a fault.
+    pub fn check_end(&self) -> Verdict {
+        let geometry = self.shape.geometry;
+        if self.shared.unresolved.sectors() > 0 {
+            return violation("I9", "sectors are left in U");
+        }
+        let policy = &self.shape.policy;
+        let repaired = policy.repair && self.profile.pattern == ReadPattern::Quorum;
+        for extent in 0..geometry.extents() {
+            let range = geometry.extent_range(extent);
+            for replica in policy_replicas(policy.replicas) {
+                if self.shared.membership.is_behind(extent, replica) {
+                    self.check_behind(replica, range)?;
+                }
+            }
+            let current = self.current(range);
+            for sector in range.start()..range.end() {
+                let fit = |&&replica: &&usize| {
+                    repaired || !self.budget.is_tainted(sector, replica)
+                };
+                let mut values = current.iter().filter(fit).map(|&r| self.disks[r].value(sector));
+                let Some(first) = values.next() else { continue };
+                if values.any(|value| value != first) {
+                    let what = format!("current copies of sector {sector} differ at the end");
+                    return violation("I9", what);
+                }
+                if !self.model.is_legal_now(sector, first) {
+                    return violation("I1", format!("sector {sector} ends as {first:#x}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn policy_replicas(count: usize) -> impl Iterator<Item = ReplicaId> {
+    (0..count).map(ReplicaId::new)
+}

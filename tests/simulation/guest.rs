@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest: what it asks for, without any regard for what it has asked for already.
+
+use crate::budget::index;
+use crate::clock::Happening;
+use crate::content::{garbled, written};
+use crate::model::Floors;
+use crate::profile::Ailment;
+use crate::quorum::{Event, Request, Status, Tag};
+use crate::trace::Verdict;
+use crate::units::SectorRange;
+use crate::world::World;
+
+/// What a request of the guest is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Read,
+    /// Also of zeroes.
+    Write,
+    /// A discard that does nothing.
+    Nothing,
+    Flush,
+}
+
+/// A request in flight.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestRequest {
+    pub kind: Kind,
+    pub range: SectorRange,
+    /// Of a write.
+    pub version: u64,
+    /// Whether it writes zeroes.
+    pub zero: bool,
+    /// Of a read.
+    pub floors: Floors,
+    /// Of a flush: extents with writes that the guest saw complete.
+    pub covers: u64,
+    /// When it was sent.
+    pub began: u64,
+    pub replied: Option<Status>,
+}
+
+impl GuestRequest {
+    pub fn read(range: SectorRange, floors: Floors, step: u64) -> Self {
+        Self {
+            kind: Kind::Read,
+            range,
+            version: 0,
+            zero: false,
+            floors,
+            covers: 0,
+            began: step,
+            replied: None,
+        }
+    }
+}
+
+/// The requests of all queues.
+pub struct Guests {
+    lanes: Vec<Vec<Option<GuestRequest>>>,
+    left: u64,
+    waiting: u64,
+    /// Writes that were replied to and are not published, per extent.
+    unpublished: Vec<Vec<(usize, Tag, SectorRange)>>,
+    /// Extents with a write that the guest saw complete.
+    pub written: u64,
+}
+
+impl Guests {
+    pub fn new(lanes: usize, requests: u64, extents: u64) -> Self {
+        assert!(extents <= 64, "a bit each");
+        Self {
+            lanes: vec![Vec::new(); lanes],
+            left: requests,
+            waiting: 0,
+            unpublished: vec![Vec::new(); index(extents)],
+            written: 0,
+        }
+    }
+
+    /// Whether all requests were sent and replied to.
+    pub fn all_replied(&self) -> bool {
+        self.left == 0 && self.waiting == 0
+    }
+
+    /// Requests without a reply, for people.
+    pub fn list_waiting(&self) -> String {
+        let mut list = String::new();
+        for (lane, requests) in self.lanes.iter().enumerate() {
+            for request in requests.iter().flatten().filter(|r| r.replied.is_none()) {
+                let GuestRequest { kind, range, began, .. } = request;
+                list += &format!("; lane {lane}: {kind:?} of {range} since step {began}");
+            }
+        }
+        list
+    }
+
+    pub fn add(&mut self, lane: usize, request: GuestRequest) -> Tag {
+        self.waiting += 1;
+        let requests = &mut self.lanes[lane];
+        let free = requests.iter().position(Option::is_none);
+        let place = free.unwrap_or_else(|| {
+            requests.push(None);
+            requests.len() - 1
+        });
+        requests[place] = Some(request);
+        Tag(u32::try_from(place).expect("few requests"))
+    }
+
+    pub fn request(&self, lane: usize, tag: Tag) -> Option<&GuestRequest> {
+        self.lanes[lane].get(tag.0 as usize)?.as_ref()
+    }
+
+    /// Notes the reply and returns the request; `None` if none was due.
+    pub fn replied(
+        &mut self,
+        lane: usize,
+        tag: Tag,
+        status: Status,
+        extent: u64,
+    ) -> Option<GuestRequest> {
+        let request = self.lanes[lane].get_mut(tag.0 as usize)?.as_mut()?;
+        if request.replied.is_some() {
+            return None;
+        }
+        request.replied = Some(status);
+        self.waiting -= 1;
+        if request.kind == Kind::Write {
+            self.unpublished[index(extent)].push((lane, tag, request.range));
+        }
+        Some(*request)
+    }
+
+    pub fn published(&mut self, lane: usize, tag: Tag) {
+        let request = self.lanes[lane][tag.0 as usize].take().expect("replied to");
+        if request.kind == Kind::Write {
+            for (extent, writes) in self.unpublished.iter_mut().enumerate() {
+                let known = writes.len();
+                writes.retain(|&(l, t, _)| (l, t) != (lane, tag));
+                if writes.len() < known && request.replied == Some(Status::Ok) {
+                    self.written |= 1 << extent;
+                }
+            }
+        }
+    }
+
+    /// A write whose reply the guest has not seen and that overlaps `range`.
+    pub fn unpublished_write(&self, extent: u64, range: SectorRange) -> Option<SectorRange> {
+        let writes = &self.unpublished[index(extent)];
+        let found = writes.iter().find(|(_, _, written)| written.overlaps(range));
+        found.map(|(_, _, written)| *written)
+    }
+}
+
+impl World {
+    /// The guest sends its next request on this queue, if it has one and the lane takes it.
+    pub fn guest_turn(&mut self, lane: usize) -> Verdict {
+        if self.guests.left == 0 {
+            return Ok(());
+        }
+        if !self.workers[lane].lane.has_room() || !self.send(lane)? {
+            let later = self.rng.between(50_000, 200_000);
+            self.clock.after(later, Happening::Guest { lane });
+            return Ok(());
+        }
+        self.spoil_something();
+        Ok(())
+    }
+
+    /// Returns whether there was a buffer for it.
+    fn send(&mut self, lane: usize) -> Verdict<bool> {
+        let range = self.some_range();
+        let [reads, zeroes, discards, flushes] = self.profile.mix;
+        let roll = self.rng.below(1000);
+        let mut guest = GuestRequest::read(range, [0; _], self.step);
+        let request = if roll < reads {
+            guest.floors = self.model.floors(range);
+            Request::Read { range }
+        } else if roll < reads + zeroes + discards {
+            let zero = roll < reads + zeroes;
+            guest.kind = if zero || self.shape.policy.discard_zeroes {
+                guest.version = self.model.next_version();
+                guest.zero = true;
+                self.model.zeroing(range, guest.version);
+                Kind::Write
+            } else {
+                Kind::Nothing
+            };
+            let unmap = self.rng.chance(500_000);
+            if zero {
+                Request::WriteZeroes { range, unmap }
+            } else {
+                Request::Discard { range }
+            }
+        } else if roll < reads + zeroes + discards + flushes {
+            guest.kind = Kind::Flush;
+            guest.covers = self.guests.written;
+            Request::Flush
+        } else {
+            guest.kind = Kind::Write;
+            guest.version = self.model.next_version();
+            let version = guest.version;
+            let values = (range.start()..range.end()).map(|s| written(version, s));
+            let Some(data) = self.workers[lane].pool.take_filled(values) else {
+                return Ok(false);
+            };
+            Request::Write { range, data }
+        };
+        self.guests.left -= 1;
+        self.tally.count("requests");
+        let tag = self.guests.add(lane, guest);
+        self.deliver(lane, Event::Request { tag, request })?;
+        Ok(true)
+    }
+
+    /// Half of all requests go to a few sectors, so that they meet.
+    fn some_range(&mut self) -> SectorRange {
+        let geometry = self.shape.geometry;
+        let block = u64::from(geometry.block_sectors());
+        let blocks = geometry.sectors() / block;
+        let hot = (32 / block).max(2).min(blocks);
+        let among = if self.rng.chance(500_000) { hot } else { blocks };
+        let start = self.rng.below(among) * block;
+        let count = if block == 1 {
+            self.rng.between(1, 8)
+        } else {
+            block * self.rng.between(1, 2)
+        };
+        let count = count.min(geometry.sectors() - start);
+        let count = u32::try_from(count).expect("a short request");
+        geometry.first_piece(SectorRange::new(start, count).expect("not empty"))
+    }
+
+    /// Faults that come without an operation.
+    fn spoil_something(&mut self) {
+        let rates = self.plan.rates;
+        if self.rng.chance(rates.rot) {
+            self.rot();
+        }
+        if self.rng.chance(rates.unreadable) {
+            let (sector, replica) = self.some_copy();
+            if self.disks[replica].is_readable(sector_range(sector))
+                && self.budget.shade(sector, replica)
+            {
+                self.disks[replica].make_unreadable(sector);
+                self.budget.taint(sector, replica);
+                self.spoiled_at[index(sector)][replica] = self.step;
+                self.tally.count("unreadable sector");
+            }
+        }
+        let ailment = self.profile.ailment;
+        if ailment != Ailment::None
+            && self.plan.slow.is_none()
+            && self.plan.hung.is_none()
+            && self.rng.chance(2_000)
+        {
+            let (_, replica) = self.some_copy();
+            if self.plan.afflict(ailment, replica, &mut self.budget) {
+                self.tally.count("ailing replica");
+            }
+        }
+    }
+
+    fn some_copy(&mut self) -> (u64, usize) {
+        let sector = self.rng.below(self.shape.geometry.sectors());
+        (sector, self.rng.index(self.shape.policy.replicas))
+    }
+
+    /// A sector of one replica holds something else from now on: noise, what it held at some
+    /// time, or what another sector holds.
+    fn rot(&mut self) {
+        let (sector, replica) = self.some_copy();
+        if !self.budget.admits_rot(sector_range(sector), replica) {
+            return;
+        }
+        let now = self.disks[replica].value(sector);
+        let value = match self.rng.below(4) {
+            0 => written(self.rng.between(1, self.step), sector),
+            1 => self.disks[replica].value(sector ^ 1),
+            2 => 0,
+            _ => garbled(self.rng.next()),
+        };
+        // What may be there anyway would be no fault, and confuse the books.
+        if value != now && !self.model.is_legal_now(sector, value) {
+            self.spoil(replica, sector, value);
+            self.tally.count("rot");
+        }
+    }
+}
+
+fn sector_range(sector: u64) -> SectorRange {
+    SectorRange::new(sector, 1).expect("one sector")
+}

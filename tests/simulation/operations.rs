@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Operations on the simulated disks: submitted, checked, spoiled, carried out, completed.
+
+use std::collections::BTreeSet;
+
+use crate::budget::index;
+use crate::clock::Happening;
+use crate::content::garbled;
+use crate::faults::{Candidate, Fault, MS, mask_of, masked};
+use crate::pool::REQUEST_SECTORS;
+use crate::quorum::{BufferId, Event, Operation, OperationKind, Outcome};
+use crate::trace::{Line, Verdict, violation};
+use crate::units::{ReplicaId, SectorRange};
+use crate::world::{Breach, World};
+
+/// How long the fault of an ended operation still counts: whoever asked has acted on it by then.
+pub const REMEMBERED: u64 = 150 * MS;
+
+/// An activity of a lane: what its operations have in common is all of the number but the
+/// replica in its highest bits.
+type Activity = (usize, u64);
+
+/// An operation in flight.
+#[derive(Clone, Copy)]
+pub struct InFlight {
+    lane: usize,
+    activity: Activity,
+    operation: Operation,
+    fault: Fault,
+    repair: bool,
+    /// Sectors that were transferred at submission; the rest are at completion.
+    transferred: u32,
+    submitted: u64,
+}
+
+/// A write that was called complete and has not reached the medium.
+pub struct Landing {
+    pub replica: usize,
+    pub range: SectorRange,
+    pub values: [u64; REQUEST_SECTORS],
+    /// Writes that had reached each sector when this one was called complete.
+    pub landings: [u32; REQUEST_SECTORS],
+}
+
+/// All operations of a run.
+pub struct Operations {
+    slots: Vec<Option<InFlight>>,
+    free: Vec<usize>,
+    parked: Vec<usize>,
+    /// Writes in flight in each extent.
+    writes: Vec<Vec<usize>>,
+    /// Which activities repair which replica.
+    repairing: BTreeSet<(Activity, usize)>,
+    late: Vec<Landing>,
+    /// Per replica, when its last successful flush began.
+    flushed: Vec<u64>,
+    flushing: Vec<usize>,
+}
+
+impl Operations {
+    pub fn new(replicas: usize, extents: u64) -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            parked: Vec::new(),
+            writes: vec![Vec::new(); index(extents)],
+            repairing: BTreeSet::new(),
+            late: Vec::new(),
+            flushed: vec![0; replicas],
+            flushing: vec![0; replicas],
+        }
+    }
+
+    pub fn take_parked(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.parked)
+    }
+
+    pub fn landing(&self, late: usize) -> &Landing {
+        &self.late[late]
+    }
+
+    /// Whether `replica` completed a flush that began at step `since` or later.
+    pub fn flushed_since(&self, replica: usize, since: u64) -> bool {
+        self.flushed[replica] >= since
+    }
+
+    pub fn none_in_flight(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    fn insert(&mut self, operation: InFlight) -> usize {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[slot] = Some(operation);
+        slot
+    }
+}
+
+/// The sectors an operation transfers, and whether it changes the medium.
+fn target(kind: OperationKind) -> Option<(SectorRange, bool)> {
+    match kind {
+        OperationKind::Read { range, .. } => Some((range, false)),
+        OperationKind::Write { range, .. } | OperationKind::WriteZeroes { range, .. } => {
+            Some((range, true))
+        }
+        OperationKind::Flush => None,
+    }
+}
+
+/// The buffer an operation uses, and whether it fills it.
+fn buffer_of(kind: OperationKind) -> Option<(BufferId, bool)> {
+    match kind {
+        OperationKind::Read { buffer, .. } => Some((buffer, true)),
+        OperationKind::Write { buffer, .. } => Some((buffer, false)),
+        OperationKind::WriteZeroes { .. } | OperationKind::Flush => None,
+    }
+}
+
+impl World {
+    pub fn submit(&mut self, lane: usize, operation: Operation) -> Verdict {
+        let replica = operation.replica.index();
+        let activity = (lane, operation.op.0 & ((1 << 48) - 1));
+        if let Some((buffer, fills)) = buffer_of(operation.kind)
+            && let Err(misuse) = self.workers[lane].pool.begin(buffer, fills)
+        {
+            return violation("V7", misuse);
+        }
+        let mut repair = self.operations.repairing.contains(&(activity, replica));
+        if let OperationKind::Write { buffer, range, .. } = operation.kind
+            && !self.workers[lane].pool.is_guest(buffer)
+        {
+            repair = true;
+            self.operations.repairing.insert((activity, replica));
+            for s in range.start()..range.end() {
+                self.repaired_at[index(s)][replica] = self.step;
+            }
+        }
+        if let Some((range, writes)) = target(operation.kind) {
+            if repair {
+                self.budget.repair_begins(range, replica);
+            }
+            if !writes {
+                self.budget.read_begins(range);
+            }
+            self.check_submission(activity, range, writes, repair, operation.replica)?;
+        } else {
+            self.operations.flushing[replica] += 1;
+        }
+        let candidate = Candidate {
+            replica,
+            kind: operation.kind,
+            repair,
+            may_hang: self.shape.buffers >= 16 + 2 * self.shape.policy.replicas,
+        };
+        let (rng, budget, tally) = (&mut self.rng, &mut self.budget, &mut self.tally);
+        let mut fault = Fault::None;
+        if !self.calm {
+            let beyond = self.profile.beyond_budget;
+            fault = self.plan.fault(rng, &candidate, budget, tally, beyond);
+        }
+        let latency = match self.calm {
+            true => rng.between(10_000, 500_000),
+            false => self.plan.latency(rng, &candidate, budget, tally),
+        };
+        // An operation meets the medium at any moment of its time, and not all at once.
+        let early = match self.rng.below(8) {
+            0..4 => 0,
+            4..7 => u32::MAX,
+            _ => u32::try_from(self.rng.below(1 << 16)).expect("16 bits"),
+        };
+        let early = match fault {
+            Fault::Hang => 0,
+            // At once, while the budget has room for it elsewhere.
+            Fault::Misdirected { .. } => u32::MAX,
+            _ => early,
+        };
+        let slot = self.operations.insert(InFlight {
+            lane,
+            activity,
+            operation,
+            fault,
+            repair,
+            transferred: early,
+            submitted: self.step,
+        });
+        if let Some((range, true)) = target(operation.kind) {
+            let extent = self.shape.geometry.extent_of(range.start());
+            self.operations.writes[index(extent)].push(slot);
+        }
+        if fault != Fault::None {
+            let line = Line::Injected(fault, operation);
+            self.trace.note(self.step, self.clock.now(), lane, line);
+            self.note_spoiling(fault, operation);
+        }
+        self.transfer(slot, early);
+        if fault == Fault::Hang {
+            self.operations.parked.push(slot);
+        } else {
+            self.clock.after(latency, Happening::Complete { slot });
+        }
+        Ok(())
+    }
+
+    fn note_spoiling(&mut self, fault: Fault, operation: Operation) {
+        let silent = match fault {
+            Fault::Lost | Fault::Torn { .. } | Fault::Misdirected { .. } | Fault::Late { .. } => {
+                true
+            }
+            Fault::None
+            | Fault::Errno { .. }
+            | Fault::Short
+            | Fault::Garbled { .. }
+            | Fault::Hang => false,
+        };
+        if let Some((range, _)) = target(operation.kind)
+            && silent
+        {
+            for s in range.start()..range.end() {
+                self.spoiled_at[index(s)][operation.replica.index()] = self.step;
+            }
+        }
+    }
+
+    /// What must hold when an operation is submitted.
+    fn check_submission(
+        &self,
+        activity: Activity,
+        range: SectorRange,
+        writes: bool,
+        repair: bool,
+        replica: ReplicaId,
+    ) -> Verdict {
+        let extent = self.shape.geometry.extent_of(range.start());
+        if range.end() > self.shape.geometry.sectors()
+            || self.shape.geometry.extent_of(range.end() - 1) != extent
+            || !range.is_aligned(self.shape.geometry.block_sectors())
+        {
+            return violation("L2", format!("an operation on {range}"));
+        }
+        // A repair goes on when its replica falls behind meanwhile; so does a repeated write.
+        if !repair && self.shared.membership.is_behind(extent, replica) {
+            let rule = if writes { "W3" } else { "I6" };
+            let what = format!("{replica:?} is behind in extent {extent} and is asked for {range}");
+            return violation(rule, what);
+        }
+        if !writes {
+            return Ok(());
+        }
+        if !self.shared.membership.is_dirty(extent) {
+            return violation("I3", format!("a write to {range}, whose extent is not dirty"));
+        }
+        for &slot in &self.operations.writes[index(extent)] {
+            let other = self.operations.slots[slot].as_ref().expect("in flight");
+            let Some((others, _)) = target(other.operation.kind) else {
+                continue;
+            };
+            // Of an earlier request only operations on replicas that are behind may be left.
+            if others.overlaps(range)
+                && other.activity != activity
+                && !self.shared.membership.is_behind(extent, other.operation.replica)
+            {
+                let what = format!("{range} is written while {others} is on {replica:?}");
+                return violation("I10", what);
+            }
+        }
+        match self.guests.unpublished_write(extent, range) {
+            Some(earlier) => violation(
+                "L3",
+                format!("{range} is written before the reply to the write of {earlier} is visible"),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Moves the sectors in `mask` between buffer and medium.
+    fn transfer(&mut self, slot: usize, mask: u32) {
+        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
+        let replica = flight.operation.replica.index();
+        match flight.operation.kind {
+            OperationKind::Read { range, buffer } => {
+                let pool = &mut self.workers[flight.lane].pool;
+                for (place, sector) in masked(range, mask) {
+                    pool.put(buffer, place, self.disks[replica].value(sector));
+                }
+            }
+            OperationKind::Write {
+                range,
+                buffer,
+                skip_bytes,
+            } => {
+                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
+                let guest = self.workers[flight.lane].pool.is_guest(buffer);
+                for (place, sector) in masked(range, mask & landing_mask(flight.fault, range)) {
+                    let mut value = self.workers[flight.lane].pool.value(buffer, skip + place);
+                    if guest && self.broken.breach == Some(Breach::GuestMemoryNotCopied) {
+                        // What is in guest memory at this moment.
+                        value = garbled(self.rng.next());
+                    }
+                    self.land(replica, sector, value);
+                }
+                if let Fault::Misdirected { to } = flight.fault {
+                    for (place, sector) in masked(range, mask) {
+                        let value = self.workers[flight.lane].pool.value(buffer, skip + place);
+                        self.spoil(replica, to + (sector - range.start()), value);
+                    }
+                }
+            }
+            OperationKind::WriteZeroes { range, .. } => {
+                for (_, sector) in masked(range, mask & landing_mask(flight.fault, range)) {
+                    self.land(replica, sector, 0);
+                }
+                if let Fault::Misdirected { to } = flight.fault {
+                    for (_, sector) in masked(range, mask) {
+                        self.spoil(replica, to + (sector - range.start()), 0);
+                    }
+                }
+            }
+            OperationKind::Flush => {}
+        }
+    }
+
+    fn land(&mut self, replica: usize, sector: u64, value: u64) {
+        self.put_on_medium(replica, sector, value);
+        self.budget.cleanse(sector, replica);
+    }
+
+    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64) {
+        if self.disks[replica].write(sector, value) {
+            self.budget.unshade(sector, replica);
+        }
+    }
+
+    /// Content changes that nobody asked for.
+    pub fn spoil(&mut self, replica: usize, sector: u64, value: u64) {
+        self.disks[replica].rot(sector, value);
+        self.budget.taint(sector, replica);
+        self.spoiled_at[index(sector)][replica] = self.step;
+        let line = Line::Spoiled { replica, sector };
+        self.trace.note(self.step, self.clock.now(), 0, line);
+    }
+
+    pub fn complete(&mut self, slot: usize) -> Verdict {
+        let early = self.operations.slots[slot].as_ref().expect("in flight").transferred;
+        self.transfer(slot, !early);
+        let flight = self.operations.slots[slot].take().expect("in flight");
+        self.operations.free.push(slot);
+        let operation = flight.operation;
+        let replica = operation.replica.index();
+        if let Some((range, writes)) = target(operation.kind) {
+            if writes {
+                let extent = self.shape.geometry.extent_of(range.start());
+                let writes = &mut self.operations.writes[index(extent)];
+                let at = writes.iter().position(|&other| other == slot).expect("listed");
+                writes.swap_remove(at);
+            }
+            if let Fault::Late { after } = flight.fault {
+                self.postpone(&flight, range, after);
+            }
+        }
+        let outcome = self.outcome(&flight);
+        if let Some((buffer, fills)) = buffer_of(operation.kind) {
+            self.workers[flight.lane].pool.end(buffer, fills);
+        }
+        if matches!(operation.kind, OperationKind::Flush) {
+            self.operations.flushing[replica] -= 1;
+            if outcome == Outcome::Done {
+                let begun = &mut self.operations.flushed[replica];
+                *begun = flight.submitted.max(*begun);
+            }
+        }
+        let op = operation.op;
+        self.deliver(flight.lane, Event::Completed { op, outcome })?;
+        if let Some((range, writes)) = target(operation.kind) {
+            if flight.repair {
+                self.budget.repair_ends(range, replica);
+            }
+            if !writes {
+                self.budget.read_ends(range);
+            }
+        }
+        Ok(())
+    }
+
+    fn outcome(&mut self, flight: &InFlight) -> Outcome {
+        let operation = flight.operation;
+        let replica = operation.replica.index();
+        let reads = matches!(operation.kind, OperationKind::Read { .. });
+        if let Some((range, false)) = target(operation.kind) {
+            let forget = Happening::Forget { replica, range };
+            match flight.fault {
+                Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. } => {
+                    self.clock.after(REMEMBERED, forget);
+                }
+                _ if !self.disks[replica].is_readable(range) => {
+                    return Outcome::Failed { errno: 5 };
+                }
+                _ => {}
+            }
+        }
+        match flight.fault {
+            Fault::Errno { errno, .. } => Outcome::Failed { errno },
+            Fault::Short => {
+                let (range, _) = target(operation.kind).expect("only reads are short");
+                let expected = u32::try_from(range.len_bytes()).expect("a short request");
+                let got = u32::try_from(self.rng.below(u64::from(expected))).expect("less");
+                Outcome::Short { expected, got }
+            }
+            Fault::Garbled { sector } if reads => {
+                if let OperationKind::Read { buffer, .. } = operation.kind {
+                    let value = garbled(self.rng.next());
+                    let place = index(u64::from(sector));
+                    self.workers[flight.lane].pool.put(buffer, place, value);
+                }
+                Outcome::Done
+            }
+            Fault::None
+            | Fault::Garbled { .. }
+            | Fault::Lost
+            | Fault::Torn { .. }
+            | Fault::Misdirected { .. }
+            | Fault::Late { .. }
+            | Fault::Hang => Outcome::Done,
+        }
+    }
+
+    /// Keeps the data of a late write until they land.
+    fn postpone(&mut self, flight: &InFlight, range: SectorRange, after: u64) {
+        let replica = flight.operation.replica.index();
+        let mut landing = Landing {
+            replica,
+            range,
+            values: [0; REQUEST_SECTORS],
+            landings: [0; REQUEST_SECTORS],
+        };
+        for (place, sector) in masked(range, mask_of(range)) {
+            landing.landings[place] = self.disks[replica].landings(sector);
+            if let OperationKind::Write {
+                buffer, skip_bytes, ..
+            } = flight.operation.kind
+            {
+                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
+                landing.values[place] = self.workers[flight.lane].pool.value(buffer, skip + place);
+            }
+        }
+        self.operations.late.push(landing);
+        let late = self.operations.late.len() - 1;
+        self.clock.after(after, Happening::Land { late });
+    }
+}
+
+/// The sectors of a write that reach the place they were meant for.
+fn landing_mask(fault: Fault, range: SectorRange) -> u32 {
+    match fault {
+        Fault::None | Fault::Short | Fault::Garbled { .. } | Fault::Hang => mask_of(range),
+        Fault::Errno { landed, .. } | Fault::Torn { landed } => landed,
+        Fault::Lost | Fault::Misdirected { .. } | Fault::Late { .. } => 0,
+    }
+}

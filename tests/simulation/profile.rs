@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Kinds of runs: what the disk looks like, what goes wrong, and what must not.
+
+use std::time::Duration;
+
+use crate::quorum::{Geometry, Policy, ReadPattern};
+use crate::rng::Rng;
+
+/// How often each fault is tried, per million operations (or guest requests where said). The
+/// budget decides whether it happens.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Rates {
+    pub read_error: u64,
+    pub read_short: u64,
+    /// One transfer is wrong, the medium is not.
+    pub read_garbled: u64,
+    pub write_error: u64,
+    pub write_lost: u64,
+    pub write_torn: u64,
+    pub write_misdirected: u64,
+    /// Called complete, but reaches the medium long after.
+    pub write_late: u64,
+    pub hang: u64,
+    pub slow: u64,
+    pub flush_error: u64,
+    pub flush_hang: u64,
+    /// Per guest request: content changes on its own.
+    pub rot: u64,
+    /// Per guest request: a sector cannot be read until it is rewritten.
+    pub unreadable: u64,
+}
+
+/// What a whole replica suffers from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ailment {
+    None,
+    /// One replica is slow at everything.
+    Slow,
+    /// From some moment on one replica answers nothing.
+    Hung,
+}
+
+/// A kind of run.
+#[derive(Clone, Copy, Debug)]
+pub struct Profile {
+    pub name: &'static str,
+    /// N to choose from.
+    pub replicas: &'static [usize],
+    /// T is this far above floor(N/2).
+    pub threshold_above_half: usize,
+    pub pattern: ReadPattern,
+    pub repair: bool,
+    pub rates: Rates,
+    pub ailment: Ailment,
+    /// Of a thousand guest requests: reads, zeroes, discards, flushes. The rest are writes.
+    pub mix: [u64; 4],
+    /// More write errors than any quorum survives; writes may fail, but nothing may go wrong.
+    pub beyond_budget: bool,
+    /// Guest requests of one run.
+    pub requests: u64,
+}
+
+const QUIET: Rates = Rates {
+    read_error: 0,
+    read_short: 0,
+    read_garbled: 0,
+    write_error: 0,
+    write_lost: 0,
+    write_torn: 0,
+    write_misdirected: 0,
+    write_late: 0,
+    hang: 0,
+    slow: 0,
+    flush_error: 0,
+    flush_hang: 0,
+    rot: 0,
+    unreadable: 0,
+};
+
+const MIX: [u64; 4] = [550, 40, 30, 20];
+
+pub const HEALTHY: Profile = Profile {
+    name: "healthy",
+    replicas: &[1, 2, 3, 3, 3, 4, 5],
+    threshold_above_half: 1,
+    pattern: ReadPattern::Quorum,
+    repair: true,
+    rates: QUIET,
+    ailment: Ailment::None,
+    mix: MIX,
+    beyond_budget: false,
+    requests: 20_000,
+};
+
+pub const ERRORS: Profile = Profile {
+    name: "errors",
+    replicas: &[3, 3, 4, 5],
+    rates: Rates {
+        read_error: 4_000,
+        read_short: 2_000,
+        write_error: 2_000,
+        unreadable: 4_000,
+        ..QUIET
+    },
+    requests: 6_000,
+    ..HEALTHY
+};
+
+pub const SILENT: Profile = Profile {
+    name: "silent",
+    replicas: &[3, 3, 4, 5],
+    rates: Rates {
+        read_garbled: 2_000,
+        write_lost: 1_000,
+        write_torn: 1_000,
+        write_misdirected: 1_000,
+        write_late: 1_000,
+        rot: 10_000,
+        ..QUIET
+    },
+    requests: 10_000,
+    ..HEALTHY
+};
+
+pub const MIXED: Profile = Profile {
+    name: "mixed",
+    replicas: &[3, 4, 5, 5],
+    rates: Rates {
+        read_error: 1_000,
+        read_short: 500,
+        read_garbled: 500,
+        write_error: 300,
+        write_lost: 500,
+        write_torn: 500,
+        write_misdirected: 500,
+        write_late: 500,
+        hang: 100,
+        slow: 200,
+        flush_error: 500,
+        flush_hang: 500,
+        rot: 4_000,
+        unreadable: 2_000,
+    },
+    requests: 6_000,
+    ..HEALTHY
+};
+
+pub const SLOW: Profile = Profile {
+    name: "slow",
+    replicas: &[3, 3, 5],
+    rates: Rates {
+        slow: 1_000,
+        hang: 200,
+        ..QUIET
+    },
+    ailment: Ailment::Slow,
+    requests: 6_000,
+    ..HEALTHY
+};
+
+pub const HUNG: Profile = Profile {
+    name: "hung",
+    replicas: &[3, 3, 5],
+    rates: Rates {
+        rot: 3_000,
+        ..QUIET
+    },
+    ailment: Ailment::Hung,
+    mix: [930, 10, 10, 5],
+    requests: 20_000,
+    ..HEALTHY
+};
+
+pub const FLUSHES: Profile = Profile {
+    name: "flushes",
+    replicas: &[3, 3, 4, 5],
+    rates: Rates {
+        flush_error: 20_000,
+        flush_hang: 10_000,
+        write_error: 100,
+        ..QUIET
+    },
+    mix: [350, 40, 30, 200],
+    requests: 3_000,
+    ..HEALTHY
+};
+
+pub const STORM: Profile = Profile {
+    name: "storm",
+    replicas: &[2, 3, 3, 4, 5],
+    rates: Rates {
+        write_error: 30_000,
+        ..QUIET
+    },
+    beyond_budget: true,
+    requests: 6_000,
+    ..HEALTHY
+};
+
+pub const MINORITY: Profile = Profile {
+    name: "minority",
+    replicas: &[4, 5],
+    threshold_above_half: 0,
+    rates: Rates {
+        read_error: 2_000,
+        read_garbled: 1_000,
+        write_error: 500,
+        write_lost: 500,
+        rot: 5_000,
+        ..QUIET
+    },
+    requests: 6_000,
+    ..HEALTHY
+};
+
+pub const FIFO: Profile = Profile {
+    name: "fifo",
+    replicas: &[2, 3, 4],
+    threshold_above_half: 0,
+    pattern: ReadPattern::Fifo,
+    rates: Rates {
+        read_error: 4_000,
+        read_short: 2_000,
+        write_error: 1_000,
+        slow: 200,
+        unreadable: 2_000,
+        ..QUIET
+    },
+    requests: 6_000,
+    ..HEALTHY
+};
+
+pub const REPORT_ONLY: Profile = Profile {
+    name: "report-only",
+    repair: false,
+    ..SILENT
+};
+
+pub const ALL: [Profile; 11] = [
+    HEALTHY, ERRORS, SILENT, MIXED, SLOW, HUNG, FLUSHES, STORM, MINORITY, FIFO, REPORT_ONLY,
+];
+
+/// The disk of one run.
+pub struct Shape {
+    pub geometry: Geometry,
+    pub policy: Policy,
+    pub lanes: usize,
+    /// Requests a lane has at once.
+    pub depth: usize,
+    /// Buffers of a lane for guest requests.
+    pub buffers: usize,
+}
+
+impl Profile {
+    /// Whether no replica ever fails in this kind of run (invariant I15).
+    pub fn is_faultless(&self) -> bool {
+        self.name == HEALTHY.name
+    }
+
+    /// Copies that may be bad at once. A minority threshold decides by the larger group, and two
+    /// bad copies could be equally bad.
+    pub fn budget(&self, policy: &Policy) -> usize {
+        let spare = policy.replicas - policy.threshold;
+        if self.pattern == ReadPattern::Quorum && !policy.majority() {
+            spare.min(1)
+        } else {
+            spare
+        }
+    }
+
+    pub fn shape(&self, rng: &mut Rng) -> Shape {
+        let replicas = rng.pick(self.replicas);
+        let mut policy = Policy::new(replicas);
+        policy.threshold = replicas / 2 + self.threshold_above_half;
+        policy.allow_minority_threshold = self.threshold_above_half == 0;
+        policy.read_pattern = self.pattern;
+        policy.repair = self.repair;
+        policy.discard_zeroes = rng.chance(700_000);
+        policy.write_grace_min = Duration::from_millis(20);
+        policy.write_grace_max = Duration::from_millis(100);
+        policy.flush_grace = Duration::from_millis(200);
+        let block_sectors = rng.pick(&[1, 1, 8]);
+        let sectors = rng.pick(&[64, 128, 256, 512]);
+        let extent_shift = rng.pick(&[4, 5, 6]);
+        let geometry = Geometry::with_extent_shift(sectors, block_sectors, extent_shift)
+            .expect("a whole number of blocks");
+        let depth = rng.pick(&[1, 4, 16, 32]);
+        Shape {
+            geometry,
+            lanes: rng.pick(&[1, 2, 3, 4]),
+            depth,
+            buffers: rng.pick(&[0, 16, 96]) + 2 * replicas,
+            policy,
+        }
+    }
+}
