@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The deterministic simulator of the voting core.
 
-#[allow(dead_code, unused_imports, reason = "the simulator uses a part of the units")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the simulator uses a part of the units"
+)]
 #[path = "../../src/units.rs"]
 mod units;
 
-#[allow(dead_code, unused_imports, reason = "the core has parts only the daemon uses")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the core has parts only the daemon uses"
+)]
 #[path = "../../src/quorum/mod.rs"]
 mod quorum;
 

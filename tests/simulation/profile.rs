@@ -237,7 +237,17 @@ pub const REPORT_ONLY: Profile = Profile {
 };
 
 pub const ALL: [Profile; 11] = [
-    HEALTHY, ERRORS, SILENT, MIXED, SLOW, HUNG, FLUSHES, STORM, MINORITY, FIFO, REPORT_ONLY,
+    HEALTHY,
+    ERRORS,
+    SILENT,
+    MIXED,
+    SLOW,
+    HUNG,
+    FLUSHES,
+    STORM,
+    MINORITY,
+    FIFO,
+    REPORT_ONLY,
 ];
 
 /// The disk of one run.

@@ -229,7 +229,8 @@ impl World {
                         return violation("wake", format!("lane {lane} wakes lane {to}"));
                     }
                     let delay = self.rng.below(200_000);
-                    self.clock.after(delay, Happening::Wake { lane: to, wakeup });
+                    self.clock
+                        .after(delay, Happening::Wake { lane: to, wakeup });
                 }
                 Action::Report(report) => self.check_report(report)?,
             }
@@ -293,10 +294,13 @@ impl World {
             let counters = worker.lane.counters();
             self.tally.add("early replies", counters.early_replies);
             self.tally.add("arbitrations", counters.arbitrations);
-            self.tally.add("repaired sectors", counters.repaired_sectors);
+            self.tally
+                .add("repaired sectors", counters.repaired_sectors);
             self.tally.add("starved requests", counters.starved);
-            self.tally.add("settlements dropped", counters.settles_dropped);
-            self.tally.add("reads without laggard", counters.reads_without_laggard);
+            self.tally
+                .add("settlements dropped", counters.settles_dropped);
+            self.tally
+                .add("reads without laggard", counters.reads_without_laggard);
         }
         self.tally.count("runs");
     }
