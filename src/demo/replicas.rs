@@ -32,13 +32,15 @@ pub(super) struct Replicas {
 #[derive(Deserialize)]
 struct Event {
     event: String,
-    data: Blame,
+    data: Data,
 }
 
-/// The data of QUORUM_REPORT_BAD; the other events have none of it.
+/// The data of QUORUM_REPORT_BAD and QUORUM_BLK_REPLICA_BEHIND; other events lack some of it.
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "kebab-case", default)]
-struct Blame {
+struct Data {
+    replica: String,
+    cause: String,
     node_name: String,
     sector_num: u64,
     sectors_count: u64,
@@ -116,21 +118,33 @@ impl Replicas {
     pub(super) fn blamed(&self, replica: usize, range: SectorRange) -> Result<bool, DemoError> {
         let name = format!("replica{replica}");
         soon(|| {
-            let blames = |blame: &Blame| {
+            let blames = |blame: &Data| {
                 blame.node_name == name
                     && blame.sector_num == range.start()
                     && blame.sectors_count == u64::from(range.count())
             };
-            Ok(self.blames()?.iter().any(blames))
+            Ok(self.told("QUORUM_REPORT_BAD")?.iter().any(blames))
         })
     }
 
     /// Sectors in all events that blame a replica.
     pub(super) fn sectors_blamed(&self) -> Result<u64, DemoError> {
-        Ok(self.blames()?.iter().map(|blame| blame.sectors_count).sum())
+        let blames = self.told("QUORUM_REPORT_BAD")?;
+        Ok(blames.iter().map(|blame| blame.sectors_count).sum())
     }
 
-    fn blames(&self) -> Result<Vec<Blame>, DemoError> {
+    /// Whether this replica was once so much slower than the others that it was left behind
+    /// (rule W6). It does not vote there any more, and its file lacks what was written.
+    pub(super) fn was_late(&self, replica: usize) -> Result<bool, DemoError> {
+        let name = format!("replica{replica}");
+        let behind = self.told("QUORUM_BLK_REPLICA_BEHIND")?;
+        Ok(behind
+            .iter()
+            .any(|data| data.replica == name && data.cause == "late"))
+    }
+
+    /// The data of all events of this name so far.
+    fn told(&self, name: &str) -> Result<Vec<Data>, DemoError> {
         let text = match std::fs::read_to_string(&self.events) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -140,13 +154,18 @@ impl Replicas {
         let events = text
             .lines()
             .filter_map(|line| serde_json::from_str(line).ok());
-        let bad = events.filter(|event: &Event| event.event == "QUORUM_REPORT_BAD");
-        Ok(bad.map(|event| event.data).collect())
+        let named = events.filter(|event: &Event| event.event == name);
+        Ok(named.map(|event| event.data).collect())
     }
 
-    /// The first sector in which a file is not what it must be, with the file.
-    pub(super) fn first_wrong(&self, pattern: Pattern) -> Result<Option<(usize, u64)>, DemoError> {
-        for (replica, path) in self.paths.iter().enumerate() {
+    /// The first sector in which one of these files is not what it must be, with the file.
+    pub(super) fn first_wrong(
+        &self,
+        among: &[usize],
+        pattern: Pattern,
+    ) -> Result<Option<(usize, u64)>, DemoError> {
+        for &replica in among {
+            let path = &self.paths[replica];
             let mut file = File::open(path).map_err(failed("open", path))?;
             let mut bytes = Vec::with_capacity(CHUNK);
             let mut sector = 0;
@@ -170,15 +189,21 @@ impl Replicas {
         Ok(None)
     }
 
-    /// Whether all files have the same bytes.
-    pub(super) fn identical(&self) -> Result<bool, DemoError> {
-        let open = |path: &PathBuf| File::open(path).map_err(failed("open", path));
-        let mut files = self.paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    /// Whether these files have the same bytes.
+    pub(super) fn identical(&self, among: &[usize]) -> Result<bool, DemoError> {
+        let mut files = Vec::new();
+        for &replica in among {
+            let path = &self.paths[replica];
+            files.push((File::open(path).map_err(failed("open", path))?, path));
+        }
+        let Some(((first_file, first_path), others)) = files.split_first_mut() else {
+            return Ok(true);
+        };
         let mut first = vec![0; CHUNK];
         let mut other = vec![0; CHUNK];
         loop {
-            let len = fill(&mut files[0], &mut first).map_err(failed("read", &self.paths[0]))?;
-            for (file, path) in files.iter_mut().zip(&self.paths).skip(1) {
+            let len = fill(first_file, &mut first).map_err(failed("read", first_path))?;
+            for (file, path) in &mut *others {
                 let other_len = fill(file, &mut other).map_err(failed("read", path))?;
                 if first[..len] != other[..other_len] {
                     return Ok(false);
@@ -241,12 +266,15 @@ mod tests {
         for path in replicas.paths() {
             std::fs::write(path, pattern.bytes(all)).unwrap();
         }
-        assert!(replicas.identical().unwrap());
-        assert_eq!(replicas.first_wrong(pattern).unwrap(), None);
+        let all = [0, 1, 2];
+        assert!(replicas.identical(&all).unwrap());
+        assert_eq!(replicas.first_wrong(&all, pattern).unwrap(), None);
         let spoiled = SectorRange::new(77, 2).unwrap();
         replicas.spoil(2, spoiled).unwrap();
-        assert!(!replicas.identical().unwrap());
-        assert_eq!(replicas.first_wrong(pattern).unwrap(), Some((2, 77)));
+        assert!(!replicas.identical(&all).unwrap());
+        assert!(replicas.identical(&[0, 1]).unwrap());
+        assert_eq!(replicas.first_wrong(&all, pattern).unwrap(), Some((2, 77)));
+        assert_eq!(replicas.first_wrong(&[1], pattern).unwrap(), None);
         assert!(replicas.repaired(1, spoiled, pattern).unwrap());
     }
 
@@ -262,10 +290,15 @@ mod tests {
             r#"{"event":"QUORUM_FAILURE","data":{"reference":"disk","sector-num":8,"#,
             r#""sectors-count":2}}"#,
             "\n",
+            r#"{"event":"QUORUM_BLK_REPLICA_BEHIND","data":{"reference":"disk","#,
+            r#""replica":"replica2","cause":"late","sector-num":0,"sectors-count":8}}"#,
+            "\n",
             r#"{"event":"QUORUM_REPO"#,
         );
         std::fs::write(replicas.events(), events).unwrap();
         assert!(replicas.blamed(1, SectorRange::new(8, 2).unwrap()).unwrap());
         assert_eq!(replicas.sectors_blamed().unwrap(), 2);
+        assert!(replicas.was_late(2).unwrap());
+        assert!(!replicas.was_late(1).unwrap());
     }
 }
