@@ -9,6 +9,7 @@ mod units;
 #[path = "../../src/quorum/mod.rs"]
 mod quorum;
 
+mod broken;
 mod budget;
 mod checks;
 mod clock;

@@ -283,7 +283,7 @@ impl Lane {
         replica: ReplicaId,
         outcome: Outcome,
     ) {
-        let late_ignored = broken!(turn.shared, LateBallotsIgnored);
+        let late_ignored = broken!(turn.shared, LateBallotsIgnored | BuffersGivenBackEarly);
         let read = self.read_mut(slot);
         assert!(
             read.pending.contains(replica),
@@ -422,7 +422,7 @@ impl Lane {
         if broken!(turn.shared, BuffersGivenBackEarly) {
             let read = self.read_mut(slot);
             for replica in read.pending.iter() {
-                turn.buffers.give(read.ballots.of(replica));
+                turn.give(read.ballots.0[replica.index()].take());
             }
         }
     }
@@ -484,11 +484,7 @@ impl Lane {
         let stamp = read.stamp.expect("taken before anybody was asked");
         let unexplained = read.differs && turn.shared.order.undisturbed(range, stamp);
         let suspicious = !read.failed.is_empty() || unexplained;
-        if broken!(turn.shared, BuffersGivenBackEarly) {
-            self.activities.remove(slot);
-        } else {
-            self.read_drop(turn, slot);
-        }
+        self.read_drop(turn, slot);
         if suspicious {
             let matter = Matter {
                 purpose: SettlePurpose::Arbitrate,
