@@ -7,7 +7,7 @@ use super::super::order::ReadStamp;
 use super::super::policy::ReadPattern;
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
-use super::settle::{Matter, Purpose as SettlePurpose};
+use super::settle::Matter;
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
 use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
 
@@ -233,10 +233,9 @@ impl Lane {
         if shared.unresolved.touches(range) {
             let tag = self.read_drop(turn, slot);
             let matter = Matter {
-                purpose: SettlePurpose::Resolve,
                 range,
                 during: During::Read,
-                explained: false,
+                explained: true,
             };
             self.settle_begin(turn, matter, Some(tag));
             return;
@@ -372,7 +371,6 @@ impl Lane {
         }
         // Rule V5: once more under the exclusive lock before anything is reported.
         let matter = Matter {
-            purpose: SettlePurpose::Arbitrate,
             range,
             during: During::Read,
             explained,
@@ -487,7 +485,6 @@ impl Lane {
         self.read_drop(turn, slot);
         if suspicious {
             let matter = Matter {
-                purpose: SettlePurpose::Arbitrate,
                 range,
                 during: During::Read,
                 explained: false,
