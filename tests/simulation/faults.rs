@@ -49,6 +49,21 @@ pub enum Fault {
     Hang,
 }
 
+impl Fault {
+    /// Whether it spoils one transfer from the medium and nothing else.
+    pub fn is_of_one_read(self) -> bool {
+        matches!(self, Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. })
+    }
+
+    /// Whether it is a write that says it went well and did not.
+    pub fn is_silent_write(self) -> bool {
+        matches!(
+            self,
+            Fault::Lost | Fault::Torn { .. } | Fault::Misdirected { .. } | Fault::Late { .. }
+        )
+    }
+}
+
 /// What the plan wants to know of an operation.
 #[derive(Clone, Copy)]
 pub struct Candidate {

@@ -17,6 +17,7 @@ mod units;
 #[path = "../../src/quorum/mod.rs"]
 mod quorum;
 
+mod broken;
 mod budget;
 mod checks;
 mod clock;

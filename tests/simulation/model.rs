@@ -6,6 +6,11 @@
 //! return a version that is at least as new as the last one acknowledged, and the last one shown,
 //! before the read began. A write that failed may or may not have happened; once a read that began
 //! later has shown something older, it has not.
+//!
+//! Zeroes do not say which write they are of, so showing them obliges to nothing. That also leaves
+//! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
+//! being written twice may count the ballot of a replica from before both writes and that of
+//! another from after both, if these are equal, although they were never equal at one moment.
 
 use std::collections::BTreeMap;
 
@@ -129,9 +134,9 @@ impl Model {
             ));
         };
         let known = &mut self.sectors[index(sector)];
-        known.floor = known.floor.max(version);
         let dead = &mut self.dead;
         if value != 0 {
+            known.floor = known.floor.max(version);
             known.failed.retain(|&(failed, when)| {
                 let died = failed > version && when < began;
                 if died {

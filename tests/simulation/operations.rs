@@ -204,18 +204,8 @@ impl World {
     }
 
     fn note_spoiling(&mut self, fault: Fault, operation: Operation) {
-        let silent = match fault {
-            Fault::Lost | Fault::Torn { .. } | Fault::Misdirected { .. } | Fault::Late { .. } => {
-                true
-            }
-            Fault::None
-            | Fault::Errno { .. }
-            | Fault::Short
-            | Fault::Garbled { .. }
-            | Fault::Hang => false,
-        };
         if let Some((range, _)) = target(operation.kind)
-            && silent
+            && fault.is_silent_write()
         {
             for s in range.start()..range.end() {
                 self.spoiled_at[index(s)][operation.replica.index()] = self.step;
@@ -401,14 +391,11 @@ impl World {
         let reads = matches!(operation.kind, OperationKind::Read { .. });
         if let Some((range, false)) = target(operation.kind) {
             let forget = Happening::Forget { replica, range };
-            match flight.fault {
-                Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. } => {
-                    self.clock.after(REMEMBERED, forget);
-                }
-                _ if !self.disks[replica].is_readable(range) => {
-                    return Outcome::Failed { errno: 5 };
-                }
-                _ => {}
+            if flight.fault.is_of_one_read() {
+                self.clock.after(REMEMBERED, forget);
+            }
+            if !self.disks[replica].is_readable(range) {
+                return Outcome::Failed { errno: 5 };
             }
         }
         match flight.fault {

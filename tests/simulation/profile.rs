@@ -60,7 +60,7 @@ pub struct Profile {
     pub requests: u64,
 }
 
-const QUIET: Rates = Rates {
+pub const QUIET: Rates = Rates {
     read_error: 0,
     read_short: 0,
     read_garbled: 0,
@@ -189,7 +189,7 @@ pub const STORM: Profile = Profile {
     name: "storm",
     replicas: &[2, 3, 3, 4, 5],
     rates: Rates {
-        write_error: 30_000,
+        write_error: 400_000,
         ..QUIET
     },
     beyond_budget: true,

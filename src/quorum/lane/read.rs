@@ -7,7 +7,7 @@ use super::super::order::ReadStamp;
 use super::super::policy::ReadPattern;
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
-use super::settle::{Matter, Purpose as SettlePurpose};
+use super::settle::Matter;
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
 use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
 
@@ -233,10 +233,9 @@ impl Lane {
         if shared.unresolved.touches(range) {
             let tag = self.read_drop(turn, slot);
             let matter = Matter {
-                purpose: SettlePurpose::Resolve,
                 range,
                 during: During::Read,
-                explained: false,
+                explained: true,
             };
             self.settle_begin(turn, matter, Some(tag));
             return;
@@ -283,7 +282,7 @@ impl Lane {
         replica: ReplicaId,
         outcome: Outcome,
     ) {
-        let late_ignored = broken!(turn.shared, LateBallotsIgnored);
+        let late_ignored = broken!(turn.shared, LateBallotsIgnored | BuffersGivenBackEarly);
         let read = self.read_mut(slot);
         assert!(
             read.pending.contains(replica),
@@ -372,7 +371,6 @@ impl Lane {
         }
         // Rule V5: once more under the exclusive lock before anything is reported.
         let matter = Matter {
-            purpose: SettlePurpose::Arbitrate,
             range,
             during: During::Read,
             explained,
@@ -422,7 +420,7 @@ impl Lane {
         if broken!(turn.shared, BuffersGivenBackEarly) {
             let read = self.read_mut(slot);
             for replica in read.pending.iter() {
-                turn.buffers.give(read.ballots.of(replica));
+                turn.give(read.ballots.0[replica.index()].take());
             }
         }
     }
@@ -484,14 +482,9 @@ impl Lane {
         let stamp = read.stamp.expect("taken before anybody was asked");
         let unexplained = read.differs && turn.shared.order.undisturbed(range, stamp);
         let suspicious = !read.failed.is_empty() || unexplained;
-        if broken!(turn.shared, BuffersGivenBackEarly) {
-            self.activities.remove(slot);
-        } else {
-            self.read_drop(turn, slot);
-        }
+        self.read_drop(turn, slot);
         if suspicious {
             let matter = Matter {
-                purpose: SettlePurpose::Arbitrate,
                 range,
                 during: During::Read,
                 explained: false,

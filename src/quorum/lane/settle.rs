@@ -12,26 +12,16 @@ use super::super::event::{
 };
 use super::super::mutation::broken;
 use super::super::vote::{Ballots, Rule};
-use super::super::{Buffers, LockMode, Purpose as BufferPurpose};
+use super::super::{Buffers, LockMode, Purpose};
 use super::{ACTIVITIES_RESERVED, Activity, EIO, Lane, ReplicaBuffers, SlotId, Turn, errno_of};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
 
 /// Settlements of a lane at once. More wait for nothing but buffers.
 const SETTLES_MAX: usize = ACTIVITIES_RESERVED / 2;
 
-/// Why a range is settled.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Purpose {
-    /// A difference or an error was seen (rule Y2).
-    Arbitrate,
-    /// The range is in U (rule Y1).
-    Resolve,
-}
-
 /// What is to be settled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Matter {
-    pub(super) purpose: Purpose,
     pub(super) range: SectorRange,
     pub(super) during: During,
     /// A write that was under way explains the difference that was seen: if it is gone, there was
@@ -86,6 +76,9 @@ pub(super) struct Settle {
     ballots: ReplicaBuffers,
     /// Where the winners are put together; of the replicas, the repair writes from here.
     result: Option<BufferId>,
+    /// Which sectors of the range are in U. Known once the lock is held: a write that failed may
+    /// have put them there, or another settlement taken them out, while this one waited.
+    open: Vec<bool>,
     /// Winner of each sector, empty where nobody won.
     winners: Vec<ReplicaSet>,
     repairs: [Repair; REPLICAS_MAX],
@@ -97,36 +90,36 @@ impl Settle {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
-    /// The rule that elects here.
-    fn rule(&self, threshold: usize, majority: bool) -> Rule {
-        match self.matter.purpose {
-            // Any version a sector in U may legally have will do if nobody has T votes.
-            Purpose::Resolve => Rule::LargestFirst { least: threshold },
-            Purpose::Arbitrate if majority => Rule::Threshold(threshold),
-            Purpose::Arbitrate => Rule::LargestUnique { least: threshold },
-        }
+    /// Whether a sector of the range is in U (rule Y1).
+    fn resolves(&self) -> bool {
+        self.open.contains(&true)
     }
 
-    fn elect<B: Buffers>(&self, buffers: &B, rule: Rule) -> Vec<ReplicaSet> {
+    /// Elects each sector by `rule`, or by the rule of U where it is in U.
+    fn elect<B: Buffers>(&self, buffers: &B, rule: Rule, open_rule: Rule) -> Vec<ReplicaSet> {
         let mut ballots = Ballots::new();
         for replica in self.good.iter() {
             ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
         }
-        (0..self.matter.range.count() as usize)
-            .map(|index| ballots.elect(index, rule))
+        let rules = self.open.iter().map(|&open| if open { open_rule } else { rule });
+        rules
+            .enumerate()
+            .map(|(index, rule)| ballots.elect(index, rule))
             .collect()
     }
 
-    /// Runs of sectors of the range for which `wanted` holds.
-    fn runs(&self, wanted: impl Fn(ReplicaSet) -> bool) -> Vec<SectorRange> {
+    /// Runs of sectors of the range for which `wanted` holds, given the winner and whether the
+    /// sector is in U.
+    fn runs(&self, wanted: impl Fn(ReplicaSet, bool) -> bool) -> Vec<SectorRange> {
         let mut runs = Vec::new();
         let mut start = None;
         let count = self.matter.range.count();
         for index in 0..=count {
+            let place = index as usize;
             let inside = self
                 .winners
-                .get(index as usize)
-                .is_some_and(|winner| wanted(*winner));
+                .get(place)
+                .is_some_and(|winner| wanted(*winner, self.open[place]));
             match (inside, start) {
                 (true, None) => start = Some(index),
                 (false, Some(first)) => {
@@ -207,6 +200,7 @@ impl Lane {
             causes: [BadCause::Differs; REPLICAS_MAX],
             ballots: ReplicaBuffers::default(),
             result: None,
+            open: Vec::new(),
             winners: Vec::new(),
             repairs: [Repair::None; REPLICAS_MAX],
             deadline: None,
@@ -240,7 +234,7 @@ impl Lane {
             current = shared.membership.replicas();
         }
         let len = range.len_bytes();
-        let purpose = BufferPurpose::Settle;
+        let purpose = Purpose::Settle;
         let Some(mut ballots) = ReplicaBuffers::take(turn.buffers, current, len, purpose) else {
             return false;
         };
@@ -255,6 +249,9 @@ impl Lane {
         settle.ballots = ballots;
         settle.result = Some(result);
         settle.pending = current;
+        settle.open = sectors_of(range)
+            .map(|sector| shared.unresolved.touches(sector))
+            .collect();
         settle.deadline = Some(until);
         for replica in current.iter() {
             let buffer = ballots.of(replica);
@@ -320,7 +317,8 @@ impl Lane {
             Phase::Reading => {
                 // T equal votes are final whoever is still out; nothing less is (rule V2).
                 let decided = majority && {
-                    let winners = settle.elect(turn.buffers, Rule::Threshold(threshold));
+                    let rule = Rule::Threshold(threshold);
+                    let winners = settle.elect(turn.buffers, rule, rule);
                     winners.iter().all(|winner| !winner.is_empty())
                 };
                 if decided {
@@ -345,8 +343,14 @@ impl Lane {
         let policy = &turn.shared.policy;
         let (threshold, majority) = (policy.threshold, policy.majority());
         let settle = self.settle_mut(slot);
-        let rule = settle.rule(threshold, majority);
-        settle.winners = settle.elect(turn.buffers, rule);
+        let least = threshold;
+        let rule = if majority {
+            Rule::Threshold(threshold)
+        } else {
+            Rule::LargestUnique { least }
+        };
+        // Any version a sector in U may legally have will do if nobody has T votes.
+        settle.winners = settle.elect(turn.buffers, rule, Rule::LargestFirst { least });
         self.settle_assemble(turn, slot);
         self.settle_report(turn, slot);
         let settle = self.settle_mut(slot);
@@ -357,9 +361,9 @@ impl Lane {
             || settle
                 .winners
                 .iter()
-                .all(|winner| 2 * winner.count() > voters.count());
-        let resolve = settle.matter.purpose == Purpose::Resolve;
-        if resolve || (policy.repair && !policy.blkverify && enough) {
+                .zip(&settle.open)
+                .all(|(winner, &open)| open || 2 * winner.count() > voters.count());
+        if settle.resolves() || (policy.repair && !policy.blkverify && enough) {
             self.settle_repair(turn, slot, voters);
         } else {
             self.settle_conclude(turn, slot);
@@ -384,39 +388,38 @@ impl Lane {
 
     fn settle_report<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let blkverify = turn.shared.policy.blkverify;
-        let mut transient = false;
         let settle = self.settle_mut(slot);
         let Matter {
             range,
             during,
-            purpose,
             explained,
         } = settle.matter;
-        let undecided = settle.runs(ReplicaSet::is_empty);
-        let differing = settle.runs(|winner| !winner.contains_all(settle.good));
-        // In U a difference is what was to be expected, and no fault of a replica.
-        if purpose == Purpose::Arbitrate {
-            for replica in settle.failed.iter() {
-                let cause = settle.causes[replica.index()];
+        let undecided = settle.runs(|winner, _| winner.is_empty());
+        let differing = settle.runs(|winner, _| !winner.contains_all(settle.good));
+        for replica in settle.failed.iter() {
+            let cause = settle.causes[replica.index()];
+            turn.report(Report::Bad {
+                replica,
+                range,
+                cause,
+                during,
+            });
+        }
+        for replica in settle.good.iter() {
+            // In U a difference is what was to be expected, and no fault of a replica.
+            let wrong = |winner: ReplicaSet, open: bool| {
+                !open && !winner.is_empty() && !winner.contains(replica)
+            };
+            for range in settle.runs(wrong) {
                 turn.report(Report::Bad {
                     replica,
                     range,
-                    cause,
+                    cause: BadCause::Differs,
                     during,
                 });
             }
-            for replica in settle.good.iter() {
-                for range in settle.runs(|winner| !winner.is_empty() && !winner.contains(replica)) {
-                    turn.report(Report::Bad {
-                        replica,
-                        range,
-                        cause: BadCause::Differs,
-                        during,
-                    });
-                }
-            }
-            transient = !explained && differing.is_empty() && settle.failed.is_empty();
         }
+        let transient = !explained && differing.is_empty() && settle.failed.is_empty();
         if blkverify && let Some(&range) = differing.first() {
             turn.report(Report::VerifyFailed { range });
         }
@@ -601,7 +604,7 @@ impl Lane {
                 && settle.phase == Phase::Repairing
             {
                 rewritten.insert(replica);
-                let ranges = settle.runs(|winner| !winner.is_empty() && !winner.contains(replica));
+                let ranges = settle.runs(|winner, _| !winner.is_empty() && !winner.contains(replica));
                 for range in ranges {
                     turn.report(Report::Repaired { replica, range });
                 }
@@ -609,7 +612,7 @@ impl Lane {
             }
         }
         let settle = self.settle_mut(slot);
-        if settle.matter.purpose == Purpose::Resolve && settle.phase == Phase::Repairing {
+        if settle.resolves() && settle.phase == Phase::Repairing {
             // Rule Y1: what was rewritten is durable before anybody sees it.
             settle.phase = Phase::Flushing;
             for replica in rewritten.minus(settle.pending).iter() {
@@ -641,7 +644,7 @@ impl Lane {
     fn settle_conclude<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let settle = self.settle_mut(slot);
-        let Matter { purpose, range, .. } = settle.matter;
+        let (range, resolves) = (settle.matter.range, settle.resolves());
         settle.phase = Phase::Settled;
         let current = shared
             .membership
@@ -656,7 +659,7 @@ impl Lane {
         if settle.deadline.take().is_some() {
             self.disarm();
         }
-        if purpose == Purpose::Resolve && decided && current.count() >= shared.policy.threshold {
+        if resolves && decided && current.count() >= shared.policy.threshold {
             shared.unresolved.remove(range);
         }
         if let Some(tag) = origin {
@@ -693,6 +696,12 @@ impl Lane {
         self.activities.remove(slot);
         self.settles.retain(|&known| known != slot);
     }
+}
+
+/// The sectors of `range`, one by one.
+fn sectors_of(range: SectorRange) -> impl Iterator<Item = SectorRange> {
+    (range.start()..range.end())
+        .map(|sector| SectorRange::new(sector, 1).expect("a sector of a range"))
 }
 
 /// Errno of a cause, for logs and events.

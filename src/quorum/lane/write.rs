@@ -239,11 +239,13 @@ impl Lane {
             self.disarm();
             return;
         }
-        if write.repeats < REPEATS_MAX && !failed.is_empty() {
+        // Somebody may have fallen behind because of another write in the extent (rule W3).
+        let again = failed.intersection(shared.membership.current(extent));
+        if write.repeats < REPEATS_MAX && !again.is_empty() {
             // Rule W7: again, under the same lock.
             write.repeats += 1;
-            write.failed = ReplicaSet::EMPTY;
-            self.write_submit(turn, slot, failed);
+            write.failed = failed.minus(again);
+            self.write_submit(turn, slot, again);
             return;
         }
         // Old or new, fixed by the first read.
