@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -34,6 +35,8 @@ const WORKERS_MAX: u16 = 64;
 const BUFFER_MEMORY_DEFAULT: ByteSize = ByteSize(64 << 20);
 /// The longest piece of a request that is worked on at once.
 const PIECE_BYTES_MAX: u64 = 256 << 10;
+/// Seconds. A killed daemon's last operations land within milliseconds on storage that works.
+const LOCK_TIMEOUT: u16 = 5;
 /// The most characters virtio has for a serial number.
 const SERIAL_LEN_MAX: usize = 20;
 
@@ -69,6 +72,8 @@ pub struct Config {
     pub workers: u16,
     /// Memory for data of requests in flight, over all workers, in bytes.
     pub buffer_memory_bytes: u64,
+    /// How long a replica that somebody else has locked is waited for at the start (rule S2).
+    pub lock_timeout: Duration,
     /// Where events go, besides the log.
     pub events: Option<EventsTarget>,
     /// How the log is written.
@@ -213,6 +218,7 @@ impl Config {
             queue_size,
             workers,
             buffer_memory_bytes,
+            lock_timeout: Duration::from_secs(settings.lock_timeout.unwrap_or(LOCK_TIMEOUT).into()),
             events: settings.events,
             log_format: settings.log_format.unwrap_or_default(),
             log_level: settings.log_level.unwrap_or_default(),

@@ -131,6 +131,7 @@ num-queues = 8
 queue-size = 128
 workers = 2
 buffer-memory = "32M"
+lock-timeout = 0
 events = "events.jsonl"
 log-format = "json"
 log-level = "warn"
@@ -162,6 +163,7 @@ log-level = "warn"
             queue_size: Some(128),
             workers: Some(2),
             buffer_memory: Some(ByteSize(32 << 20)),
+            lock_timeout: Some(0),
             events: Some(EventsTarget::Path("events.jsonl".into())),
             log_format: Some(LogFormat::Json),
             log_level: Some(LogLevel::Warn),

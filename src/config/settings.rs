@@ -30,8 +30,9 @@ pub struct Settings {
     /// A copy of the disk: a raw file or block device; give it once per replica, 1 to 16 times
     ///
     /// Options follow the path: name=NAME (in log and events; default replica0, replica1, ...
-    /// in the order given), cache=direct|buffered (instead of --cache), format=raw. A comma in
-    /// the path is written `,,`.
+    /// in the order given), cache=direct|buffered (instead of --cache), format=raw (says that an
+    /// image that looks like qcow2 is meant to be raw all the same). A comma in the path is
+    /// written `,,`.
     #[arg(
         long,
         visible_alias = "blk-file",
@@ -78,7 +79,8 @@ pub struct Settings {
     #[arg(long, value_name = "PATTERN", help_heading = "Voting")]
     pub read_pattern: Option<ReadPatternName>,
 
-    /// Rewrite sectors of a replica that was outvoted or could not read them [default: on]
+    /// Rewrite sectors of a replica that was outvoted or could not read them [default: on; off with
+    /// --read-only]
     #[arg(long, value_name = "on|off", help_heading = "Voting")]
     pub repair: Option<OnOff>,
 
@@ -128,6 +130,12 @@ pub struct Settings {
     /// Memory for data of requests in flight; more requests wait [default: 64M]
     #[arg(long, value_name = "SIZE", help_heading = "Resources")]
     pub buffer_memory: Option<ByteSize>,
+
+    /// Seconds to wait at the start for a replica that another process has locked [default: 5]
+    ///
+    /// A daemon that was killed keeps its locks until its last write has landed.
+    #[arg(long, value_name = "SECONDS", help_heading = "Resources")]
+    pub lock_timeout: Option<u16>,
 
     /// Append events (JSON lines, as in QMP) to this file or fifo, or to an open descriptor
     ///
@@ -183,6 +191,7 @@ impl Settings {
             queue_size: self.queue_size.or(beneath.queue_size),
             workers: self.workers.or(beneath.workers),
             buffer_memory: self.buffer_memory.or(beneath.buffer_memory),
+            lock_timeout: self.lock_timeout.or(beneath.lock_timeout),
             events: self.events.or(beneath.events),
             log_format: self.log_format.or(beneath.log_format),
             log_level: self.log_level.or(beneath.log_level),

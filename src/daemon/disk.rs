@@ -3,7 +3,8 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tracing::{info, warn};
@@ -22,6 +23,9 @@ use crate::replica::{
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
 /// replica and the result.
 const PART_BYTES_MAX: usize = 256 << 10;
+
+/// Pause between two looks at a lock.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Submissions of a worker that go to the kernel in one call.
 const RING_ENTRIES: u32 = 256;
@@ -73,7 +77,7 @@ impl Disk {
             .iter()
             .map(|r| raw_options(config, r))
             .collect();
-        let replicas = open_set(&options)?;
+        let replicas = open_when_free(&options, config.lock_timeout)?;
         let block_bytes = config.block_size.map(|size| size.bytes());
         let shape = check_set(&replicas, config.threshold, block_bytes)?;
         describe(&replicas, &shape);
@@ -156,6 +160,26 @@ impl Disk {
         for worker in self.workers {
             // A worker that panicked has ended the process.
             let _ = worker.join();
+        }
+    }
+}
+
+/// Opens the replicas, waiting for those that somebody else has locked: a daemon that was killed
+/// keeps its locks until its last operation has landed (rules K2, S2).
+fn open_when_free(
+    options: &[RawOptions],
+    timeout: Duration,
+) -> Result<Vec<Arc<Replica>>, OpenError> {
+    let begin = Instant::now();
+    loop {
+        match open_set(options) {
+            Err(error) if error.is_in_use() && begin.elapsed() < timeout => {
+                if begin.elapsed() < LOCK_RETRY {
+                    info!("{error}; waiting up to {} s for it", timeout.as_secs());
+                }
+                thread::sleep(LOCK_RETRY);
+            }
+            result => return result,
         }
     }
 }

@@ -9,17 +9,22 @@ use super::chain::CHAIN_DESCRIPTORS_MAX;
 use super::request::RequestRules;
 use crate::units::SECTOR_BYTES;
 
-/// Most sectors in one segment of a discard: 1 GiB.
-pub const DISCARD_SECTORS_MAX: u32 = 1 << 21;
+/// Most sectors in one segment of a discard: 64 MiB. With [`DISCARD_SEGMENTS_MAX`] it bounds the
+/// parts of one request: each extent is one, and all are locked until the last is done.
+pub const DISCARD_SECTORS_MAX: u32 = 1 << 17;
 
-/// Most segments of a discard. Bounds what one request can keep the replicas busy with.
-pub const DISCARD_SEGMENTS_MAX: u32 = 32;
+/// Most segments of a discard.
+pub const DISCARD_SEGMENTS_MAX: u32 = 16;
 
-/// Most sectors in one segment of write zeroes: 1 GiB.
-pub const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 21;
+/// Most sectors in one segment of write zeroes, for the same reason.
+pub const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;
 
 /// Most segments of write zeroes.
-pub const WRITE_ZEROES_SEGMENTS_MAX: u32 = 32;
+pub const WRITE_ZEROES_SEGMENTS_MAX: u32 = 16;
+
+/// Most bytes of data in one request: 256 MiB. Virtio cannot announce it (SIZE_MAX is per
+/// segment, and drivers take its absence for the better); no driver comes near it.
+pub const REQUEST_BYTES_MAX: u64 = 1 << 28;
 
 /// Most data segments of a request we announce: what fits, with header and status, in QEMU's
 /// default queue of 128. Drivers without indirect descriptors (crosvm's) wait forever for room

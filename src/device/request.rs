@@ -13,8 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::GuestMemory;
 use super::chain::{self, ChainError, DescriptorTable, Piece};
 use super::config_space::{
-    DISCARD_SECTORS_MAX, DISCARD_SEGMENTS_MAX, SERIAL_BYTES, WRITE_ZEROES_SECTORS_MAX,
-    WRITE_ZEROES_SEGMENTS_MAX,
+    DISCARD_SECTORS_MAX, DISCARD_SEGMENTS_MAX, REQUEST_BYTES_MAX, SERIAL_BYTES,
+    WRITE_ZEROES_SECTORS_MAX, WRITE_ZEROES_SEGMENTS_MAX,
 };
 use crate::units::{SECTOR_BYTES, SectorRange};
 
@@ -443,7 +443,7 @@ impl GuestRequest {
         align_sectors: u32,
         kind: impl Fn(SectorRange) -> RequestKind,
     ) -> Parsed {
-        if !self.data_len.is_multiple_of(SECTOR_BYTES) {
+        if !self.data_len.is_multiple_of(SECTOR_BYTES) || self.data_len > REQUEST_BYTES_MAX {
             return Parsed::Answer(BlockStatus::IoError);
         }
         let count = u32::try_from(self.data_len / SECTOR_BYTES).expect("a chain is below 2^32");

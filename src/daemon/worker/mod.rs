@@ -31,8 +31,8 @@ use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, Buffers, Event, Lane, LaneCounters, LaneId, Purpose, Report, Request, Shared,
-    Status, Tag, Wakeup,
+    Action, BadCause, BufferId, Buffers, Event, Lane, LaneCounters, LaneId, Purpose, Report,
+    Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::Time;
@@ -173,6 +173,7 @@ struct Worker {
     messages: Vec<Message>,
     ready: Vec<Token>,
     replied: Vec<u32>,
+    copied: Vec<RequestId>,
     published: Vec<u32>,
 }
 
@@ -209,6 +210,7 @@ impl Worker {
             messages: Vec::with_capacity(64),
             ready: Vec::with_capacity(64),
             replied: Vec::with_capacity(256),
+            copied: Vec::with_capacity(256),
             published: Vec::with_capacity(256),
         })
     }
@@ -263,54 +265,78 @@ impl Worker {
 
     /// Hands an event to the lane and carries out what it asks for.
     fn tell(&mut self, event: Event) {
-        let mut actions = std::mem::take(&mut self.actions);
-        self.lane.handle(
-            self.now,
-            event,
-            &self.shared,
-            self.executor.pool_mut(),
-            &mut actions,
-        );
-        for action in actions.drain(..) {
-            match action {
-                Action::Submit(operation) => {
-                    self.counters.replica(operation.replica).operations.add(1);
-                    self.executor.start(&operation);
-                }
-                Action::Reply {
-                    tag,
-                    request,
-                    status,
-                    data,
-                } => {
-                    let part = self.guests.part(tag.0);
-                    part.replied = Some(request);
-                    let (guest, lead, len) = (part.guest, part.lead, part.len);
-                    let data_offset = part.data_offset;
-                    let owner = self.guests.get(guest);
-                    if status == Status::IoError {
-                        owner.status = BlockStatus::IoError;
-                    } else if let Some(buffer) = data {
-                        let bytes = &self.executor.pool().bytes(buffer)[lead..lead + len];
-                        // Memory that the front-end has taken away is its own affair.
-                        if owner
-                            .request
-                            .copy_to_guest(&self.memory, data_offset, bytes)
-                            .is_err()
-                        {
-                            owner.status = BlockStatus::IoError;
-                        }
-                    }
-                    owner.outstanding -= 1;
-                    self.replied.push(tag.0);
-                }
-                Action::Wake { lane, wakeup } => {
-                    self.mailboxes[usize::from(lane.0)].post(Message::Wake(wakeup));
-                }
-                Action::Report(report) => self.report(report),
+        let mut next = Some(event);
+        while let Some(event) = next {
+            let mut actions = std::mem::take(&mut self.actions);
+            self.lane.handle(
+                self.now,
+                event,
+                &self.shared,
+                self.executor.pool_mut(),
+                &mut actions,
+            );
+            for action in actions.drain(..) {
+                self.carry_out(action);
+            }
+            self.actions = actions;
+            next = self
+                .copied
+                .pop()
+                .map(|request| Event::Published { request });
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Submit(operation) => {
+                self.counters.replica(operation.replica).operations.add(1);
+                self.executor.start(&operation);
+            }
+            Action::Reply {
+                tag,
+                request,
+                status,
+                data,
+            } => self.take_reply(tag.0, request, status, data),
+            Action::Wake { lane, wakeup } => {
+                self.mailboxes[usize::from(lane.0)].post(Message::Wake(wakeup));
+            }
+            Action::Report(report) => self.report(report),
+        }
+    }
+
+    /// Copies what was read to the guest, and notes that the part is done.
+    fn take_reply(
+        &mut self,
+        slot: u32,
+        request: RequestId,
+        status: Status,
+        data: Option<BufferId>,
+    ) {
+        let part = self.guests.part(slot);
+        let (guest, lead, len, data_offset) = (part.guest, part.lead, part.len, part.data_offset);
+        let owner = self.guests.get(guest);
+        if status == Status::IoError {
+            owner.status = BlockStatus::IoError;
+        } else if let Some(buffer) = data {
+            let bytes = &self.executor.pool().bytes(buffer)[lead..lead + len];
+            let copied = owner
+                .request
+                .copy_to_guest(&self.memory, data_offset, bytes);
+            // Memory that the front-end has taken away is its own affair.
+            if copied.is_err() {
+                owner.status = BlockStatus::IoError;
             }
         }
-        self.actions = actions;
+        owner.outstanding -= 1;
+        if owner.kind() == Kind::Read {
+            // A read holds no lock that publication has to be waited for (rule L3). Its buffers
+            // go back now: a large read needs them for its later parts.
+            self.copied.push(request);
+        } else {
+            self.guests.part(slot).replied = Some(request);
+        }
+        self.replied.push(slot);
     }
 
     fn report(&self, report: Report) {
@@ -494,9 +520,9 @@ impl Worker {
         for guest in published.drain(..) {
             let mut part = self.guests.last_part(guest);
             while let Some(slot) = part {
-                let request = self.guests.part(slot).replied.take();
-                let request = request.expect("every part of a complete request is replied to");
-                self.tell(Event::Published { request });
+                if let Some(request) = self.guests.part(slot).replied.take() {
+                    self.tell(Event::Published { request });
+                }
                 part = self.guests.part_before(slot);
             }
             self.guests.free(guest);

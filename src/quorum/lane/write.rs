@@ -36,6 +36,8 @@ pub(super) struct Write {
     tag: Tag,
     range: SectorRange,
     content: Content,
+    /// The buffer of the data was given back.
+    data_given: bool,
     phase: Phase,
     locked: bool,
     published: bool,
@@ -67,6 +69,16 @@ impl Write {
                 range: self.range,
                 unmap,
             },
+        }
+    }
+
+    fn take_data(&mut self) -> Option<BufferId> {
+        match self.content {
+            Content::Data(buffer) if !self.data_given => {
+                self.data_given = true;
+                Some(buffer)
+            }
+            Content::Data(_) | Content::Zeroes { .. } => None,
         }
     }
 
@@ -102,6 +114,7 @@ impl Lane {
             tag,
             range,
             content,
+            data_given: false,
             phase: Phase::Locking,
             locked: true,
             published: false,
@@ -319,12 +332,16 @@ impl Lane {
         let Some(Activity::Write(write)) = self.activities.get_mut(slot) else {
             return;
         };
-        if !write.published || !write.pending.is_empty() {
+        if write.phase != Phase::Replied || !write.pending.is_empty() {
             return;
         }
-        if let Content::Data(buffer) = write.content {
+        // The data are on the replicas; only the lock waits for the publication. A large request
+        // of the guest needs the buffer for its later parts.
+        if let Some(buffer) = write.take_data() {
             turn.buffers.give(buffer);
         }
-        self.activities.remove(slot);
+        if write.published {
+            self.activities.remove(slot);
+        }
     }
 }
