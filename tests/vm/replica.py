@@ -43,7 +43,7 @@ class FileReplica:
         with open(self.image, "r+b", buffering=0) as file:
             garbage = random.Random(seed).randbytes(count * SECTOR_BYTES)
             os.pwrite(file.fileno(), garbage, sector * SECTOR_BYTES)
-            os.fdatasync(file.fileno())
+            forget_cached(file)
 
     def truncate(self, size_bytes):
         """Cuts the image short while it is in use."""
@@ -136,10 +136,19 @@ def expect_equal(replicas):
         expect(sector is None, f"{first.name} and {other.name} differ from sector {sector} on")
 
 
+def forget_cached(file):
+    """Writes back and drops what the page cache holds of a file: the daemon goes past it, and a
+    page that was cached at the wrong moment would show what is no longer on the medium."""
+    os.fdatasync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def first_difference(one, other, chunk_bytes=1 << 20):
     """The first sector in which two files differ, or `None`."""
     offset = 0
     with open(one, "rb") as left, open(other, "rb") as right:
+        forget_cached(left)
+        forget_cached(right)
         while True:
             a, b = left.read(chunk_bytes), right.read(chunk_bytes)
             if a != b:
