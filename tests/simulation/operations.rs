@@ -141,9 +141,7 @@ impl World {
             if repair {
                 self.budget.repair_begins(range, replica);
             }
-            if !writes {
-                self.budget.read_begins(range);
-            }
+            self.budget.begins(range, writes);
             self.check_submission(activity, range, writes, repair, operation.replica)?;
         } else {
             self.operations.flushing[replica] += 1;
@@ -366,9 +364,7 @@ impl World {
             if flight.repair {
                 self.budget.repair_ends(range, replica);
             }
-            if !writes {
-                self.budget.read_ends(range);
-            }
+            self.budget.ends(range, writes);
         }
         Ok(())
     }
