@@ -227,8 +227,8 @@ impl World {
         {
             return violation("L2", format!("an operation on {range}"));
         }
-        // A repair goes on when its replica falls behind meanwhile; so does a repeated write.
-        if !repair && self.shared.membership.is_behind(extent, replica) {
+        // A repair goes on when its replica falls behind meanwhile.
+        if !repair && self.was_behind(extent, replica) {
             let rule = if writes { "W3" } else { "I6" };
             let what = format!("{replica:?} is behind in extent {extent} and is asked for {range}");
             return violation(rule, what);
