@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(space[20..24], 512u32.to_le_bytes());
         assert_eq!((space[24], space[26], space[32]), (3, 8, 1));
         assert_eq!(space[34..36], 64u16.to_le_bytes());
-        assert_eq!(space[36..40], (1u32 << 21).to_le_bytes());
+        assert_eq!(space[36..40], (1u32 << 17).to_le_bytes());
         assert_eq!(space[44..48], 1u32.to_le_bytes());
         assert_eq!(space[56], 1);
         assert_eq!(space[57..], [0; 199]);

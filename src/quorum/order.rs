@@ -46,9 +46,10 @@ impl LockMode {
         }
     }
 
-    /// Whether ballots read under it by others may differ because of the holder.
+    /// Whether ballots that others read meanwhile may differ although every replica is right. A
+    /// settlement is no excuse: it makes copies equal that were not.
     fn disturbs(self) -> bool {
-        matches!(self, Self::Exclusive | Self::Settle)
+        self == Self::Exclusive
     }
 }
 

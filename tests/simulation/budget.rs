@@ -26,6 +26,8 @@ pub struct Budget {
     repairs: Vec<[u8; REPLICAS]>,
     /// Reads at work on a sector.
     reads: Vec<u32>,
+    /// Writes at work on a sector.
+    writes: Vec<u32>,
     rare: u32,
 }
 
@@ -55,6 +57,7 @@ impl Budget {
             shaded: vec![[0; REPLICAS]; count],
             shaded_bits: vec![0; count],
             reads: vec![0; count],
+            writes: vec![0; count],
             rare: 0,
             repairs: vec![[0; REPLICAS]; (count >> extent_shift) + 1],
         }
@@ -91,7 +94,9 @@ impl Budget {
     pub fn shade(&mut self, sector: u64, replica: usize) -> bool {
         let s = index(sector);
         let around = self.around(s);
-        let free = self.repairs[self.extent(s)][replica] == 0 && self.reads[s] == 0;
+        let free = self.repairs[self.extent(s)][replica] == 0
+            && self.reads[s] == 0
+            && self.writes[s] == 0;
         let fits = |s: usize| (self.bad(s) | bit(replica)).count_ones() <= self.limit;
         if !free || !around.clone().all(fits) {
             return false;
@@ -122,6 +127,9 @@ impl Budget {
     /// is at work there, its repair may fail because of that, which costs the extent; then there
     /// must be room for that as well.
     pub fn admits_rot(&mut self, range: SectorRange, replica: usize) -> bool {
+        if self.is_being_written(range) {
+            return false;
+        }
         if self.is_being_settled(range, replica) {
             self.rare += 1;
             return self.rare.is_multiple_of(8) && self.doom(range, replica);
@@ -131,7 +139,15 @@ impl Budget {
 
     /// Like [`Budget::admits_rot`] for a write whose fault is in the books already.
     pub fn admits_landing(&mut self, range: SectorRange, replica: usize) -> bool {
-        !self.is_being_settled(range, replica) || self.doom(range, replica)
+        !self.is_being_written(range)
+            && (!self.is_being_settled(range, replica) || self.doom(range, replica))
+    }
+
+    /// While a write is under way, a read without a lock may have shown it because T copies held
+    /// it. If one of these turned back into what another replica still holds, the next read would
+    /// show that, and nobody could tell.
+    fn is_being_written(&self, range: SectorRange) -> bool {
+        sectors(range).any(|s| self.writes[s] > 0)
     }
 
     /// Whether a settlement may have read `range` and be about to repair it.
@@ -140,15 +156,17 @@ impl Budget {
         self.repairs[extent][replica] > 0 || sectors(range).any(|s| self.reads[s] > 0)
     }
 
-    pub fn read_begins(&mut self, range: SectorRange) {
+    pub fn begins(&mut self, range: SectorRange, writes: bool) {
+        let counts = if writes { &mut self.writes } else { &mut self.reads };
         for s in sectors(range) {
-            self.reads[s] += 1;
+            counts[s] += 1;
         }
     }
 
-    pub fn read_ends(&mut self, range: SectorRange) {
+    pub fn ends(&mut self, range: SectorRange, writes: bool) {
+        let counts = if writes { &mut self.writes } else { &mut self.reads };
         for s in sectors(range) {
-            self.reads[s] -= 1;
+            counts[s] -= 1;
         }
     }
 

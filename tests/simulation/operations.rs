@@ -141,9 +141,7 @@ impl World {
             if repair {
                 self.budget.repair_begins(range, replica);
             }
-            if !writes {
-                self.budget.read_begins(range);
-            }
+            self.budget.begins(range, writes);
             self.check_submission(activity, range, writes, repair, operation.replica)?;
         } else {
             self.operations.flushing[replica] += 1;
@@ -229,8 +227,8 @@ impl World {
         {
             return violation("L2", format!("an operation on {range}"));
         }
-        // A repair goes on when its replica falls behind meanwhile; so does a repeated write.
-        if !repair && self.shared.membership.is_behind(extent, replica) {
+        // A repair goes on when its replica falls behind meanwhile.
+        if !repair && self.was_behind(extent, replica) {
             let rule = if writes { "W3" } else { "I6" };
             let what = format!("{replica:?} is behind in extent {extent} and is asked for {range}");
             return violation(rule, what);
@@ -378,9 +376,7 @@ impl World {
             if flight.repair {
                 self.budget.repair_ends(range, replica);
             }
-            if !writes {
-                self.budget.read_ends(range);
-            }
+            self.budget.ends(range, writes);
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use crate::profile::{Ailment, Profile, Shape};
 use crate::quorum::{Action, Event, Lane, LaneId, Mutation, Request, Shared};
 use crate::rng::Rng;
 use crate::trace::{Line, Tally, Trace, Verdict, violation};
-use crate::units::{ReplicaId, SectorRange, Time};
+use crate::units::{ReplicaId, ReplicaSet, SectorRange, Time};
 
 /// Virtual time without a reply after which the run counts as stuck.
 const STUCK_AFTER: u64 = 5_000 * MS;
@@ -62,6 +62,9 @@ pub struct World {
     pub repaired_at: Vec<[u64; REPLICAS]>,
     /// No new faults: the run is being wound up.
     pub calm: bool,
+    /// Who was behind in each extent after the last event, and how many such marks there were.
+    behind: Vec<ReplicaSet>,
+    behind_marks: u64,
     actions: Vec<Action>,
     last_reply: u64,
 }
@@ -103,6 +106,8 @@ impl World {
             trace: Trace::new(),
             tally: Tally::default(),
             calm: false,
+            behind: vec![ReplicaSet::EMPTY; index(geometry.extents())],
+            behind_marks: 0,
             actions: Vec::new(),
             last_reply: 0,
             shape,
@@ -237,6 +242,7 @@ impl World {
         }
         actions.clear();
         self.actions = actions;
+        self.note_behind();
         let worker = &mut self.workers[lane];
         if let Some(deadline) = worker.lane.deadline()
             && !worker.tick_pending
@@ -247,6 +253,23 @@ impl World {
             self.clock.after(delay, Happening::Tick { lane });
         }
         Ok(())
+    }
+
+    /// Whether the replica was behind before the event that is being handled. What one event
+    /// leads to has no order between its parts: a mark may be younger than an operation.
+    pub fn was_behind(&self, extent: u64, replica: ReplicaId) -> bool {
+        self.behind[index(extent)].contains(replica)
+    }
+
+    fn note_behind(&mut self) {
+        let members = &self.shared.membership;
+        let marks = members.replicas().iter().map(|r| members.behind_extents(r)).sum();
+        if marks != self.behind_marks {
+            self.behind_marks = marks;
+            for (extent, behind) in (0..).zip(&mut self.behind) {
+                *behind = members.replicas().minus(members.current(extent));
+            }
+        }
     }
 
     /// Operations that hung end now, and so do late writes.

@@ -292,8 +292,10 @@ fn served_replicas_are_locked() {
     let mut arguments = disk.serve_arguments();
     let socket = disk.folder().join("other.sock");
     arguments.extend(["--socket-path".into(), socket.into()]);
+    arguments.push("--lock-timeout=1".into());
     let said = refused(&disk, &arguments);
     assert!(said.contains("replica0"), "{said}");
+    assert!(said.contains("waiting up to 1 s"), "{said}");
     disk.assert_serves();
 }
 
