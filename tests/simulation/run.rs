@@ -124,7 +124,11 @@ const EXERCISED: [(&str, u64); 27] = [
 ];
 
 /// Requests of the quick set. Unoptimised builds make fewer.
-const QUICK: u64 = if cfg!(debug_assertions) { 200_000 } else { 5_200_000 };
+const QUICK: u64 = if cfg!(debug_assertions) {
+    200_000
+} else {
+    5_200_000
+};
 
 #[test]
 fn all_profiles_hold_every_invariant() {

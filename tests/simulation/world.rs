@@ -263,7 +263,11 @@ impl World {
 
     fn note_behind(&mut self) {
         let members = &self.shared.membership;
-        let marks = members.replicas().iter().map(|r| members.behind_extents(r)).sum();
+        let marks = members
+            .replicas()
+            .iter()
+            .map(|r| members.behind_extents(r))
+            .sum();
         if marks != self.behind_marks {
             self.behind_marks = marks;
             for (extent, behind) in (0..).zip(&mut self.behind) {
