@@ -5,8 +5,8 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use quorum_blk::quorum::{
-    Action, Ballots, BufferId, Buffers, Event, Geometry, Lane, LaneId, LockMode, LockTicket,
-    OpId, Order, Outcome, Policy, Purpose, Request, RequestId, Rule, Shared, Tag,
+    Action, Ballots, BufferId, Buffers, Event, Geometry, Lane, LaneId, LockMode, LockTicket, OpId,
+    Order, Outcome, Policy, Purpose, Request, RequestId, Rule, Shared, Tag,
 };
 use quorum_blk::units::{ReplicaId, SECTOR_LEN, SectorRange, Time};
 

@@ -8,11 +8,19 @@
 //! It has a `main` of its own because the unit tests of these files come along and cannot run
 //! outside of shuttle; without the usual harness they are left out.
 
-#[allow(dead_code, unused_imports, reason = "only a part of the units is used here")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "only a part of the units is used here"
+)]
 #[path = "../src/units.rs"]
 mod units;
 
-#[allow(dead_code, unused_imports, reason = "the lanes and the unit tests use more of it")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the lanes and the unit tests use more of it"
+)]
 #[path = "../src/quorum"]
 mod quorum {
     #[path = "event.rs"]
@@ -175,7 +183,10 @@ fn membership_keeps_threshold_copies_that_hold_every_write() {
             let current = members.current(1);
             assert!(current.count() >= 2, "a last copy was taken away");
             for holders in acknowledged.lock().expect("not poisoned").iter() {
-                assert!(holders.contains_all(current), "a current copy lacks a write");
+                assert!(
+                    holders.contains_all(current),
+                    "a current copy lacks a write"
+                );
             }
             assert!(was_dirty || (complete && marked == 0));
             assert_eq!(members.current(0), ReplicaSet::first(3));

@@ -2,9 +2,7 @@
 //! Broken builds: the core with one rule broken on purpose, which the simulator must notice. A
 //! check that has never failed is not known to look.
 
-use crate::profile::{
-    ERRORS, FLUSHES, HEALTHY, MIXED, Profile, QUIET, Rates, SILENT, SLOW, STORM,
-};
+use crate::profile::{ERRORS, FLUSHES, HEALTHY, MIXED, Profile, QUIET, Rates, SILENT, SLOW, STORM};
 use crate::quorum::Mutation;
 use crate::run::simulate;
 use crate::world::{Breach, Broken};

@@ -94,9 +94,8 @@ impl Budget {
     pub fn shade(&mut self, sector: u64, replica: usize) -> bool {
         let s = index(sector);
         let around = self.around(s);
-        let free = self.repairs[self.extent(s)][replica] == 0
-            && self.reads[s] == 0
-            && self.writes[s] == 0;
+        let free =
+            self.repairs[self.extent(s)][replica] == 0 && self.reads[s] == 0 && self.writes[s] == 0;
         let fits = |s: usize| (self.bad(s) | bit(replica)).count_ones() <= self.limit;
         if !free || !around.clone().all(fits) {
             return false;
@@ -157,14 +156,22 @@ impl Budget {
     }
 
     pub fn begins(&mut self, range: SectorRange, writes: bool) {
-        let counts = if writes { &mut self.writes } else { &mut self.reads };
+        let counts = if writes {
+            &mut self.writes
+        } else {
+            &mut self.reads
+        };
         for s in sectors(range) {
             counts[s] += 1;
         }
     }
 
     pub fn ends(&mut self, range: SectorRange, writes: bool) {
-        let counts = if writes { &mut self.writes } else { &mut self.reads };
+        let counts = if writes {
+            &mut self.writes
+        } else {
+            &mut self.reads
+        };
         for s in sectors(range) {
             counts[s] -= 1;
         }

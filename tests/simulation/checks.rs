@@ -49,7 +49,10 @@ impl World {
                 return Ok(());
             }
         }
-        violation("I14", format!("{:?} of {} failed", request.kind, request.range))
+        violation(
+            "I14",
+            format!("{:?} of {} failed", request.kind, request.range),
+        )
     }
 
     /// I1, also I7: what was returned is legal.
@@ -115,7 +118,10 @@ impl World {
             }
         }
         if flushed < self.shape.policy.threshold {
-            return violation("F2", format!("acknowledged with {flushed} replicas flushed"));
+            return violation(
+                "F2",
+                format!("acknowledged with {flushed} replicas flushed"),
+            );
         }
         self.tally.count("flushes");
         Ok(())
@@ -183,7 +189,10 @@ impl World {
         if fair {
             return Ok(());
         }
-        violation("Y2", format!("{replica:?} is blamed for {range} ({cause:?}) unjustly"))
+        violation(
+            "Y2",
+            format!("{replica:?} is blamed for {range} ({cause:?}) unjustly"),
+        )
     }
 
     /// Y4: what is reported as repaired holds what it should.
@@ -205,7 +214,10 @@ impl World {
         if self.profile.beyond_budget || self.budget.is_doomed(extent.start(), replica.index()) {
             return Ok(());
         }
-        violation("I15", format!("{replica:?} falls behind in {extent} without a fault"))
+        violation(
+            "I15",
+            format!("{replica:?} falls behind in {extent} without a fault"),
+        )
     }
 
     /// Nothing is left when nothing is going on.
@@ -215,7 +227,10 @@ impl World {
                 return violation("I9", format!("lane {number} is not idle"));
             }
             if !worker.pool.all_free() {
-                return violation("V7", format!("lane {number} has not given all buffers back"));
+                return violation(
+                    "V7",
+                    format!("lane {number} has not given all buffers back"),
+                );
             }
         }
         if !self.shared.order.is_empty() {
@@ -245,10 +260,11 @@ impl World {
             }
             let current = self.current(range);
             for sector in range.start()..range.end() {
-                let fit = |&&replica: &&usize| {
-                    repaired || !self.budget.is_tainted(sector, replica)
-                };
-                let mut values = current.iter().filter(fit).map(|&r| self.disks[r].value(sector));
+                let fit = |&&replica: &&usize| repaired || !self.budget.is_tainted(sector, replica);
+                let mut values = current
+                    .iter()
+                    .filter(fit)
+                    .map(|&r| self.disks[r].value(sector));
                 let Some(first) = values.next() else { continue };
                 if values.any(|value| value != first) {
                     let what = format!("current copies of sector {sector} differ at the end");

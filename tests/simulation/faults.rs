@@ -22,18 +22,29 @@ const HANGS_MAX: usize = 4;
 pub enum Fault {
     None,
     /// Ends with this errno; of a write, the sectors in `landed` reach the medium.
-    Errno { errno: i32, landed: u32 },
+    Errno {
+        errno: i32,
+        landed: u32,
+    },
     Short,
     /// What is read of one sector is not what the medium holds.
-    Garbled { sector: u32 },
+    Garbled {
+        sector: u32,
+    },
     /// Called complete; nothing reaches the medium.
     Lost,
     /// Called complete; only these sectors reach the medium.
-    Torn { landed: u32 },
+    Torn {
+        landed: u32,
+    },
     /// Called complete; the data reach this sector and those after it instead.
-    Misdirected { to: u64 },
+    Misdirected {
+        to: u64,
+    },
     /// Called complete; the data reach the medium this much later.
-    Late { after: u64 },
+    Late {
+        after: u64,
+    },
     /// Ends when the run does.
     Hang,
 }
@@ -41,7 +52,10 @@ pub enum Fault {
 impl Fault {
     /// Whether it spoils one transfer from the medium and nothing else.
     pub fn is_of_one_read(self) -> bool {
-        matches!(self, Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. })
+        matches!(
+            self,
+            Fault::Errno { .. } | Fault::Short | Fault::Garbled { .. }
+        )
     }
 
     /// Whether it is a write that says it went well and did not.
@@ -176,7 +190,10 @@ impl Plan {
                 }
                 if rng.below(self.any_flush) < self.rates.flush_error {
                     tally.count("flush error");
-                    Fault::Errno { errno: 5, landed: 0 }
+                    Fault::Errno {
+                        errno: 5,
+                        landed: 0,
+                    }
                 } else {
                     tally.count("hung flush");
                     Fault::Hang
@@ -227,7 +244,10 @@ impl Plan {
         budget.hold(range, replica);
         if error {
             tally.count("read error");
-            Fault::Errno { errno: 5, landed: 0 }
+            Fault::Errno {
+                errno: 5,
+                landed: 0,
+            }
         } else if short {
             tally.count("short read");
             Fault::Short
@@ -284,7 +304,11 @@ impl Plan {
             }
         };
         if lost {
-            tally.count(if operation.repair { "lost repair" } else { "lost write" });
+            tally.count(if operation.repair {
+                "lost repair"
+            } else {
+                "lost write"
+            });
             taint_all(budget);
             return Fault::Lost;
         }

@@ -88,7 +88,9 @@ impl Guests {
         let mut list = String::new();
         for (lane, requests) in self.lanes.iter().enumerate() {
             for request in requests.iter().flatten().filter(|r| r.replied.is_none()) {
-                let GuestRequest { kind, range, began, .. } = request;
+                let GuestRequest {
+                    kind, range, began, ..
+                } = request;
                 list += &format!("; lane {lane}: {kind:?} of {range} since step {began}");
             }
         }
@@ -147,7 +149,9 @@ impl Guests {
     /// A write whose reply the guest has not seen and that overlaps `range`.
     pub fn unpublished_write(&self, extent: u64, range: SectorRange) -> Option<SectorRange> {
         let writes = &self.unpublished[index(extent)];
-        let found = writes.iter().find(|(_, _, written)| written.overlaps(range));
+        let found = writes
+            .iter()
+            .find(|(_, _, written)| written.overlaps(range));
         found.map(|(_, _, written)| *written)
     }
 }
@@ -219,7 +223,11 @@ impl World {
         let block = u64::from(geometry.block_sectors());
         let blocks = geometry.sectors() / block;
         let hot = (32 / block).max(2).min(blocks);
-        let among = if self.rng.chance(500_000) { hot } else { blocks };
+        let among = if self.rng.chance(500_000) {
+            hot
+        } else {
+            blocks
+        };
         let start = self.rng.below(among) * block;
         let count = if block == 1 {
             self.rng.between(1, 8)

@@ -237,7 +237,10 @@ impl World {
             return Ok(());
         }
         if !self.shared.membership.is_dirty(extent) {
-            return violation("I3", format!("a write to {range}, whose extent is not dirty"));
+            return violation(
+                "I3",
+                format!("a write to {range}, whose extent is not dirty"),
+            );
         }
         for &slot in &self.operations.writes[index(extent)] {
             let other = self.operations.slots[slot].as_ref().expect("in flight");
@@ -247,7 +250,10 @@ impl World {
             // Of an earlier request only operations on replicas that are behind may be left.
             if others.overlaps(range)
                 && other.activity != activity
-                && !self.shared.membership.is_behind(extent, other.operation.replica)
+                && !self
+                    .shared
+                    .membership
+                    .is_behind(extent, other.operation.replica)
             {
                 let what = format!("{range} is written while {others} is on {replica:?}");
                 return violation("I10", what);
@@ -330,7 +336,10 @@ impl World {
     }
 
     pub fn complete(&mut self, slot: usize) -> Verdict {
-        let early = self.operations.slots[slot].as_ref().expect("in flight").transferred;
+        let early = self.operations.slots[slot]
+            .as_ref()
+            .expect("in flight")
+            .transferred;
         self.transfer(slot, !early);
         let flight = self.operations.slots[slot].take().expect("in flight");
         self.operations.free.push(slot);
@@ -340,7 +349,10 @@ impl World {
             if writes {
                 let extent = self.shape.geometry.extent_of(range.start());
                 let writes = &mut self.operations.writes[index(extent)];
-                let at = writes.iter().position(|&other| other == slot).expect("listed");
+                let at = writes
+                    .iter()
+                    .position(|&other| other == slot)
+                    .expect("listed");
                 writes.swap_remove(at);
             }
             if let Fault::Late { after } = flight.fault {

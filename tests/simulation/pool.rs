@@ -42,7 +42,9 @@ impl Pool {
                     guest: false,
                 })
                 .collect(),
-            free: (0..u32::try_from(count).expect("a small pool")).rev().collect(),
+            free: (0..u32::try_from(count).expect("a small pool"))
+                .rev()
+                .collect(),
             reserve,
             misuse: Cell::new(None),
         }
@@ -85,14 +87,22 @@ impl Pool {
         if buffer.filled_by > 0 || (fills && buffer.read_by > 0) {
             return Err("two operations use a buffer and one of them fills it");
         }
-        let users = if fills { &mut buffer.filled_by } else { &mut buffer.read_by };
+        let users = if fills {
+            &mut buffer.filled_by
+        } else {
+            &mut buffer.read_by
+        };
         *users += 1;
         Ok(())
     }
 
     pub fn end(&mut self, buffer: BufferId, fills: bool) {
         let buffer = self.get(buffer);
-        let users = if fills { &mut buffer.filled_by } else { &mut buffer.read_by };
+        let users = if fills {
+            &mut buffer.filled_by
+        } else {
+            &mut buffer.read_by
+        };
         *users -= 1;
     }
 
@@ -112,9 +122,14 @@ impl Pool {
 impl Buffers for Pool {
     fn take(&mut self, len_bytes: usize, purpose: Purpose) -> Option<BufferId> {
         if len_bytes > REQUEST_SECTORS * SECTOR_LEN {
-            self.misuse.set(Some("a buffer longer than any request was taken"));
+            self.misuse
+                .set(Some("a buffer longer than any request was taken"));
         }
-        let kept_back = if purpose == Purpose::Guest { self.reserve } else { 0 };
+        let kept_back = if purpose == Purpose::Guest {
+            self.reserve
+        } else {
+            0
+        };
         if self.free.len() <= kept_back {
             return None;
         }
@@ -145,7 +160,8 @@ impl Buffers for Pool {
     fn bytes(&self, buffer: BufferId) -> &[u8] {
         let buffer = &self.buffers[buffer.0 as usize];
         if !buffer.taken || buffer.filled_by > 0 {
-            self.misuse.set(Some("a buffer was looked at while an operation filled it"));
+            self.misuse
+                .set(Some("a buffer was looked at while an operation filled it"));
         }
         &buffer.bytes
     }
@@ -153,7 +169,8 @@ impl Buffers for Pool {
     fn bytes_mut(&mut self, buffer: BufferId) -> &mut [u8] {
         let known = &self.buffers[buffer.0 as usize];
         if !known.taken || known.filled_by + known.read_by > 0 {
-            self.misuse.set(Some("a buffer was changed while an operation used it"));
+            self.misuse
+                .set(Some("a buffer was changed while an operation used it"));
         }
         &mut self.get(buffer).bytes
     }

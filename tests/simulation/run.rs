@@ -85,7 +85,10 @@ fn campaign(profile: Profile, requests: u64, first_seed: u64) -> Tally {
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+    )
 }
 
 /// What the quick set must have met at least this often, so that a run that exercises nothing is
@@ -96,12 +99,12 @@ const EXERCISED: [(&str, u64); 27] = [
     ("early replies", 1_000_000),
     ("starved requests", 10_000),
     ("arbitrations", 50_000),
-    ("bad reports", 10_000),
-    ("repairs", 10_000),
+    ("bad reports", 5_000),
+    ("repairs", 3_000),
     ("failed repairs", 10),
     ("transient differences", 1_000),
     ("behind marks", 1_000),
-    ("failed flushes", 100),
+    ("failed flushes", 200),
     ("I/O errors", 1_000),
     ("reads without laggard", 1_000),
     ("read error", 1_000),
@@ -121,7 +124,11 @@ const EXERCISED: [(&str, u64); 27] = [
 ];
 
 /// Requests of the quick set. Unoptimised builds make fewer.
-const QUICK: u64 = if cfg!(debug_assertions) { 200_000 } else { 5_200_000 };
+const QUICK: u64 = if cfg!(debug_assertions) {
+    200_000
+} else {
+    5_200_000
+};
 
 #[test]
 fn all_profiles_hold_every_invariant() {

@@ -234,7 +234,8 @@ impl World {
                         return violation("wake", format!("lane {lane} wakes lane {to}"));
                     }
                     let delay = self.rng.below(200_000);
-                    self.clock.after(delay, Happening::Wake { lane: to, wakeup });
+                    self.clock
+                        .after(delay, Happening::Wake { lane: to, wakeup });
                 }
                 Action::Report(report) => self.check_report(report)?,
             }
@@ -262,7 +263,11 @@ impl World {
 
     fn note_behind(&mut self) {
         let members = &self.shared.membership;
-        let marks = members.replicas().iter().map(|r| members.behind_extents(r)).sum();
+        let marks = members
+            .replicas()
+            .iter()
+            .map(|r| members.behind_extents(r))
+            .sum();
         if marks != self.behind_marks {
             self.behind_marks = marks;
             for (extent, behind) in (0..).zip(&mut self.behind) {
@@ -316,10 +321,13 @@ impl World {
             let counters = worker.lane.counters();
             self.tally.add("early replies", counters.early_replies);
             self.tally.add("arbitrations", counters.arbitrations);
-            self.tally.add("repaired sectors", counters.repaired_sectors);
+            self.tally
+                .add("repaired sectors", counters.repaired_sectors);
             self.tally.add("starved requests", counters.starved);
-            self.tally.add("settlements dropped", counters.settles_dropped);
-            self.tally.add("reads without laggard", counters.reads_without_laggard);
+            self.tally
+                .add("settlements dropped", counters.settles_dropped);
+            self.tally
+                .add("reads without laggard", counters.reads_without_laggard);
         }
         self.tally.count("runs");
     }

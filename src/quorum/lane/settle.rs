@@ -101,7 +101,10 @@ impl Settle {
         for replica in self.good.iter() {
             ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
         }
-        let rules = self.open.iter().map(|&open| if open { open_rule } else { rule });
+        let rules = self
+            .open
+            .iter()
+            .map(|&open| if open { open_rule } else { rule });
         rules
             .enumerate()
             .map(|(index, rule)| ballots.elect(index, rule))
@@ -607,7 +610,8 @@ impl Lane {
                 && settle.phase == Phase::Repairing
             {
                 rewritten.insert(replica);
-                let ranges = settle.runs(|winner, _| !winner.is_empty() && !winner.contains(replica));
+                let ranges =
+                    settle.runs(|winner, _| !winner.is_empty() && !winner.contains(replica));
                 for range in ranges {
                     turn.report(Report::Repaired { replica, range });
                 }
