@@ -20,6 +20,8 @@ pub enum Mutation {
     WritesUnordered,
     /// L3: the lock of a write is released before its reply is published.
     LockReleasedBeforePublication,
+    /// Q3: a complete write that is published later keeps settlements out until then.
+    DeferredIgnored,
     /// W3: writes also go to replicas that are behind, and make them current again.
     WriteClearsBehind,
     /// W4: a write is acknowledged with fewer than T copies.

@@ -12,6 +12,12 @@
 //! wait for the write and the write for it. So the write is [deferred](Order::defer), and a
 //! settlement, which never changes what the sectors mean, passes deferred writes and everybody
 //! who waits for them.
+//!
+//! A request of the guest may have several parts, each with a lock of its own, and is published
+//! when all are complete. Were the parts queued for one by one, two lanes could each get a part
+//! that the other waits for, directly or by way of small requests between them. So the lane
+//! [announces](Order::announce) all of them in one step, and each part takes the place in the
+//! order that was announced.
 
 use super::event::{LaneId, LockTicket};
 use super::sync::{AtomicU64, Mutex, Ordering, fence};
@@ -58,9 +64,14 @@ struct Lock {
     range: SectorRange,
     mode: LockMode,
     granted: bool,
+    /// Keeps the place of locks to come; never granted.
+    announced: bool,
     lane: LaneId,
     ticket: LockTicket,
 }
+
+/// The ticket of what is only announced. Slots of lanes pack into fewer bits.
+const NO_TICKET: LockTicket = LockTicket(u64::MAX);
 
 impl Lock {
     fn conflicts(&self, range: SectorRange, mode: LockMode) -> bool {
@@ -73,8 +84,12 @@ impl Lock {
 
     /// Whether this lock has to wait for `other`, which arrived `before` it or after it.
     /// Settlements wait for holders only; everybody else also for those who came before and for
-    /// settlements.
+    /// settlements. What is only announced keeps no reads out: they may have buffers that the
+    /// request which announced it waits for.
     fn is_barred_by(&self, other: &Self, before: bool) -> bool {
+        if other.announced && self.mode != LockMode::Exclusive {
+            return false;
+        }
         let counts = other.granted || !self.is_settle() && (before || other.is_settle());
         counts && other.ticket_of() != self.ticket_of() && other.conflicts(self.range, self.mode)
     }
@@ -101,6 +116,7 @@ impl Shard {
             for index in 0..locks.len() {
                 let waiter = locks[index];
                 if waiter.granted
+                    || waiter.announced
                     || waiter.is_settle() != settling
                     || !waiter.range.overlaps(range)
                     || locks
@@ -185,15 +201,77 @@ impl Order {
             range,
             mode,
             granted: false,
+            announced: false,
             lane,
             ticket,
         };
-        lock.granted = !locks.iter().any(|other| lock.is_barred_by(other, true));
+        let announced = |other: &Lock| {
+            other.announced
+                && mode == LockMode::Exclusive
+                && other.lane == lane
+                && other.range.overlaps(range)
+        };
+        let place = locks.iter().position(announced).unwrap_or(locks.len());
+        lock.granted = !locks
+            .iter()
+            .enumerate()
+            .any(|(at, other)| lock.is_barred_by(other, at < place));
         if lock.granted && mode.disturbs() {
             shard.exclusive_granted.fetch_add(1, Ordering::AcqRel);
         }
-        locks.push(lock);
+        locks.insert(place, lock);
         lock.granted
+    }
+
+    /// Queues for all of `ranges` in one step as far as other lanes can see. Exclusive locks that
+    /// `lane` then acquires in them take the place in the order that they have now. One request
+    /// of a lane at a time; ends with [`Order::withdraw`].
+    pub fn announce(&self, ranges: &[SectorRange], lane: LaneId) {
+        // Always in the order of the shards, so that two announcements cannot wait for each other.
+        let mut shards: Vec<_> = (self.shards_of(ranges))
+            .map(|shard| shard.locks.lock().expect("no panic under this lock"))
+            .collect();
+        for locks in &mut shards {
+            locks.extend(ranges.iter().map(|&range| Lock {
+                range,
+                mode: LockMode::Exclusive,
+                granted: false,
+                announced: true,
+                lane,
+                ticket: NO_TICKET,
+            }));
+        }
+    }
+
+    /// All locks in the `ranges` that `lane` announced are queued for, or never will be.
+    pub fn withdraw(
+        &self,
+        ranges: &[SectorRange],
+        lane: LaneId,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        for shard in self.shards_of(ranges) {
+            let mut locks = shard.locks.lock().expect("no panic under this lock");
+            locks.retain(|lock| !lock.announced || lock.lane != lane);
+            for &range in ranges {
+                shard.grant(&mut locks, range, woken);
+            }
+        }
+    }
+
+    /// The shards that hold extents of `ranges`, each once, in order.
+    fn shards_of(&self, ranges: &[SectorRange]) -> impl Iterator<Item = &Shard> {
+        let mut touched = [false; SHARDS];
+        for range in ranges {
+            let first = range.start() >> self.extent_shift;
+            let last = (range.end() - 1) >> self.extent_shift;
+            for extent in (first..=last).take(SHARDS) {
+                let shard = usize::try_from(extent % SHARDS as u64).expect("below SHARDS");
+                touched[shard] = true;
+            }
+        }
+        let shards = self.shards.iter().zip(touched);
+        shards.filter_map(|(shard, touched)| touched.then_some(shard))
     }
 
     /// The write under this exclusive lock is complete on all current copies but not yet
@@ -347,6 +425,37 @@ mod tests {
         assert!(woken.is_empty());
         order.release(r, LANE, ticket(3), &mut woken);
         assert_eq!(woken, [(LANE, ticket(2))]);
+    }
+
+    #[test]
+    fn announced_parts_keep_their_place_among_other_lanes() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        let (other, whole) = (LaneId(1), [range(0, 4096)]);
+        let (first, second) = (range(0, 2048), range(2048, 2048));
+        order.announce(&whole, LANE);
+        assert!(order.acquire(first, LockMode::Exclusive, LANE, ticket(1)));
+        // What is only announced keeps no reads out.
+        assert!(order.acquire(second, LockMode::Shared, other, ticket(2)));
+        order.release(second, other, ticket(2), &mut woken);
+        // Behind the second part, which has not come yet.
+        assert!(!order.acquire(second, LockMode::Exclusive, other, ticket(1)));
+        assert!(woken.is_empty());
+        assert!(order.acquire(second, LockMode::Exclusive, LANE, ticket(2)));
+        order.withdraw(&whole, LANE, &mut woken);
+        assert!(woken.is_empty());
+        order.release(second, LANE, ticket(2), &mut woken);
+        assert_eq!(woken, [(other, ticket(1))]);
+    }
+
+    #[test]
+    fn withdrawing_parts_that_never_came_lets_others_in() {
+        let order = Order::new(11);
+        let mut woken = Vec::new();
+        order.announce(&[range(0, 4096)], LANE);
+        assert!(!order.acquire(range(8, 8), LockMode::Exclusive, LaneId(1), ticket(1)));
+        order.withdraw(&[range(0, 4096)], LANE, &mut woken);
+        assert_eq!(woken, [(LaneId(1), ticket(1))]);
     }
 
     proptest::proptest! {

@@ -116,6 +116,20 @@ fn l3_lock_released_before_publication_is_noticed() {
 }
 
 #[test]
+fn q3_deferral_ignored_is_noticed() {
+    mutation_is_noticed(Mutation::DeferredIgnored, &[SILENT, MIXED], &["I14"]);
+}
+
+#[test]
+fn l1_parts_queued_for_one_by_one_are_noticed() {
+    let broken = Broken {
+        mutation: None,
+        breach: Some(Breach::PartsNotAnnounced),
+    };
+    is_noticed(broken, &[HEALTHY], &["I14", "I1", "I2"]);
+}
+
+#[test]
 fn l4_guest_memory_written_uncopied_is_noticed() {
     let broken = Broken {
         mutation: None,

@@ -226,6 +226,9 @@ impl World {
             if !worker.lane.is_idle() {
                 return violation("I9", format!("lane {number} is not idle"));
             }
+            if !worker.rings.is_idle() {
+                return violation("I11", format!("a reply of lane {number} is not published"));
+            }
             if !worker.pool.all_free() {
                 return violation(
                     "V7",

@@ -4,7 +4,7 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-use crate::quorum::{RequestId, Tag, Wakeup};
+use crate::quorum::Wakeup;
 use crate::units::SectorRange;
 
 /// Something that happens at a point of virtual time.
@@ -14,12 +14,10 @@ pub enum Happening {
     Guest { lane: usize },
     /// The operation in this slot ends.
     Complete { slot: usize },
-    /// The guest sees the reply.
-    Publish {
-        lane: usize,
-        request: RequestId,
-        tag: Tag,
-    },
+    /// The guest sees the replies whose turn it is.
+    Publish { lane: usize },
+    /// There may be buffers for the rest of the request that was begun.
+    Resume { lane: usize },
     /// A wakeup reaches its lane.
     Wake { lane: usize, wakeup: Wakeup },
     /// The lane's timer fires.

@@ -6,7 +6,8 @@ use crate::clock::Happening;
 use crate::content::{garbled, written};
 use crate::model::Floors;
 use crate::profile::Ailment;
-use crate::quorum::{Event, Request, Status, Tag};
+use crate::quorum::{Request, Status, Tag};
+use crate::rings::{NO_BUFFER, Planned};
 use crate::trace::Verdict;
 use crate::units::SectorRange;
 use crate::world::World;
@@ -52,6 +53,12 @@ impl GuestRequest {
             began: step,
             replied: None,
         }
+    }
+
+    /// What a write holds, sector by sector.
+    pub fn values(&self) -> impl Iterator<Item = u64> + use<> {
+        let (range, version) = (self.range, self.version);
+        (range.start()..range.end()).map(move |sector| written(version, sector))
     }
 }
 
@@ -162,59 +169,84 @@ impl World {
         if self.guests.left == 0 {
             return Ok(());
         }
-        if !self.workers[lane].lane.has_room() || !self.send(lane)? {
+        let worker = &self.workers[lane];
+        if !worker.lane.has_room() || !worker.rings.all_sent() {
             let later = self.rng.between(50_000, 200_000);
             self.clock.after(later, Happening::Guest { lane });
             return Ok(());
         }
+        let parts = self.plan();
+        let count = parts.len() as u64;
+        self.guests.left = self.guests.left.saturating_sub(count);
+        self.tally.add("requests", count);
+        self.begin(lane, parts)?;
         self.spoil_something();
         Ok(())
     }
 
-    /// Returns whether there was a buffer for it.
-    fn send(&mut self, lane: usize) -> Verdict<bool> {
-        let range = self.some_range();
+    /// The next request, cut into parts.
+    fn plan(&mut self) -> Vec<Planned> {
         let [reads, zeroes, discards, flushes] = self.profile.mix;
         let roll = self.rng.below(1000);
-        let mut guest = GuestRequest::read(range, [0; _], self.step);
-        let request = if roll < reads {
-            guest.floors = self.model.floors(range);
-            Request::Read { range }
-        } else if roll < reads + zeroes + discards {
-            let zero = roll < reads + zeroes;
-            guest.kind = if zero || self.shape.policy.discard_zeroes {
-                guest.version = self.model.next_version();
-                guest.zero = true;
-                self.model.zeroing(range, guest.version);
-                Kind::Write
-            } else {
-                Kind::Nothing
-            };
-            let unmap = self.rng.chance(500_000);
-            if zero {
-                Request::WriteZeroes { range, unmap }
-            } else {
-                Request::Discard { range }
+        let unmap = self.rng.chance(500_000);
+        let mut ranges = vec![self.some_range()];
+        let flush =
+            (reads + zeroes + discards..reads + zeroes + discards + flushes).contains(&roll);
+        if !flush && self.rng.chance(300_000) {
+            for _ in 0..self.rng.between(1, 3) {
+                let last = *ranges.last().expect("one at least");
+                ranges.extend(self.range_after(last));
             }
-        } else if roll < reads + zeroes + discards + flushes {
-            guest.kind = Kind::Flush;
-            guest.covers = self.guests.written;
-            Request::Flush
-        } else {
-            guest.kind = Kind::Write;
-            guest.version = self.model.next_version();
-            let version = guest.version;
-            let values = (range.start()..range.end()).map(|s| written(version, s));
-            let Some(data) = self.workers[lane].pool.take_filled(values) else {
-                return Ok(false);
+        }
+        let mut parts = Vec::new();
+        for range in ranges {
+            let mut guest = GuestRequest::read(range, [0; _], self.step);
+            let request = if roll < reads {
+                guest.floors = self.model.floors(range);
+                Request::Read { range }
+            } else if roll < reads + zeroes + discards {
+                let zero = roll < reads + zeroes;
+                guest.kind = if zero || self.shape.policy.discard_zeroes {
+                    guest.zero = true;
+                    Kind::Write
+                } else {
+                    Kind::Nothing
+                };
+                if zero {
+                    Request::WriteZeroes { range, unmap }
+                } else {
+                    Request::Discard { range }
+                }
+            } else if flush {
+                guest.kind = Kind::Flush;
+                guest.covers = self.guests.written;
+                Request::Flush
+            } else {
+                guest.kind = Kind::Write;
+                let data = NO_BUFFER;
+                Request::Write { range, data }
             };
-            Request::Write { range, data }
-        };
-        self.guests.left -= 1;
-        self.tally.count("requests");
-        let tag = self.guests.add(lane, guest);
-        self.deliver(lane, Event::Request { tag, request })?;
-        Ok(true)
+            parts.push(Planned { guest, request });
+        }
+        parts
+    }
+
+    /// Gives a write its version, when its place among all writes is taken.
+    pub fn number(&mut self, guest: &mut GuestRequest) {
+        if guest.kind == Kind::Write && guest.version == 0 {
+            guest.version = self.model.next_version();
+            if guest.zero {
+                self.model.zeroing(guest.range, guest.version);
+            }
+        }
+    }
+
+    /// Sectors that go on where `range` ends, if the disk does.
+    fn range_after(&mut self, range: SectorRange) -> Option<SectorRange> {
+        let geometry = self.shape.geometry;
+        let left = u32::try_from(geometry.sectors() - range.end()).expect("a small disk");
+        let count = range.count().min(left);
+        Some(geometry.first_piece(SectorRange::new(range.end(), count)?))
     }
 
     /// Half of all requests go to a few sectors, so that they meet.

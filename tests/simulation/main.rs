@@ -76,6 +76,7 @@ mod model;
 mod operations;
 mod pool;
 mod profile;
+mod rings;
 mod rng;
 mod run;
 mod trace;

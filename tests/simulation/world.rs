@@ -11,6 +11,7 @@ use crate::operations::{Landing, Operations, REMEMBERED};
 use crate::pool::Pool;
 use crate::profile::{Ailment, Profile, Shape};
 use crate::quorum::{Action, Event, Lane, LaneId, Mutation, Request, Shared};
+use crate::rings::{Planned, Rings};
 use crate::rng::Rng;
 use crate::trace::{Line, Tally, Trace, Verdict, violation};
 use crate::units::{ReplicaId, ReplicaSet, SectorRange, Time};
@@ -23,6 +24,8 @@ const STUCK_AFTER: u64 = 5_000 * MS;
 pub enum Breach {
     /// L4: the guest's own memory is written to the replicas, and the guest changes it meanwhile.
     GuestMemoryNotCopied,
+    /// L1: the parts of a request are queued for one by one.
+    PartsNotAnnounced,
 }
 
 /// What a run is to break.
@@ -32,10 +35,18 @@ pub struct Broken {
     pub breach: Option<Breach>,
 }
 
+impl Broken {
+    /// Whether this rule is broken.
+    pub fn is(self, breach: Breach) -> bool {
+        self.breach == Some(breach)
+    }
+}
+
 /// A lane and what belongs to its worker.
 pub struct Worker {
     pub lane: Lane,
     pub pool: Pool,
+    pub rings: Rings,
     tick_pending: bool,
 }
 
@@ -84,6 +95,7 @@ impl World {
             .map(|lane| Worker {
                 lane: Lane::new(LaneId(u8::try_from(lane).expect("few lanes"))),
                 pool: Pool::new(guest_buffers, replicas + 1),
+                rings: Rings::new(usize::try_from(rng.between(1, 3)).expect("few")),
                 tick_pending: false,
             })
             .collect();
@@ -122,7 +134,7 @@ impl World {
                 self.clock.after(delay, Happening::Guest { lane });
             }
         }
-        while !self.guests.all_replied() {
+        while !self.guests.all_replied() || self.workers.iter().any(|w| !w.rings.all_sent()) {
             if !self.advance()? {
                 let waiting = self.guests.list_waiting();
                 return violation("I14", format!("nothing will happen any more{waiting}"));
@@ -158,11 +170,13 @@ impl World {
             start = range.end();
             lane = (lane + 1) % self.workers.len();
             let request = GuestRequest::read(range, self.model.floors(range), self.step);
-            let tag = self.guests.add(lane, request);
-            let request = Request::Read { range };
-            self.deliver(lane, Event::Request { tag, request })?;
+            let part = Planned {
+                guest: request,
+                request: Request::Read { range },
+            };
+            self.begin(lane, vec![part])?;
             while self.advance()? {}
-            if self.guests.request(lane, tag).is_some() {
+            if !self.workers[lane].rings.is_idle() {
                 return violation("I9", format!("the last read of {range} got no reply"));
             }
         }
@@ -178,12 +192,8 @@ impl World {
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,
-            Happening::Publish { lane, request, tag } => {
-                self.guests.published(lane, tag);
-                self.deliver(lane, Event::Published { request })?;
-                let think = self.rng.below(100_000);
-                self.clock.after(think, Happening::Guest { lane });
-            }
+            Happening::Publish { lane } => self.publish(lane)?,
+            Happening::Resume { lane } => self.send_parts(lane)?,
             Happening::Wake { lane, wakeup } => self.deliver(lane, Event::Wake(wakeup))?,
             Happening::Tick { lane } => {
                 self.workers[lane].tick_pending = false;
@@ -208,7 +218,25 @@ impl World {
         if let Some(misuse) = worker.pool.misuse() {
             return violation("V7", misuse);
         }
-        for &action in &actions {
+        self.carry_out(lane, &actions)?;
+        actions.clear();
+        self.actions = actions;
+        self.note_behind();
+        let worker = &mut self.workers[lane];
+        if let Some(deadline) = worker.lane.deadline()
+            && !worker.tick_pending
+        {
+            worker.tick_pending = true;
+            let late = self.rng.below(2 * MS);
+            let delay = deadline.nanos().saturating_sub(now) + late;
+            self.clock.after(delay, Happening::Tick { lane });
+        }
+        self.release_copied(lane)
+    }
+
+    pub fn carry_out(&mut self, lane: usize, actions: &[Action]) -> Verdict {
+        let now = self.clock.now();
+        for &action in actions {
             self.trace.note(self.step, now, lane, Line::Asked(action));
             match action {
                 Action::Submit(operation) => self.submit(lane, operation)?,
@@ -220,13 +248,7 @@ impl World {
                 } => {
                     self.last_reply = now;
                     self.check_reply(lane, tag, status, data)?;
-                    // Replies become visible in batches: now and then it takes long.
-                    let delay = match self.rng.below(10) {
-                        0 => self.rng.between(50_000, MS),
-                        _ => self.rng.below(5_000),
-                    };
-                    let what = Happening::Publish { lane, request, tag };
-                    self.clock.after(delay, what);
+                    self.note_reply(lane, tag, request);
                 }
                 Action::Wake { lane: to, wakeup } => {
                     let to = usize::from(to.0);
@@ -239,18 +261,6 @@ impl World {
                 }
                 Action::Report(report) => self.check_report(report)?,
             }
-        }
-        actions.clear();
-        self.actions = actions;
-        self.note_behind();
-        let worker = &mut self.workers[lane];
-        if let Some(deadline) = worker.lane.deadline()
-            && !worker.tick_pending
-        {
-            worker.tick_pending = true;
-            let late = self.rng.below(2 * MS);
-            let delay = deadline.nanos().saturating_sub(now) + late;
-            self.clock.after(delay, Happening::Tick { lane });
         }
         Ok(())
     }

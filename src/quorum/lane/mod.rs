@@ -36,10 +36,14 @@ use settle::Settle;
 use write::Write;
 
 /// Activities of a lane at once, an upper bound on its memory.
-const ACTIVITIES_MAX: u16 = 4096;
+const ACTIVITIES_MAX: u16 = 8192;
 
-/// Slots that guest requests leave free for settlements and flush runs.
+/// Slots that guest requests leave free for background settlements and flush runs.
 const ACTIVITIES_RESERVED: usize = 256;
+
+/// Slots that may be taken when another request comes: a read that goes to arbitration while an
+/// answer is still out needs a second one.
+const REQUESTS_MAX: usize = (ACTIVITIES_MAX as usize - ACTIVITIES_RESERVED) / 2;
 
 /// How often deadlines are looked at while there are any. Deadlines are at least 20 ms away.
 const TICK: Duration = Duration::from_millis(5);
@@ -199,6 +203,8 @@ pub struct Lane {
     run_due: bool,
     /// Locks granted to this lane by its own releases.
     granted: VecDeque<LockTicket>,
+    /// What was announced and not withdrawn.
+    announced: Vec<SectorRange>,
     /// Reused by releases.
     woken: Vec<(LaneId, LockTicket)>,
     /// Reused by ticks.
@@ -225,6 +231,7 @@ impl Lane {
             flushes: Vec::with_capacity(ACTIVITIES_RESERVED),
             run_due: false,
             granted: VecDeque::with_capacity(64),
+            announced: Vec::new(),
             woken: Vec::with_capacity(64),
             swept: Vec::with_capacity(usize::from(ACTIVITIES_MAX)),
             timed: 0,
@@ -237,7 +244,8 @@ impl Lane {
     /// Whether another request may be submitted now. Otherwise some completion comes first.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.starved.is_empty() && self.activities.room() > ACTIVITIES_RESERVED
+        self.starved.is_empty()
+            && self.activities.room() > usize::from(ACTIVITIES_MAX) - REQUESTS_MAX
     }
 
     /// Whether no request and no operation is left.
@@ -256,6 +264,31 @@ impl Lane {
     #[must_use]
     pub fn counters(&self) -> &LaneCounters {
         &self.counters
+    }
+
+    /// Before the first of several writing parts of one request of the guest, which cover
+    /// `ranges`: their places among the requests of all lanes are taken in one step. Owed then is
+    /// [`Lane::all_parts_told`], before the parts of another request.
+    ///
+    /// # Panics
+    /// If the parts of another request were announced and are not all told.
+    pub fn announce(&mut self, ranges: impl Iterator<Item = SectorRange>, shared: &Shared) {
+        assert!(self.announced.is_empty(), "one request at a time");
+        self.announced.extend(ranges);
+        shared.order.announce(&self.announced, self.id);
+    }
+
+    /// No more parts of the request that was announced, if one was, will come. Appends what is to
+    /// be done about it.
+    pub fn all_parts_told(&mut self, shared: &Shared, actions: &mut Vec<Action>) {
+        if self.announced.is_empty() {
+            return;
+        }
+        shared
+            .order
+            .withdraw(&self.announced, self.id, &mut self.woken);
+        self.announced.clear();
+        self.wake(actions);
     }
 
     /// Takes note of `event` at `now` and appends what is to be done about it, in order.
@@ -438,16 +471,16 @@ impl Lane {
         turn.shared
             .order
             .release(range, self.id, ticket, &mut self.woken);
-        self.wake(turn);
+        self.wake(turn.actions);
     }
 
     /// Passes on the locks that were granted by what this lane did.
-    fn wake<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+    fn wake(&mut self, actions: &mut Vec<Action>) {
         for (lane, ticket) in self.woken.drain(..) {
             if lane == self.id {
                 self.granted.push_back(ticket);
             } else {
-                turn.actions.push(Action::Wake {
+                actions.push(Action::Wake {
                     lane,
                     wakeup: Wakeup::Granted(ticket),
                 });

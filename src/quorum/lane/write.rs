@@ -299,6 +299,9 @@ impl Lane {
 
     /// Complete, but published later: settlements may pass, writes may not (rules L3, Q3).
     pub(super) fn write_deferred<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        if broken!(turn.shared, DeferredIgnored) {
+            return;
+        }
         let write = self.write_mut(slot);
         assert!(
             write.phase == Phase::Replied && !write.published,
@@ -309,7 +312,7 @@ impl Lane {
             turn.shared
                 .order
                 .defer(range, self.id, ticket, &mut self.woken);
-            self.wake(turn);
+            self.wake(turn.actions);
         }
     }
 

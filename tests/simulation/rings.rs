@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The rings of the simulated guest: a lane serves one to three of them, a request has one to four
+//! parts, and replies become visible in the order in which the requests of a ring were sent
+//! (rule Q3), as in the worker of the daemon.
+
+use std::collections::VecDeque;
+
+use crate::clock::Happening;
+use crate::guest::{GuestRequest, Kind};
+use crate::quorum::{BufferId, Event, Request, RequestId, Tag};
+use crate::trace::Verdict;
+use crate::world::{Breach, World};
+
+/// A part of a request that the lane has not been told of.
+#[derive(Clone, Copy, Debug)]
+pub struct Planned {
+    pub guest: GuestRequest,
+    /// Without data; a write gets a buffer when it is sent.
+    pub request: Request,
+}
+
+/// A part in the lane.
+#[derive(Clone, Copy)]
+struct Part {
+    tag: Tag,
+    reads: bool,
+    replied: Option<RequestId>,
+    deferred: bool,
+}
+
+/// A request of the guest, by its parts.
+#[derive(Default)]
+struct Entry {
+    parts: Vec<Part>,
+    unsent: usize,
+}
+
+impl Entry {
+    fn is_complete(&self) -> bool {
+        self.unsent == 0 && self.parts.iter().all(|part| part.replied.is_some())
+    }
+}
+
+/// The rings of one lane.
+#[derive(Default)]
+pub struct Rings {
+    rings: Vec<VecDeque<Entry>>,
+    /// Parts of the request that was begun last, and the ring it is in.
+    unsent: VecDeque<Planned>,
+    sending: usize,
+    /// A look at what can be published is to come.
+    due: bool,
+    /// Replied reads: their buffers go back at once.
+    copied: Vec<RequestId>,
+}
+
+impl Rings {
+    pub fn new(count: usize) -> Self {
+        Self {
+            rings: (0..count).map(|_| VecDeque::new()).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Whether nothing that was begun is unpublished.
+    pub fn is_idle(&self) -> bool {
+        self.rings.iter().all(VecDeque::is_empty)
+    }
+
+    /// Whether all parts of all requests are in the lane.
+    pub fn all_sent(&self) -> bool {
+        self.unsent.is_empty()
+    }
+
+    fn part(&mut self, tag: Tag) -> Option<&mut Part> {
+        let parts = self.rings.iter_mut().flatten().flat_map(|e| &mut e.parts);
+        parts.into_iter().find(|part| part.tag == tag)
+    }
+
+    /// Takes the first request of a ring whose turn it is.
+    fn take_complete(&mut self) -> Option<Entry> {
+        let complete = |ring: &&mut VecDeque<Entry>| ring.front().is_some_and(Entry::is_complete);
+        self.rings.iter_mut().find(complete)?.pop_front()
+    }
+
+    /// Takes note of a reply that has to wait for an earlier request, once.
+    fn take_undeferred(&mut self) -> Option<RequestId> {
+        let mut parts = self.rings.iter_mut().flatten().flat_map(|e| &mut e.parts);
+        let part = parts.find(|p| p.replied.is_some() && !p.reads && !p.deferred)?;
+        part.deferred = true;
+        part.replied
+    }
+}
+
+impl World {
+    /// Begins a request of `parts` in one of the rings of the lane.
+    pub fn begin(&mut self, lane: usize, mut parts: Vec<Planned>) -> Verdict {
+        let several = parts.len() > 1 && parts[0].guest.kind == Kind::Write;
+        if several && !self.broken.is(Breach::PartsNotAnnounced) {
+            let ranges = parts.iter().map(|part| part.guest.range);
+            self.workers[lane].lane.announce(ranges, &self.shared);
+            for part in &mut parts {
+                self.number(&mut part.guest);
+            }
+        }
+        let worker = &mut self.workers[lane];
+        let ring = self.rng.index(worker.rings.rings.len());
+        worker.rings.sending = ring;
+        worker.rings.rings[ring].push_back(Entry {
+            parts: Vec::new(),
+            unsent: parts.len(),
+        });
+        worker.rings.unsent.extend(parts);
+        self.send_parts(lane)
+    }
+
+    /// Hands the lane the parts of the request that was begun, as many as it has room and buffers
+    /// for. Nothing else is begun before all are sent.
+    pub fn send_parts(&mut self, lane: usize) -> Verdict {
+        while let Some(&Planned { mut guest, request }) = self.workers[lane].rings.unsent.front() {
+            let mut request = request;
+            let mut room = self.workers[lane].lane.has_room();
+            if room {
+                self.number(&mut guest);
+            }
+            let worker = &mut self.workers[lane];
+            if room && let Request::Write { data, .. } = &mut request {
+                match worker.pool.take_filled(guest.values()) {
+                    Some(buffer) => *data = buffer,
+                    None => room = false,
+                }
+            }
+            if !room {
+                self.tally.count("stalled requests");
+                let later = self.rng.between(20_000, 200_000);
+                self.clock.after(later, Happening::Resume { lane });
+                return Ok(());
+            }
+            let tag = self.guests.add(lane, guest);
+            let rings = &mut self.workers[lane].rings;
+            rings.unsent.pop_front();
+            let sending = rings.sending;
+            let entry = rings.rings[sending].back_mut().expect("begun last");
+            entry.unsent -= 1;
+            entry.parts.push(Part {
+                tag,
+                reads: matches!(request, Request::Read { .. }),
+                replied: None,
+                deferred: false,
+            });
+            self.deliver(lane, Event::Request { tag, request })?;
+        }
+        let mut actions = Vec::new();
+        let worker = &mut self.workers[lane];
+        worker.lane.all_parts_told(&self.shared, &mut actions);
+        self.carry_out(lane, &actions)
+    }
+
+    /// Notes the reply to a part. It becomes visible with the next batch, at the earliest.
+    pub fn note_reply(&mut self, lane: usize, tag: Tag, request: RequestId) {
+        let rings = &mut self.workers[lane].rings;
+        let part = rings.part(tag).expect("only parts get replies");
+        part.replied = Some(request);
+        if part.reads {
+            rings.copied.push(request);
+        }
+        if !std::mem::replace(&mut rings.due, true) {
+            // Replies become visible in batches: now and then it takes long.
+            let delay = match self.rng.below(10) {
+                0 => self.rng.between(50_000, crate::faults::MS),
+                _ => self.rng.below(5_000),
+            };
+            self.clock.after(delay, Happening::Publish { lane });
+        }
+    }
+
+    /// Reads hold nothing that publication has to be waited for.
+    pub fn release_copied(&mut self, lane: usize) -> Verdict {
+        while let Some(request) = self.workers[lane].rings.copied.pop() {
+            self.deliver(lane, Event::Published { request })?;
+        }
+        Ok(())
+    }
+
+    /// Shows the guest what is complete and whose turn it is; the rest is deferred.
+    pub fn publish(&mut self, lane: usize) -> Verdict {
+        self.workers[lane].rings.due = false;
+        while let Some(entry) = self.workers[lane].rings.take_complete() {
+            for part in &entry.parts {
+                self.guests.published(lane, part.tag);
+            }
+            for part in entry.parts.iter().filter(|part| !part.reads) {
+                let request = part.replied.expect("complete");
+                self.deliver(lane, Event::Published { request })?;
+            }
+            let think = self.rng.below(100_000);
+            self.clock.after(think, Happening::Guest { lane });
+        }
+        while let Some(request) = self.workers[lane].rings.take_undeferred() {
+            self.tally.count("deferred replies");
+            self.deliver(lane, Event::Deferred { request })?;
+        }
+        Ok(())
+    }
+}
+
+/// Stands for the buffer that a planned write does not have yet.
+pub const NO_BUFFER: BufferId = BufferId(u32::MAX);
