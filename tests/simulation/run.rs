@@ -93,15 +93,17 @@ fn number(name: &str) -> Option<u64> {
 
 /// What the quick set must have met at least this often, so that a run that exercises nothing is
 /// seen. A long run meets more.
-const EXERCISED: [(&str, u64); 27] = [
+const EXERCISED: [(&str, u64); 29] = [
     ("requests", 5_000_000),
     ("flushes", 10_000),
+    ("deferred replies", 100_000),
+    ("stalled requests", 10_000),
     ("early replies", 1_000_000),
     ("starved requests", 10_000),
     ("arbitrations", 50_000),
     ("bad reports", 5_000),
     ("repairs", 3_000),
-    ("failed repairs", 10),
+    ("failed repairs", 5),
     ("transient differences", 1_000),
     ("behind marks", 1_000),
     ("failed flushes", 200),

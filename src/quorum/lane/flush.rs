@@ -88,7 +88,14 @@ impl Lane {
         run.pending.remove(replica);
         if run.ended {
             shared.flushes.answered(replica);
-        } else if let Some(errno) = errno_of(outcome) {
+            if let Some(errno) = errno_of(outcome) {
+                // It may be about what was written since the run ended.
+                self.flush_failed(turn, replica, errno);
+            }
+            self.flush_wind_up(slot);
+            return;
+        }
+        if let Some(errno) = errno_of(outcome) {
             run.errnos[replica.index()] = errno;
             // Rule F3: it counts from now on, whatever becomes of the run.
             if !broken!(shared, FailedFlushNotMarked) {
@@ -98,13 +105,32 @@ impl Lane {
             run.done.insert(replica);
         }
         let (pending, done) = (run.pending, run.done);
-        if !run.ended && pending.is_empty() {
+        if pending.is_empty() {
             self.flush_end(turn, slot);
-        } else if !run.ended && done.count() >= shared.policy.threshold && run.deadline.is_none() {
+        } else if done.count() >= shared.policy.threshold && run.deadline.is_none() {
             run.deadline = Some(turn.now.after(shared.policy.flush_grace));
             self.arm(turn.now);
         }
         self.flush_wind_up(slot);
+    }
+
+    /// Rule F3: a flush error counts at the moment it is seen, whoever asked for the flush. No
+    /// other flush will report it again.
+    pub(super) fn flush_failed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        replica: ReplicaId,
+        errno: i32,
+    ) {
+        let membership = &turn.shared.membership;
+        if membership.mark_behind_where_dirty(replica).0 > 0 {
+            let extents = membership.behind_extents(replica);
+            turn.report(Report::FlushFailed {
+                replica,
+                errno,
+                extents,
+            });
+        }
     }
 
     pub(super) fn flush_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {

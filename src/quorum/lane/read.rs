@@ -59,6 +59,14 @@ impl Read {
         self.phase == Phase::Asking && self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
+    /// Asks `others` with the buffer that was taken for one who is not current any more.
+    fn ask_instead(&mut self, others: ReplicaSet) {
+        for other in others.iter() {
+            self.ballots.0[other.index()] = self.ballots.0.iter_mut().find_map(Option::take);
+        }
+        self.asked = others;
+    }
+
     /// Compares the ballot of `replica` with the reference, on all bytes.
     fn count_ballot<B: Buffers>(&mut self, buffers: &B, replica: ReplicaId) {
         self.good.insert(replica);
@@ -222,8 +230,14 @@ impl Lane {
         }
         let fifo = shared.policy.read_pattern == ReadPattern::Fifo;
         let needed = if fifo { 1 } else { shared.policy.threshold };
+        if fifo && read.asked.is_empty() && !current.is_empty() {
+            // The other replica, under the same lock: one queued for anew would come after writes
+            // that are published only after this read.
+            read.ask_instead(current.iter().take(1).collect());
+        }
         let asked = read.asked;
-        if shared.unresolved.touches(range) {
+        let displaced = read.locked && asked.count() < needed && current.count() >= needed;
+        if displaced || shared.unresolved.touches(range) {
             let tag = self.read_drop(turn, slot);
             let matter = Matter {
                 range,
@@ -255,14 +269,12 @@ impl Lane {
         }
     }
 
+    /// Only without a lock, which would lose its place.
     fn read_start_over<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let read = self.read_mut(slot);
+        assert!(!read.locked, "a place in the order is kept");
         read.ballots.give_all(turn.buffers);
         read.phase = Phase::Starved;
-        let range = read.range;
-        if std::mem::take(&mut read.locked) {
-            self.unlock(turn, slot, range);
-        }
         if !self.read_take_buffers(turn, slot) {
             self.starved.push_back(slot);
         }

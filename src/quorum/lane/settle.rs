@@ -298,8 +298,12 @@ impl Lane {
             }
             Phase::Repairing => self.settle_repair_step(turn, slot, replica, outcome),
             Phase::Flushing => {
-                if errno_of(outcome).is_some() {
+                let flushed = settle.repairs[replica.index()] == Repair::Checking;
+                if let Some(errno) = errno_of(outcome)
+                    && flushed
+                {
                     self.settle_leave_behind(turn, slot, replica);
+                    self.flush_failed(turn, replica, errno);
                 }
                 self.settle_after_flush(turn, slot);
             }
