@@ -122,6 +122,33 @@ impl Guest {
         }
     }
 
+    /// The sectors it is about.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = SectorRange> + '_ {
+        let data = match self.request.kind() {
+            RequestKind::Read { range } | RequestKind::Write { range } => Some(range),
+            RequestKind::Flush | RequestKind::Discard | RequestKind::WriteZeroes => None,
+        };
+        let segments = self.request.segments().iter().map(|s| s.range);
+        data.into_iter()
+            .chain(segments.filter(move |_| data.is_none()))
+    }
+
+    /// Whether it writes, and takes more than one part to do so.
+    pub(super) fn writes_in_parts(&self, geometry: &Geometry) -> bool {
+        let first: fn(&Geometry, SectorRange) -> SectorRange = match self.request.kind() {
+            RequestKind::Write { .. } => |geometry, range| geometry.first_piece(range),
+            RequestKind::Discard | RequestKind::WriteZeroes => {
+                |geometry, range| geometry.first_extent_piece(range)
+            }
+            RequestKind::Read { .. } | RequestKind::Flush => return false,
+        };
+        let mut ranges = self.ranges();
+        let one = ranges
+            .next()
+            .is_none_or(|range| first(geometry, range) == range);
+        !one || ranges.next().is_some()
+    }
+
     /// Hands nothing more over: the request has failed.
     pub(super) fn abandon(&mut self) {
         self.status = BlockStatus::IoError;

@@ -166,6 +166,9 @@ struct Worker {
     guests: Guests,
     /// A request that was fetched and not handed to the lane whole, for want of room or buffers.
     stalled: Option<u32>,
+    /// The last look at the queues ended for want of room or buffers: looking again is of no use
+    /// before something has happened.
+    blocked: bool,
     shutting_down: bool,
     // Reused from batch to batch.
     actions: Vec<Action>,
@@ -204,6 +207,7 @@ impl Worker {
             memory: Arc::new(GuestMemory::new()),
             guests: Guests::default(),
             stalled: None,
+            blocked: false,
             shutting_down: false,
             actions: Vec::with_capacity(256),
             outcomes: Vec::with_capacity(256),
@@ -238,14 +242,15 @@ impl Worker {
         self.guests.len() == 0 && self.executor.in_flight() == 0 && self.lane.is_idle()
     }
 
-    /// One batch. Returns whether there may be more to do at once.
+    /// One batch. Returns whether there may be more to do at once: whatever the lane hears after
+    /// the look at the queues may have made room for more.
     fn turn(&mut self) -> Result<bool, RingError> {
         self.now = self.clock.now();
         let fetched = self.fetch();
         self.executor.submit()?;
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.executor.reap(&mut outcomes)?;
-        let completed = !outcomes.is_empty();
+        let mut busy = fetched || !outcomes.is_empty();
         for (op, outcome) in outcomes.drain(..) {
             self.tell(Event::Completed { op, outcome });
         }
@@ -256,11 +261,12 @@ impl Worker {
             .is_some_and(|deadline| deadline <= self.now)
         {
             self.tell(Event::Tick);
+            busy = true;
         }
-        self.publish();
+        busy |= self.publish();
         self.executor.submit()?;
         self.count_lane();
-        Ok(fetched || completed)
+        Ok(busy)
     }
 
     /// Hands an event to the lane and carries out what it asks for.
@@ -362,6 +368,7 @@ impl Worker {
 
     /// Takes requests from the queues and hands them to the lane. Returns whether there were any.
     fn fetch(&mut self) -> bool {
+        self.blocked = true;
         if let Some(guest) = self.stalled.take()
             && !self.issue(guest)
         {
@@ -385,6 +392,7 @@ impl Worker {
                         slot.begin(queue, ticket, entry.virtqueue.write_through());
                         fetched += 1;
                         any = true;
+                        self.announce(guest);
                         if !self.issue(guest) {
                             return any;
                         }
@@ -405,6 +413,7 @@ impl Worker {
             self.queues.looked_at(queue, fetched > 0, &memory);
         }
         self.queues.drop_quiet();
+        self.blocked = false;
         any
     }
 
@@ -414,6 +423,15 @@ impl Worker {
             Answer::Status(BlockStatus::Unsupported) => self.counters.unsupported.add(1),
             Answer::Status(BlockStatus::Ok) => self.counters.add_request(Kind::GetId, 0, true),
             Answer::Status(BlockStatus::IoError) => self.counters.refused.add(1),
+        }
+    }
+
+    /// Before the first of several parts that write: other lanes must not come in between.
+    fn announce(&mut self, guest: u32) {
+        let geometry = &self.shared.geometry;
+        let owner = self.guests.get(guest);
+        if owner.writes_in_parts(geometry) {
+            self.lane.announce(owner.ranges(), &self.shared);
         }
     }
 
@@ -463,6 +481,12 @@ impl Worker {
                 request,
             });
         }
+        let mut actions = std::mem::take(&mut self.actions);
+        self.lane.all_parts_told(&self.shared, &mut actions);
+        for action in actions.drain(..) {
+            self.carry_out(action);
+        }
+        self.actions = actions;
         if self.guests.get(guest).is_complete() {
             self.complete(guest);
         }
@@ -490,8 +514,9 @@ impl Worker {
         entry.to_publish = true;
     }
 
-    /// Completes what was replied to, publishes, and tells the lane what the guest can see.
-    fn publish(&mut self) {
+    /// Completes what was replied to, publishes, and tells the lane what the guest can see. Returns
+    /// whether there was anything to tell.
+    fn publish(&mut self) -> bool {
         let mut replied = std::mem::take(&mut self.replied);
         let mut at = 0;
         while at < replied.len() {
@@ -506,6 +531,7 @@ impl Worker {
         }
         let memory = Arc::clone(&self.memory);
         let mut published = std::mem::take(&mut self.published);
+        let mut any = !replied.is_empty();
         for queue in self.queues.all() {
             let Some(entry) = self.queues.try_get(queue) else {
                 continue;
@@ -517,6 +543,7 @@ impl Worker {
                 self.counters.calls.add(1);
             }
         }
+        any |= !published.is_empty();
         for guest in published.drain(..) {
             let mut part = self.guests.last_part(guest);
             while let Some(slot) = part {
@@ -539,6 +566,7 @@ impl Worker {
         replied.append(&mut self.replied);
         self.replied = replied;
         self.queues.drain_stopped(&self.events);
+        any
     }
 
     fn count_lane(&mut self) {
@@ -562,7 +590,9 @@ impl Worker {
 
     /// Sleeps until a kick, a completion, a message or a deadline.
     fn sleep(&mut self) {
-        if !self.replied.is_empty() || self.queues.ask_for_kicks(&self.memory) {
+        // Blocked, it is not for the drivers to end the wait, and a look at their rings would make
+        // it a spin that hears no messages.
+        if !self.replied.is_empty() || !self.blocked && self.queues.ask_for_kicks(&self.memory) {
             return;
         }
         let limit = self
