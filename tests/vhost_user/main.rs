@@ -7,6 +7,7 @@
 //! - `rings`: framing, feature bits, interrupts, kicks, indices.
 //! - `faults`: replicas that lie.
 //! - `life`: connections and processes, from their start to their end.
+//! - `overlaps`: workers that need what others hold.
 //! - `guests`: hostile guests.
 //! - `front_ends`: hostile front-ends.
 
@@ -17,5 +18,6 @@ mod faults;
 mod front_ends;
 mod guests;
 mod life;
+mod overlaps;
 mod rings;
 mod statuses;
