@@ -79,5 +79,6 @@ mod profile;
 mod rings;
 mod rng;
 mod run;
+mod scripted;
 mod trace;
 mod world;
