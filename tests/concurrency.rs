@@ -53,7 +53,11 @@ use quorum::order::{LockMode, Order};
 use units::{ReplicaId, ReplicaSet, SectorRange};
 
 /// Orders of threads tried per test.
-const SCHEDULES: usize = 20_000;
+const SCHEDULES: usize = if cfg!(debug_assertions) {
+    2_000
+} else {
+    20_000
+};
 
 fn lane(index: usize) -> LaneId {
     LaneId(u8::try_from(index).expect("few lanes"))

@@ -35,6 +35,18 @@ const ROT: Profile = Profile {
     ..SILENT
 };
 
+/// The profiles of this file hold every invariant while nothing is broken.
+#[test]
+fn profiles_of_broken_builds_hold_when_nothing_is_broken() {
+    for profile in [LOSSES, ROT] {
+        for seed in 1..=SEEDS {
+            if let Err(failure) = simulate(profile, seed, Broken::default()) {
+                panic!("{failure}");
+            }
+        }
+    }
+}
+
 /// Breaks a rule in random runs until one of `rules` is seen broken.
 fn is_noticed(broken: Broken, profiles: &[Profile], rules: &[&str]) {
     for seed in 1..=SEEDS {

@@ -5,7 +5,8 @@
 //! requests are served in that order. So a sector's past is a row of versions, and a read may
 //! return a version that is at least as new as the last one acknowledged, and the last one shown,
 //! before the read began. A write that failed may or may not have happened; once a read that began
-//! later has shown something older, it has not.
+//! later has shown something older, it has not; that it was shown while it was in flight obliges to
+//! nothing, because it takes more than N-T faults to make it fail.
 //!
 //! Zeroes do not say which write they are of, so showing them obliges to nothing. That also leaves
 //! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
@@ -25,6 +26,8 @@ const ZEROES_KEPT: usize = 256;
 struct Sector {
     /// Nothing older may be returned any more.
     floor: u64,
+    /// The last version that was acknowledged.
+    acknowledged: u64,
     /// Versions that read as zeroes.
     zeroes: Vec<u64>,
     /// Failed writes and when they failed.
@@ -47,6 +50,7 @@ impl Model {
         let sectors = (0..sector_count)
             .map(|_| Sector {
                 floor: 0,
+                acknowledged: 0,
                 zeroes: vec![0],
                 failed: Vec::new(),
             })
@@ -87,13 +91,18 @@ impl Model {
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.floor = sector.floor.max(version);
+            sector.acknowledged = sector.acknowledged.max(version);
             sector.failed.retain(|(failed, _)| *failed > version);
         }
     }
 
     pub fn failed(&mut self, range: SectorRange, version: u64, step: u64) {
         for s in range.start()..range.end() {
-            self.sectors[index(s)].failed.push((version, step));
+            let sector = &mut self.sectors[index(s)];
+            sector.failed.push((version, step));
+            if sector.floor == version {
+                sector.floor = sector.acknowledged;
+            }
         }
     }
 
@@ -135,7 +144,8 @@ impl Model {
         };
         let known = &mut self.sectors[index(sector)];
         let dead = &mut self.dead;
-        if value != 0 {
+        let failed_meanwhile = |&(failed, when): &(u64, u64)| failed == version && when >= began;
+        if value != 0 && !known.failed.iter().any(failed_meanwhile) {
             known.floor = known.floor.max(version);
             known.failed.retain(|&(failed, when)| {
                 let died = failed > version && when < began;

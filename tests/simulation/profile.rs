@@ -171,6 +171,16 @@ pub const HUNG: Profile = Profile {
     ..HEALTHY
 };
 
+/// A replica that nobody ever writes to has no reason to fall behind, and is asked again and
+/// again although it never answers.
+pub const HUNG_READS: Profile = Profile {
+    name: "hung-reads",
+    rates: QUIET,
+    mix: [1000, 0, 0, 0],
+    requests: 150_000,
+    ..HUNG
+};
+
 pub const FLUSHES: Profile = Profile {
     name: "flushes",
     replicas: &[3, 3, 4, 5],
@@ -236,13 +246,14 @@ pub const REPORT_ONLY: Profile = Profile {
     ..SILENT
 };
 
-pub const ALL: [Profile; 11] = [
+pub const ALL: [Profile; 12] = [
     HEALTHY,
     ERRORS,
     SILENT,
     MIXED,
     SLOW,
     HUNG,
+    HUNG_READS,
     FLUSHES,
     STORM,
     MINORITY,

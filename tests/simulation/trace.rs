@@ -27,6 +27,7 @@ pub fn violation<T>(rule: &'static str, what: impl Into<String>) -> Verdict<T> {
 }
 
 /// One thing that happened.
+#[allow(dead_code, reason = "for people to read: only printed")]
 #[derive(Clone, Copy, Debug)]
 pub enum Line {
     Told(Event),

@@ -238,8 +238,9 @@ def truncated(bench):
 
 
 def slow(bench):
-    """One replica answers 500 ms late. The guest sees nothing, and its reads and writes do not
-    wait for it: their mean latencies stay far below that."""
+    """One replica answers 500 ms late. The guest sees no error and right data, and its reads do not
+    wait for it. Its writes do, within the write grace (W6): nothing could bring the replica back
+    yet if it were left behind."""
     with three_replicas(bench, SlowReplica) as replicas:
         with bench.serve(replicas) as daemon:
             with bench.boot(daemon) as machine:
@@ -250,15 +251,16 @@ def slow(bench):
                 output = machine.run(FIO_RAW)
                 # Notes may come before the object.
                 report = json.loads(output[output.index("{") :])
-                for kind in ("read", "write"):
+                for kind, limit_ms in (("read", 250), ("write", 1200)):
                     mean_ms = report["jobs"][0][kind]["clat_ns"]["mean"] / 1e6
-                    expect(mean_ms < 250, f"a {kind} took {mean_ms:.0f} ms in the mean")
+                    expect(mean_ms < limit_ms, f"a {kind} took {mean_ms:.0f} ms in the mean")
                 machine.check_kernel_log()
                 machine.shut_down()
             daemon.stop(60)
             expect(not daemon.events("QUORUM_FAILURE"), "a request found no winner")
             expect(blamed(daemon) <= {NAMES[2]}, f"blamed {blamed(daemon)}")
-        expect_equal(replicas[:2])
+            left_behind = daemon.events("QUORUM_BLK_REPLICA_BEHIND")
+        expect_equal(replicas[:2] if left_behind else replicas)
 
 
 def firmware(bench):

@@ -11,9 +11,6 @@ use super::settle::Matter;
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
 use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
 
-/// One read among this many asks a slow replica all the same, to see whether it is back.
-const PROBE_EVERY: u64 = 64;
-
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     /// Waits for buffers.
@@ -200,17 +197,13 @@ impl Lane {
         if !policy.majority() {
             return asked;
         }
+        // It is asked again when its answers come in. To try it before that would cost buffers
+        // for as long as it hangs, until there are none left.
         for replica in asked.iter() {
             if self.stragglers[replica.index()] > STRAGGLERS_MAX && asked.count() > policy.threshold
             {
                 self.counters.reads_without_laggard += 1;
-                if !self
-                    .counters
-                    .reads_without_laggard
-                    .is_multiple_of(PROBE_EVERY)
-                {
-                    asked.remove(replica);
-                }
+                asked.remove(replica);
             }
         }
         asked

@@ -481,6 +481,8 @@ impl Lane {
         shared
             .membership
             .make_dirty(shared.geometry.extent_of(range.start()));
+        // A step of its own gets time of its own: a slow answer before does not count against it.
+        settle.deadline = Some(turn.now.after(shared.policy.write_grace_max));
         let skip_bytes = first * u32::try_from(SECTOR_LEN).expect("512");
         turn.submit(
             slot,
@@ -505,6 +507,7 @@ impl Lane {
             return;
         }
         settle.repairs[replica.index()] = Repair::Checking;
+        settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
         settle.pending.insert(replica);
         let (range, buffer) = (settle.matter.range, settle.ballots.of(replica));
         turn.submit(slot, replica, OperationKind::Read { range, buffer });
@@ -619,6 +622,7 @@ impl Lane {
         if settle.resolves() && settle.phase == Phase::Repairing {
             // Rule Y1: what was rewritten is durable before anybody sees it.
             settle.phase = Phase::Flushing;
+            settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
             for replica in rewritten.minus(settle.pending).iter() {
                 let settle = self.settle_mut(slot);
                 settle.pending.insert(replica);
@@ -691,7 +695,12 @@ impl Lane {
 
     fn settle_wind_up<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let settle = self.settle_mut(slot);
-        if settle.phase != Phase::Settled || !settle.published || !settle.pending.is_empty() {
+        if settle.phase != Phase::Settled || !settle.published {
+            return;
+        }
+        // What a replica that hangs does not use is not to be missing elsewhere.
+        settle.ballots.give_except(turn.buffers, settle.pending);
+        if !settle.pending.is_empty() {
             return;
         }
         settle.ballots.give_all(turn.buffers);
