@@ -7,8 +7,8 @@
 //!            (buffers)  (all of Cur)  (each dissenter, run by run)  (U only)
 //! ```
 //!
-//! A replica that cannot read the whole range is read once more in pieces: it has no vote where a
-//! piece fails, and its vote everywhere else. Two replicas with one bad sector each, in different
+//! A replica that cannot read the whole range is read once more block by block: it has no vote where a
+//! block fails, and its vote everywhere else. Two replicas with one bad sector each, in different
 //! places, then still give every sector two votes.
 
 use super::super::event::{
@@ -22,10 +22,6 @@ use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange,
 
 /// Settlements of a lane at once. More wait for nothing but buffers.
 const SETTLES_MAX: usize = ACTIVITIES_RESERVED / 2;
-
-/// Sectors of a piece in which a replica is read that cannot read the whole range: 4 KiB, what
-/// media lose at once.
-const PIECE_SECTORS: u32 = 8;
 
 /// What is to be settled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,7 +78,7 @@ pub(super) struct Settle {
     good: ReplicaSet,
     /// Those that could not be read at all.
     failed: ReplicaSet,
-    /// How far those are that are read in pieces: the first sector not read yet.
+    /// How far those are that are read block by block: the first sector not read yet.
     piecewise: [Option<u32>; REPLICAS_MAX],
     /// For each sector, the replicas of `good` that could not read it.
     unread: Vec<ReplicaSet>,
@@ -322,8 +318,8 @@ impl Lane {
         self.settle_wind_up(turn, slot);
     }
 
-    /// Takes the answer of a replica, or of a piece of it, and reads the next piece if it has come
-    /// to that.
+    /// Takes the answer of a replica, or to one block of it, and reads the next block if it has
+    /// come to that.
     fn settle_read_step<B: Buffers>(
         &mut self,
         turn: &mut Turn<'_, B>,
@@ -331,7 +327,8 @@ impl Lane {
         replica: ReplicaId,
         outcome: Outcome,
     ) {
-        let piece_sectors = PIECE_SECTORS.max(turn.shared.geometry.block_sectors());
+        let block_sectors = turn.shared.geometry.block_sectors();
+        let silenced = broken!(turn.shared, OneBadBlockSilences);
         let settle = self.settle_mut(slot);
         let count = settle.matter.range.count();
         let cause = match outcome {
@@ -347,13 +344,13 @@ impl Lane {
                 settle.good.insert(replica);
                 return;
             }
-            (None, Some(_)) if count <= piece_sectors => {
+            (None, Some(_)) if count <= block_sectors || silenced => {
                 settle.failed.insert(replica);
                 return;
             }
             (None, Some(_)) => 0,
             (Some(first), cause) => {
-                let end = (first + piece_sectors).min(count);
+                let end = (first + block_sectors).min(count);
                 if cause.is_none() {
                     settle.good.insert(replica);
                 } else {
@@ -372,7 +369,7 @@ impl Lane {
         }
         settle.piecewise[replica.index()] = Some(next);
         settle.pending.insert(replica);
-        let range = settle.sub_range(next, (next + piece_sectors).min(count));
+        let range = settle.sub_range(next, (next + block_sectors).min(count));
         let buffer = settle.ballots.of(replica);
         let skip_bytes = next * u32::try_from(SECTOR_LEN).expect("512");
         let kind = OperationKind::Read {
@@ -393,7 +390,7 @@ impl Lane {
         match settle.phase {
             Phase::Reading => {
                 // T equal votes are final whoever is still out; nothing less is (rule V2). Whoever
-                // is being read in pieces is still out.
+                // is being read block by block is still out.
                 let good = settle.good;
                 settle.good = good.minus(settle.pending);
                 let decided = majority && {
