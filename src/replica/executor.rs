@@ -205,6 +205,12 @@ impl Executor {
         &mut self.pool
     }
 
+    /// System calls made for the ring so far.
+    #[must_use]
+    pub fn ring_enters(&self) -> u64 {
+        self.ring.enters()
+    }
+
     /// Operations that were started and have not ended.
     #[must_use]
     pub fn in_flight(&self) -> usize {

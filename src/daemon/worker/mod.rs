@@ -157,6 +157,7 @@ struct Worker {
     reports: ReportSender,
     counters: Arc<WorkerCounters>,
     counted: LaneCounters,
+    counted_enters: u64,
     clock: Clock,
     /// The time of the batch: looked up once, not for every event.
     now: Time,
@@ -197,6 +198,7 @@ impl Worker {
             reports: setup.reports,
             counters: setup.counters,
             counted: LaneCounters::default(),
+            counted_enters: 0,
             clock: setup.clock,
             now: setup.clock.now(),
             events,
@@ -259,7 +261,7 @@ impl Worker {
         }
         self.publish();
         self.executor.submit()?;
-        self.count_lane();
+        self.count_batch();
         Ok(fetched || completed)
     }
 
@@ -541,7 +543,11 @@ impl Worker {
         self.queues.drain_stopped(&self.events);
     }
 
-    fn count_lane(&mut self) {
+    /// Passes on what ring and lane have counted since the last batch.
+    fn count_batch(&mut self) {
+        let enters = self.executor.ring_enters();
+        self.counters.ring_enters.add(enters - self.counted_enters);
+        self.counted_enters = enters;
         let now = *self.lane.counters();
         let before = std::mem::replace(&mut self.counted, now);
         if now == before {
