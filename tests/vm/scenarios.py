@@ -60,9 +60,9 @@ def read_whole_disk(machine):
     machine.run("dd if=/dev/disk of=/dev/null bs=1M iflag=direct")
 
 
-def read_until_repaired(machine, replicas, passes=10):
-    """Reads the whole disk until the replicas are identical. One pass need not do: a late vote is
-    not counted if something was written near it meanwhile, be it a repair (V7)."""
+def read_until_repaired(machine, replicas, passes=2):
+    """Reads the whole disk until the replicas are identical. The first pass finds every difference;
+    the last of its repairs may still be under way when the guest has its data."""
     for _ in range(passes):
         read_whole_disk(machine)
         if all(first_difference(replicas[0].image, each.image) is None for each in replicas[1:]):
