@@ -92,6 +92,8 @@ pub struct Ring {
     /// Whether the eventfd is to be signalled. It is only while the worker means to sleep:
     /// signalling costs the kernel an atomic and the worker a wake-up for nothing.
     armed: bool,
+    /// System calls made.
+    enters: u64,
     /// A raw pointer keeps the ring from being sent to another thread.
     _not_send: std::marker::PhantomData<*mut ()>,
 }
@@ -125,6 +127,7 @@ impl Ring {
             backlog: VecDeque::with_capacity(entries as usize * 4),
             outstanding: 0,
             armed: true,
+            enters: 0,
             _not_send: std::marker::PhantomData,
         };
         ring.disarm();
@@ -273,6 +276,12 @@ impl Ring {
         Ok((self.unsubmitted() > 0).then_some(RETRY_AFTER))
     }
 
+    /// Calls of `io_uring_enter` so far.
+    #[must_use]
+    pub fn enters(&self) -> u64 {
+        self.enters
+    }
+
     /// Whether the kernel has results that only an enter brings into the completion queue.
     fn unposted(&mut self) -> bool {
         let submission = self.uring.submission();
@@ -282,6 +291,7 @@ impl Ring {
     /// Enters the ring to submit `count` entries, to let the kernel finish what it deferred and to
     /// flush what overflowed. Never waits.
     fn enter(&mut self, count: usize) -> io::Result<usize> {
+        self.enters += 1;
         let count = u32::try_from(count).expect("a ring has at most 2^15 entries");
         let flags = EnterFlags::GETEVENTS.bits();
         // SAFETY: the count is the number of entries in the queue, and what they point to is

@@ -78,10 +78,19 @@ class Machine:
         self._transcript.close()
 
     def _connect(self):
-        wait_until(self._command_path.exists, 10, "QEMU's command socket")
-        self._commands = socket.socket(socket.AF_UNIX)
-        self._commands.connect(str(self._command_path))
+        self._commands = wait_until(self._try_connect, 20, "QEMU's command socket")
         self._wait_for_line(re.compile(rb"@@ ready"), BOOT_SECONDS)
+
+    def _try_connect(self):
+        """A connection to the guest's command port, or None while QEMU does not listen yet: the
+        file is there a moment before."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(self._command_path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            return None
+        return connection
 
     def run(self, command, seconds=120, check=True):
         """Runs a shell command in the guest. Returns what it printed, or with `check=False` the

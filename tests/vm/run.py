@@ -156,13 +156,14 @@ def main():
             f"{arguments.daemon} does not exist: run cargo build --release",
         )
         guest = Guest()
+        # A guest has four virtual CPUs: two of them at once would only be slow. And whoever comes
+        # first builds the images that all use.
+        turn = open(target_folder() / "vm" / "turn", "w")
+        fcntl.flock(turn, fcntl.LOCK_EX)
         guest.build()
     except Failure as failure:
         print(f"vm: {failure}", file=sys.stderr)
         return 1
-    # A guest has four virtual CPUs: two of them at once would only be slow.
-    turn = open(target_folder() / "vm" / "turn", "w")
-    fcntl.flock(turn, fcntl.LOCK_EX)
     if arguments.interactive:
         hand_over(arguments, guest)
         return 0

@@ -60,9 +60,9 @@ def read_whole_disk(machine):
     machine.run("dd if=/dev/disk of=/dev/null bs=1M iflag=direct")
 
 
-def read_until_repaired(machine, replicas, passes=10):
-    """Reads the whole disk until the replicas are identical. One pass need not do: a late vote is
-    not counted if something was written near it meanwhile, be it a repair (V7)."""
+def read_until_repaired(machine, replicas, passes=2):
+    """Reads the whole disk until the replicas are identical. The first pass finds every difference;
+    the last of its repairs may still be under way when the guest has its data."""
     for _ in range(passes):
         read_whole_disk(machine)
         if all(first_difference(replicas[0].image, each.image) is None for each in replicas[1:]):
@@ -238,8 +238,9 @@ def truncated(bench):
 
 
 def slow(bench):
-    """One replica answers 500 ms late. The guest sees nothing, and its reads and writes do not
-    wait for it: their mean latencies stay far below that."""
+    """One replica answers 500 ms late. The guest sees no error and right data, and its reads do not
+    wait for it. Its writes do, within the write grace (W6): nothing could bring the replica back
+    yet if it were left behind."""
     with three_replicas(bench, SlowReplica) as replicas:
         with bench.serve(replicas) as daemon:
             with bench.boot(daemon) as machine:
@@ -250,15 +251,16 @@ def slow(bench):
                 output = machine.run(FIO_RAW)
                 # Notes may come before the object.
                 report = json.loads(output[output.index("{") :])
-                for kind in ("read", "write"):
+                for kind, limit_ms in (("read", 250), ("write", 1200)):
                     mean_ms = report["jobs"][0][kind]["clat_ns"]["mean"] / 1e6
-                    expect(mean_ms < 250, f"a {kind} took {mean_ms:.0f} ms in the mean")
+                    expect(mean_ms < limit_ms, f"a {kind} took {mean_ms:.0f} ms in the mean")
                 machine.check_kernel_log()
                 machine.shut_down()
             daemon.stop(60)
             expect(not daemon.events("QUORUM_FAILURE"), "a request found no winner")
             expect(blamed(daemon) <= {NAMES[2]}, f"blamed {blamed(daemon)}")
-        expect_equal(replicas[:2])
+            left_behind = daemon.events("QUORUM_BLK_REPLICA_BEHIND")
+        expect_equal(replicas[:2] if left_behind else replicas)
 
 
 def firmware(bench):

@@ -6,9 +6,10 @@
 //! batches: one look at each queue, one entry into the ring, one update of a used index and at
 //! most one signal a queue.
 //!
-//! Two orders matter. All parts of a request go to the lane before the next request is fetched:
-//! locks are then queued for in the order of the ring, and requests that publish in that order
-//! cannot wait for each other in a circle. And a reply is carried out before the lane hears of
+//! Two orders matter. All parts of a request go to the lane before the next request is fetched,
+//! and their places among the requests of other workers are taken in one step: locks are then
+//! queued for in the order of the ring, and requests that publish in that order cannot wait for
+//! each other in a circle. And a reply is carried out before the lane hears of
 //! anything else, because the data it names may be used again after that.
 
 mod guests;
@@ -157,6 +158,7 @@ struct Worker {
     reports: ReportSender,
     counters: Arc<WorkerCounters>,
     counted: LaneCounters,
+    counted_enters: u64,
     clock: Clock,
     /// The time of the batch: looked up once, not for every event.
     now: Time,
@@ -200,6 +202,7 @@ impl Worker {
             reports: setup.reports,
             counters: setup.counters,
             counted: LaneCounters::default(),
+            counted_enters: 0,
             clock: setup.clock,
             now: setup.clock.now(),
             events,
@@ -265,7 +268,7 @@ impl Worker {
         }
         busy |= self.publish();
         self.executor.submit()?;
-        self.count_lane();
+        self.count_batch();
         Ok(busy)
     }
 
@@ -569,7 +572,11 @@ impl Worker {
         any
     }
 
-    fn count_lane(&mut self) {
+    /// Passes on what ring and lane have counted since the last batch.
+    fn count_batch(&mut self) {
+        let enters = self.executor.ring_enters();
+        self.counters.ring_enters.add(enters - self.counted_enters);
+        self.counted_enters = enters;
         let now = *self.lane.counters();
         let before = std::mem::replace(&mut self.counted, now);
         if now == before {
