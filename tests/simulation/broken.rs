@@ -11,7 +11,7 @@ use crate::world::{Breach, Broken};
 const BAD_BLOCKS: Profile = Profile {
     name: "bad-blocks",
     rates: Rates {
-        unreadable: 300_000,
+        unreadable: 20_000,
         ..QUIET
     },
     ..ERRORS
