@@ -138,7 +138,11 @@ fn begin(executor: &mut Executor, random: &mut Random, slot: usize, len: u32) ->
         executor.start(&Operation {
             op: OpId(slot as u64),
             replica: ReplicaId::new(index),
-            kind: OperationKind::Read { range, buffer },
+            kind: OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes: 0,
+            },
         });
         buffer
     });

@@ -156,6 +156,7 @@ fn write_zeroes_on_a_device_reads_back_zero() {
         let kind = OperationKind::Read {
             range: self::range(0, 128),
             buffer,
+            skip_bytes: 0,
         };
         assert_eq!(run(&mut executor, kind), Outcome::Done);
         let mut expected = vec![0x5a; 65_536];
@@ -177,6 +178,7 @@ fn a_device_whose_file_was_cut_gives_eio_and_works_before_the_cut() {
     let read = |start| OperationKind::Read {
         range: range(start, 8),
         buffer,
+        skip_bytes: 0,
     };
     let errno = libc::EIO;
     assert_eq!(run(&mut executor, read(4096)), Outcome::Failed { errno });

@@ -49,7 +49,11 @@ fn batch(executor: &mut Executor, epoll: &Epoll, ended: &mut Vec<(OpId, Outcome)
         *slot = Some(buffer);
         let range = range(index as u64 * 8);
         let kind = if index % 2 == 0 {
-            OperationKind::Read { range, buffer }
+            OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes: 0,
+            }
         } else {
             OperationKind::Write {
                 range,

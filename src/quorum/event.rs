@@ -136,12 +136,14 @@ pub struct Operation {
 /// The I/O of an [`Operation`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OperationKind {
-    /// Fill the first bytes of `buffer` with `range`.
+    /// Fill `buffer` with `range`, starting `skip_bytes` into it.
     Read {
         /// Sectors.
         range: SectorRange,
         /// Written to by the operation alone until it completes.
         buffer: BufferId,
+        /// Where in the buffer the first byte of `range` goes; a multiple of the block size.
+        skip_bytes: u32,
     },
     /// Write `range` from `buffer`, starting `skip_bytes` into it. Several operations may read
     /// one buffer at the same time.

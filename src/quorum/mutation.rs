@@ -10,6 +10,8 @@ pub enum Mutation {
     BehindVotes,
     /// V2: a read is answered one vote short of T.
     EarlyReplyBelowThreshold,
+    /// V4: a replica that cannot read one block of a range has no vote in all of it.
+    OneBadBlockSilences,
     /// V5: a read without a winner fails at once, without arbitration.
     NoArbitration,
     /// V7: ballots that arrive after the reply are not looked at.

@@ -50,10 +50,20 @@ impl<'a> Ballots<'a> {
     /// The replicas whose equal ballots win sector `index` of the range, or none.
     #[must_use]
     pub fn elect(&self, index: usize, rule: Rule) -> ReplicaSet {
+        self.elect_without(index, rule, ReplicaSet::EMPTY)
+    }
+
+    /// Like [`Ballots::elect`]; the replicas in `unread` could not be read in this sector and have
+    /// no vote there (rule V4).
+    #[must_use]
+    pub fn elect_without(&self, index: usize, rule: Rule, unread: ReplicaSet) -> ReplicaSet {
         let mut groups = [ReplicaSet::EMPTY; REPLICAS_MAX];
         let mut contents: [&[u8]; REPLICAS_MAX] = [&[]; REPLICAS_MAX];
         let mut group_count = 0;
         for (replica, bytes) in self.ballots[..self.count].iter().flatten() {
+            if unread.contains(*replica) {
+                continue;
+            }
             let sector = &bytes[index * SECTOR_LEN..(index + 1) * SECTOR_LEN];
             let group = contents[..group_count]
                 .iter()

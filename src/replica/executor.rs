@@ -151,7 +151,7 @@ impl Executor {
         let methods = self.replicas[operation.replica.index()].zero_methods;
         let flight = Flight::new(operation, methods);
         match flight.work {
-            Work::Read { buffer } => self.pool.pin(buffer, Access::KernelWrites),
+            Work::Read { buffer, .. } => self.pool.pin(buffer, Access::KernelWrites),
             Work::Write { buffer, .. } => self.pool.pin(buffer, Access::KernelReads),
             Work::Zero { .. } | Work::Flush => {}
         }
@@ -235,7 +235,7 @@ impl Executor {
             Next::Ended(outcome) => {
                 self.flights.remove(slot);
                 match work {
-                    Work::Read { buffer } => self.pool.unpin(buffer, Access::KernelWrites),
+                    Work::Read { buffer, .. } => self.pool.unpin(buffer, Access::KernelWrites),
                     Work::Write { buffer, .. } => self.pool.unpin(buffer, Access::KernelReads),
                     Work::Zero { .. } | Work::Flush => {}
                 }
@@ -259,8 +259,8 @@ impl Executor {
         let offset = flight.rest_offset();
         let len = flight.rest_bytes();
         match flight.work {
-            Work::Read { buffer } => {
-                let start = self.memory(buffer, flight.done_bytes(), len);
+            Work::Read { buffer, skip_bytes } => {
+                let start = self.memory(buffer, skip_bytes + flight.done_bytes(), len);
                 if self.registered {
                     opcode::ReadFixed::new(file, start, len, self.piece(buffer))
                         .offset(offset)

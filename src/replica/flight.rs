@@ -48,7 +48,7 @@ impl ZeroMethods {
 /// What an operation does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Work {
-    Read { buffer: BufferId },
+    Read { buffer: BufferId, skip_bytes: u32 },
     Write { buffer: BufferId, skip_bytes: u32 },
     Zero { method: ZeroMethod },
     Flush,
@@ -82,7 +82,11 @@ impl Flight {
     /// An operation of which nothing is done yet, on a replica that zeroes by `methods`.
     pub(super) fn new(operation: &Operation, methods: ZeroMethods) -> Self {
         let (work, range) = match operation.kind {
-            OperationKind::Read { range, buffer } => (Work::Read { buffer }, Some(range)),
+            OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes,
+            } => (Work::Read { buffer, skip_bytes }, Some(range)),
             OperationKind::Write {
                 range,
                 buffer,
@@ -255,7 +259,14 @@ mod tests {
     fn read(sectors: u32) -> Flight {
         let range = SectorRange::new(16, sectors).unwrap();
         let buffer = BufferId(0);
-        Flight::new(&operation(OperationKind::Read { range, buffer }), ALL)
+        Flight::new(
+            &operation(OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes: 0,
+            }),
+            ALL,
+        )
     }
 
     #[test]

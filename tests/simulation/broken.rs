@@ -91,6 +91,11 @@ fn v2_reply_below_threshold_is_noticed() {
 }
 
 #[test]
+fn v4_bad_block_that_silences_a_range_is_noticed() {
+    mutation_is_noticed(Mutation::OneBadBlockSilences, &[ERRORS, MIXED], &["I14"]);
+}
+
+#[test]
 fn v5_missing_arbitration_is_noticed() {
     mutation_is_noticed(Mutation::NoArbitration, &[SILENT, ERRORS], &["I14"]);
 }

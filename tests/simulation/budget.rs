@@ -2,7 +2,7 @@
 //! The fault budget: at most N-T replicas are bad at a sector at any moment, so that whatever
 //! goes wrong is our fault and not the faults'.
 
-use crate::pool::REQUEST_SECTORS;
+use crate::quorum::Geometry;
 use crate::units::SectorRange;
 
 /// Most replicas of a simulated disk.
@@ -11,6 +11,7 @@ pub const REPLICAS: usize = 8;
 /// Which copies may be bad, and how many more may become so.
 pub struct Budget {
     limit: u32,
+    block_sectors: usize,
     extent_shift: u32,
     /// Replicas whose sector is not what it should be, a bit each.
     tainted: Vec<u16>,
@@ -45,10 +46,12 @@ pub fn index(number: u64) -> usize {
 }
 
 impl Budget {
-    pub fn new(limit: usize, sector_count: u64, extent_shift: u32) -> Self {
-        let count = index(sector_count);
+    pub fn new(limit: usize, geometry: &Geometry) -> Self {
+        let count = index(geometry.sectors());
+        let extent_shift = geometry.extent_shift();
         Self {
             limit: u32::try_from(limit).expect("a few replicas"),
+            block_sectors: index(u64::from(geometry.block_sectors())),
             extent_shift,
             tainted: vec![0; count],
             held: vec![[0; REPLICAS]; count],
@@ -82,15 +85,14 @@ impl Budget {
             | self.doomed[self.extent(sector)]
     }
 
-    /// The sectors that a read which meets `sector` may be about.
+    /// The sectors of the block of `sector`.
     fn around(&self, sector: usize) -> std::ops::Range<usize> {
-        let first = self.extent(sector) << self.extent_shift;
-        let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
-        first.max((sector + 1).saturating_sub(REQUEST_SECTORS))..last.min(sector + REQUEST_SECTORS)
+        let first = sector - sector % self.block_sectors;
+        first..(first + self.block_sectors).min(self.tainted.len())
     }
 
-    /// Whether `sector` may become unreadable on `replica`; then it counts as that. Any read that
-    /// meets it fails as a whole, so its neighbours are bad as well.
+    /// Whether `sector` may become unreadable on `replica`; then it counts as that, and so does
+    /// its block: a replica that fails a read is read again block by block.
     pub fn shade(&mut self, sector: u64, replica: usize) -> bool {
         let s = index(sector);
         let around = self.around(s);

@@ -273,10 +273,15 @@ impl World {
         let flight = *self.operations.slots[slot].as_ref().expect("in flight");
         let replica = flight.operation.replica.index();
         match flight.operation.kind {
-            OperationKind::Read { range, buffer } => {
+            OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes,
+            } => {
+                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
                 let pool = &mut self.workers[flight.lane].pool;
                 for (place, sector) in masked(range, mask) {
-                    pool.put(buffer, place, self.disks[replica].value(sector));
+                    pool.put(buffer, skip + place, self.disks[replica].value(sector));
                 }
             }
             OperationKind::Write {
@@ -403,9 +408,13 @@ impl World {
                 Outcome::Short { expected, got }
             }
             Fault::Garbled { sector } if reads => {
-                if let OperationKind::Read { buffer, .. } = operation.kind {
+                if let OperationKind::Read {
+                    buffer, skip_bytes, ..
+                } = operation.kind
+                {
                     let value = garbled(self.rng.next());
-                    let place = index(u64::from(sector));
+                    let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
+                    let place = skip + index(u64::from(sector));
                     self.workers[flight.lane].pool.put(buffer, place, value);
                 }
                 Outcome::Done

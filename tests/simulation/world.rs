@@ -88,7 +88,7 @@ impl World {
             })
             .collect();
         Self {
-            budget: Budget::new(profile.budget(policy), sectors, geometry.extent_shift()),
+            budget: Budget::new(profile.budget(policy), &geometry),
             plan: Plan::new(profile.rates),
             operations: Operations::new(replicas, geometry.extents()),
             guests: Guests::new(shape.lanes, requests, geometry.extents()),

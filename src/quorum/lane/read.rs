@@ -251,7 +251,15 @@ impl Lane {
         let ballots = read.ballots;
         for replica in asked.iter() {
             let buffer = ballots.of(replica);
-            turn.submit(slot, replica, OperationKind::Read { range, buffer });
+            turn.submit(
+                slot,
+                replica,
+                OperationKind::Read {
+                    range,
+                    buffer,
+                    skip_bytes: 0,
+                },
+            );
         }
     }
 
@@ -391,7 +399,15 @@ impl Lane {
         read.ballots.0[next.index()] = Some(buffer);
         read.asked.insert(next);
         read.pending.insert(next);
-        turn.submit(slot, next, OperationKind::Read { range, buffer });
+        turn.submit(
+            slot,
+            next,
+            OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes: 0,
+            },
+        );
         true
     }
 

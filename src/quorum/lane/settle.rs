@@ -6,6 +6,10 @@
 //! Locking -> Starved -> Reading -> [Writing -> Checking]* -> [Flushing] -> Settled
 //!            (buffers)  (all of Cur)  (each dissenter, run by run)  (U only)
 //! ```
+//!
+//! A replica that cannot read the whole range is read once more block by block: it has no vote where a
+//! block fails, and its vote everywhere else. Two replicas with one bad sector each, in different
+//! places, then still give every sector two votes.
 
 use super::super::event::{
     BadCause, BehindCause, BufferId, During, OperationKind, Outcome, Report, Status, Tag,
@@ -70,8 +74,14 @@ pub(super) struct Settle {
     locked: bool,
     published: bool,
     pending: ReplicaSet,
+    /// Those that were read, at least in part.
     good: ReplicaSet,
+    /// Those that could not be read at all.
     failed: ReplicaSet,
+    /// How far those are that are read block by block: the first sector not read yet.
+    piecewise: [Option<u32>; REPLICAS_MAX],
+    /// For each sector, the replicas of `good` that could not read it.
+    unread: Vec<ReplicaSet>,
     causes: [BadCause; REPLICAS_MAX],
     ballots: ReplicaBuffers,
     /// Where the winners are put together; of the replicas, the repair writes from here.
@@ -107,22 +117,17 @@ impl Settle {
             .map(|&open| if open { open_rule } else { rule });
         rules
             .enumerate()
-            .map(|(index, rule)| ballots.elect(index, rule))
+            .map(|(index, rule)| ballots.elect_without(index, rule, self.unread[index]))
             .collect()
     }
 
-    /// Runs of sectors of the range for which `wanted` holds, given the winner and whether the
-    /// sector is in U.
-    fn runs(&self, wanted: impl Fn(ReplicaSet, bool) -> bool) -> Vec<SectorRange> {
+    /// Runs of sectors of the range for whose index `wanted` holds.
+    fn runs(&self, wanted: impl Fn(usize) -> bool) -> Vec<SectorRange> {
         let mut runs = Vec::new();
         let mut start = None;
         let count = self.matter.range.count();
         for index in 0..=count {
-            let place = index as usize;
-            let inside = self
-                .winners
-                .get(place)
-                .is_some_and(|winner| wanted(*winner, self.open[place]));
+            let inside = index < count && wanted(index as usize);
             match (inside, start) {
                 (true, None) => start = Some(index),
                 (false, Some(first)) => {
@@ -133,6 +138,12 @@ impl Settle {
             }
         }
         runs
+    }
+
+    /// Whether there is a winner at `index` and `replica` holds something else, or nothing
+    /// readable.
+    fn is_wrong(&self, replica: ReplicaId, index: usize) -> bool {
+        !self.winners[index].is_empty() && !self.winners[index].contains(replica)
     }
 
     fn sub_range(&self, first: u32, end: u32) -> SectorRange {
@@ -200,6 +211,8 @@ impl Lane {
             pending: ReplicaSet::EMPTY,
             good: ReplicaSet::EMPTY,
             failed: ReplicaSet::EMPTY,
+            piecewise: [None; REPLICAS_MAX],
+            unread: Vec::new(),
             causes: [BadCause::Differs; REPLICAS_MAX],
             ballots: ReplicaBuffers::default(),
             result: None,
@@ -255,10 +268,16 @@ impl Lane {
         settle.open = sectors_of(range)
             .map(|sector| shared.unresolved.touches(sector))
             .collect();
+        settle.unread = vec![ReplicaSet::EMPTY; settle.open.len()];
         settle.deadline = Some(until);
         for replica in current.iter() {
             let buffer = ballots.of(replica);
-            turn.submit(slot, replica, OperationKind::Read { range, buffer });
+            let kind = OperationKind::Read {
+                range,
+                buffer,
+                skip_bytes: 0,
+            };
+            turn.submit(slot, replica, kind);
         }
         if current.is_empty() {
             self.settle_decide(turn, slot);
@@ -281,18 +300,8 @@ impl Lane {
         settle.pending.remove(replica);
         match settle.phase {
             Phase::Reading => {
-                match outcome {
-                    Outcome::Done => settle.good.insert(replica),
-                    Outcome::Short { .. } => {
-                        settle.failed.insert(replica);
-                        settle.causes[replica.index()] = BadCause::Short;
-                    }
-                    Outcome::Failed { errno } => {
-                        settle.failed.insert(replica);
-                        settle.causes[replica.index()] = BadCause::Error(errno);
-                    }
-                }
-                if settle.pending.is_empty() {
+                self.settle_read_step(turn, slot, replica, outcome);
+                if self.settle_mut(slot).pending.is_empty() {
                     self.settle_decide(turn, slot);
                 }
             }
@@ -309,6 +318,68 @@ impl Lane {
         self.settle_wind_up(turn, slot);
     }
 
+    /// Takes the answer of a replica, or to one block of it, and reads the next block if it has
+    /// come to that.
+    fn settle_read_step<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+        outcome: Outcome,
+    ) {
+        let block_sectors = turn.shared.geometry.block_sectors();
+        let silenced = broken!(turn.shared, OneBadBlockSilences);
+        let settle = self.settle_mut(slot);
+        let count = settle.matter.range.count();
+        let cause = match outcome {
+            Outcome::Done => None,
+            Outcome::Short { .. } => Some(BadCause::Short),
+            Outcome::Failed { errno } => Some(BadCause::Error(errno)),
+        };
+        if let Some(cause) = cause {
+            settle.causes[replica.index()] = cause;
+        }
+        let next = match (settle.piecewise[replica.index()], cause) {
+            (None, None) => {
+                settle.good.insert(replica);
+                return;
+            }
+            (None, Some(_)) if count <= block_sectors || silenced => {
+                settle.failed.insert(replica);
+                return;
+            }
+            (None, Some(_)) => 0,
+            (Some(first), cause) => {
+                let end = (first + block_sectors).min(count);
+                if cause.is_none() {
+                    settle.good.insert(replica);
+                } else {
+                    for unread in &mut settle.unread[first as usize..end as usize] {
+                        unread.insert(replica);
+                    }
+                }
+                end
+            }
+        };
+        if next == count {
+            if !settle.good.contains(replica) {
+                settle.failed.insert(replica);
+            }
+            return;
+        }
+        settle.piecewise[replica.index()] = Some(next);
+        settle.pending.insert(replica);
+        let range = settle.sub_range(next, (next + block_sectors).min(count));
+        let buffer = settle.ballots.of(replica);
+        let skip_bytes = next * u32::try_from(SECTOR_LEN).expect("512");
+        let kind = OperationKind::Read {
+            range,
+            buffer,
+            skip_bytes,
+        };
+        turn.submit(slot, replica, kind);
+    }
+
     /// A deadline has passed: go on without those that hang, if that is right.
     pub(super) fn settle_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let policy = &turn.shared.policy;
@@ -318,7 +389,10 @@ impl Lane {
         settle.deadline = Some(until);
         match settle.phase {
             Phase::Reading => {
-                // T equal votes are final whoever is still out; nothing less is (rule V2).
+                // T equal votes are final whoever is still out; nothing less is (rule V2). Whoever
+                // is being read block by block is still out.
+                let good = settle.good;
+                settle.good = good.minus(settle.pending);
                 let decided = majority && {
                     let rule = Rule::Threshold(threshold);
                     let winners = settle.elect(turn.buffers, rule, rule);
@@ -326,6 +400,8 @@ impl Lane {
                 };
                 if decided {
                     self.settle_decide(turn, slot);
+                } else {
+                    settle.good = good;
                 }
             }
             Phase::Repairing | Phase::Flushing => {
@@ -397,8 +473,11 @@ impl Lane {
             during,
             explained,
         } = settle.matter;
-        let undecided = settle.runs(|winner, _| winner.is_empty());
-        let differing = settle.runs(|winner, _| !winner.contains_all(settle.good));
+        let undecided = settle.runs(|index| settle.winners[index].is_empty());
+        let differing = settle.runs(|index| {
+            let readable = settle.good.minus(settle.unread[index]);
+            !settle.winners[index].contains_all(readable)
+        });
         for replica in settle.failed.iter() {
             let cause = settle.causes[replica.index()];
             turn.report(Report::Bad {
@@ -408,10 +487,22 @@ impl Lane {
                 during,
             });
         }
+        let mut unreadable = !settle.failed.is_empty();
         for replica in settle.good.iter() {
+            for range in settle.runs(|index| settle.unread[index].contains(replica)) {
+                unreadable = true;
+                let cause = settle.causes[replica.index()];
+                turn.report(Report::Bad {
+                    replica,
+                    range,
+                    cause,
+                    during,
+                });
+            }
             // In U a difference is what was to be expected, and no fault of a replica.
-            let wrong = |winner: ReplicaSet, open: bool| {
-                !open && !winner.is_empty() && !winner.contains(replica)
+            let wrong = |index: usize| {
+                let read = !settle.unread[index].contains(replica);
+                read && !settle.open[index] && settle.is_wrong(replica, index)
             };
             for range in settle.runs(wrong) {
                 turn.report(Report::Bad {
@@ -422,7 +513,7 @@ impl Lane {
                 });
             }
         }
-        let transient = !explained && differing.is_empty() && settle.failed.is_empty();
+        let transient = !explained && differing.is_empty() && !unreadable;
         if blkverify && let Some(&range) = differing.first() {
             turn.report(Report::VerifyFailed { range });
         }
@@ -510,7 +601,12 @@ impl Lane {
         settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
         settle.pending.insert(replica);
         let (range, buffer) = (settle.matter.range, settle.ballots.of(replica));
-        turn.submit(slot, replica, OperationKind::Read { range, buffer });
+        let kind = OperationKind::Read {
+            range,
+            buffer,
+            skip_bytes: 0,
+        };
+        turn.submit(slot, replica, kind);
     }
 
     fn settle_repair_step<B: Buffers>(
@@ -610,8 +706,7 @@ impl Lane {
                 && settle.phase == Phase::Repairing
             {
                 rewritten.insert(replica);
-                let ranges =
-                    settle.runs(|winner, _| !winner.is_empty() && !winner.contains(replica));
+                let ranges = settle.runs(|index| settle.is_wrong(replica, index));
                 for range in ranges {
                     turn.report(Report::Repaired { replica, range });
                 }

@@ -138,6 +138,7 @@ fn write_then_read_returns_the_bytes_on_every_kind_of_replica() {
             let kind = OperationKind::Read {
                 range: whole,
                 buffer,
+                skip_bytes: 0,
             };
             let outcome = run(&mut executor, &[operation(op, replica, kind)]);
             assert_eq!(outcome, [Outcome::Done]);
@@ -179,14 +180,22 @@ fn more_operations_than_ring_entries_all_end() {
         .map(|op| {
             let buffer = taken(&mut executor, &[0; 4096]);
             let range = range(op * 8, 8);
-            operation(op, 0, OperationKind::Read { range, buffer })
+            operation(
+                op,
+                0,
+                OperationKind::Read {
+                    range,
+                    buffer,
+                    skip_bytes: 0,
+                },
+            )
         })
         .collect();
     let outcomes = run(&mut executor, &operations);
     assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Done));
     let content = pattern(IMAGE_BYTES, 1);
     for one in operations {
-        let OperationKind::Read { range, buffer } = one.kind else {
+        let OperationKind::Read { range, buffer, .. } = one.kind else {
             unreachable!("only reads were started")
         };
         let at = usize::try_from(range.offset_bytes()).unwrap();
@@ -257,6 +266,7 @@ fn read_past_the_end_of_a_cut_file_is_short() {
             let kind = OperationKind::Read {
                 range: range(8, 16),
                 buffer,
+                skip_bytes: 0,
             };
             let expected = 8192;
             let outcome = run_one(&mut executor, kind);
@@ -295,7 +305,11 @@ fn write_to_a_read_only_replica_fails_and_the_executor_goes_on() {
     };
     let errno = libc::EBADF;
     assert_eq!(run_one(&mut executor, kind), Outcome::Failed { errno });
-    let kind = OperationKind::Read { range, buffer };
+    let kind = OperationKind::Read {
+        range,
+        buffer,
+        skip_bytes: 0,
+    };
     assert_eq!(run_one(&mut executor, kind), Outcome::Done);
     assert!(executor.pool().bytes(buffer) == &pattern(IMAGE_BYTES, 1)[..4096]);
 }
@@ -359,7 +373,15 @@ fn give_before_the_completion_keeps_the_memory_from_others() {
     let mut executor = executor(&set);
     let buffer = taken(&mut executor, &[0; 4096]);
     let range = range(0, 8);
-    let read = operation(1, 0, OperationKind::Read { range, buffer });
+    let read = operation(
+        1,
+        0,
+        OperationKind::Read {
+            range,
+            buffer,
+            skip_bytes: 0,
+        },
+    );
     executor.start(&read);
     executor.pool_mut().give(buffer);
     let other = taken(&mut executor, &[5; 4096]);
@@ -390,7 +412,11 @@ fn an_unregistered_pool_works_the_same() {
     };
     assert_eq!(run_one(&mut executor, kind), Outcome::Done);
     executor.pool_mut().bytes_mut(buffer).fill(0);
-    let kind = OperationKind::Read { range, buffer };
+    let kind = OperationKind::Read {
+        range,
+        buffer,
+        skip_bytes: 0,
+    };
     assert_eq!(run_one(&mut executor, kind), Outcome::Done);
     assert!(executor.pool().bytes(buffer) == content);
 }
