@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Usage: examples/qemu.sh SOCKET [QEMU OPTIONS...]
 # Starts QEMU with the disk that quorum-blk serves on SOCKET. Everything else of the machine (a
-# kernel, a system disk, a network) follows as options of QEMU.
+# kernel, a system disk, a network) follows as options of QEMU, of which later ones win: add
+# "-machine accel=tcg" where /dev/kvm is there but does not work.
 set -eu
 socket=${1:?usage: qemu.sh SOCKET [QEMU OPTIONS...]}
 shift

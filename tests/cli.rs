@@ -180,7 +180,7 @@ fn help_teaches_and_ends_well() {
 
 #[test]
 fn wrong_usage_ends_with_2_and_one_message() {
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 12] = [
         (&[], "Usage"),
         (&["nonsense"], "nonsense"),
         (&["serve"], "give --socket-path PATH, or --fd N"),
@@ -198,7 +198,20 @@ fn wrong_usage_ends_with_2_and_one_message() {
         ),
         (
             &["--fd", "3", "--replica", "a", "--threshold", "2"],
-            "threshold 2 is impossible",
+            "--threshold 2 is impossible",
+        ),
+        (
+            &["serve", "--threshold", "two"],
+            "invalid value 'two' for '--threshold <T>': `two` is not possible; \
+             give a whole number from 0 to 255",
+        ),
+        (
+            &["serve", "--num-queues", "70000"],
+            "give a whole number from 0 to 65535",
+        ),
+        (
+            &["--fd", "3", "--replica", "a", "--buffer-memory", "100G"],
+            "--buffer-memory 100 GiB is too much; give at most 4 GiB",
         ),
         (
             &["--fd", "3", "--replica", "a", "--queue-size", "300"],
@@ -216,6 +229,58 @@ fn wrong_usage_ends_with_2_and_one_message() {
         assert_eq!(text.matches(message).count(), 1, "{arguments:?}: {text}");
         assert_eq!(stdout(&output), "");
     }
+}
+
+#[test]
+fn replicas_that_cannot_be_opened_are_named_with_the_cure() {
+    let disk = Disk::new();
+    let socket = disk.path("s");
+    let cases: [(PathBuf, &str); 3] = [
+        (
+            disk.path("missing"),
+            "correct the path, or create the file with the size of the disk",
+        ),
+        (disk.folder.path().to_owned(), "is a directory"),
+        (disk.path("a"), "is the same storage as replica 'replica0'"),
+    ];
+    for (path, message) in cases {
+        let output = disk
+            .serve(&["--replica", path.to_str().unwrap()])
+            .arg("--socket-path")
+            .arg(&socket)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let text = stderr(&output);
+        let begin = format!("quorum-blk: replica 'replica3' ({}): ", path.display());
+        assert!(text.starts_with(&begin), "{text}");
+        assert_eq!(text.matches(message).count(), 1, "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
+fn folder_of_the_socket_that_is_missing_is_named() {
+    let disk = Disk::new();
+    let output = disk
+        .serve(&["--socket-path", "/nonexistent/s"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    let message = "cannot listen on /nonexistent/s (--socket-path); its folder must exist";
+    assert!(text.contains(message), "{text}");
+}
+
+#[test]
+fn disk_the_guest_only_reads_is_not_told_about_discards() {
+    let disk = Disk::new();
+    let mut daemon = disk.start(&["--read-only"]);
+    let log = daemon.log_until("ready for a front-end");
+    assert!(!log.contains("discard"), "{log}");
+    daemon.signal("-TERM");
+    assert_eq!(daemon.wait().0, Some(0));
 }
 
 #[test]

@@ -33,6 +33,9 @@ const WORKERS_DEFAULT_MAX: u16 = 4;
 const WORKERS_MAX: u16 = 64;
 /// Memory for requests in flight unless the user says otherwise.
 const BUFFER_MEMORY_DEFAULT: ByteSize = ByteSize(64 << 20);
+/// More is never in flight at once, and the kernel pins all of it at the start: a slip of the pen
+/// must not take the host's memory away.
+const BUFFER_MEMORY_MAX: ByteSize = ByteSize(4 << 30);
 /// The longest piece of a request that is worked on at once.
 const PIECE_BYTES_MAX: u64 = 256 << 10;
 /// Seconds. A killed daemon's last operations land within milliseconds on storage that works.
@@ -131,6 +134,19 @@ pub enum ConfigError {
          (without one a replica is named replica0, replica1, ... by its place)"
     )]
     SameName(String),
+    /// More votes wanted than there are replicas, or none.
+    #[error(
+        "--threshold {threshold} is impossible when the number of replicas is {replicas}; \
+         give {least} to {replicas}"
+    )]
+    Threshold {
+        /// T.
+        threshold: usize,
+        /// N.
+        replicas: usize,
+        /// The smallest T that lets only one version win.
+        least: usize,
+    },
     /// The choices about voting do not fit together.
     #[error(transparent)]
     Policy(#[from] PolicyError),
@@ -164,7 +180,7 @@ pub enum ConfigError {
     },
     /// Not enough memory for one request per worker.
     #[error(
-        "--buffer-memory {given} is too little for {workers} workers and {replicas} replicas; \
+        "--buffer-memory {given} is too little (workers: {workers}, replicas: {replicas}); \
          give at least {least}, or fewer --workers"
     )]
     BufferMemory {
@@ -177,6 +193,9 @@ pub enum ConfigError {
         /// N.
         replicas: usize,
     },
+    /// More memory than requests in flight can fill.
+    #[error("--buffer-memory {0} is too much; give at most {BUFFER_MEMORY_MAX}")]
+    BufferMemoryTooLarge(ByteSize),
 }
 
 impl Config {
@@ -224,7 +243,7 @@ impl Config {
             log_level: settings.log_level.unwrap_or_default(),
             record: settings.record.unwrap_or_default(),
         };
-        config.policy().validate()?;
+        config.policy().validate().map_err(policy_error)?;
         Ok(config)
     }
 
@@ -247,6 +266,21 @@ impl Config {
     pub fn replica_names(&self) -> Vec<String> {
         let names = self.replicas.iter().map(|replica| replica.name.clone());
         names.collect()
+    }
+}
+
+/// The core knows no flags: what it says about the threshold is said again with its flag.
+fn policy_error(error: PolicyError) -> ConfigError {
+    match error {
+        PolicyError::Threshold {
+            threshold,
+            replicas,
+        } => ConfigError::Threshold {
+            threshold,
+            replicas,
+            least: replicas / 2 + 1,
+        },
+        other => other.into(),
     }
 }
 
@@ -321,6 +355,9 @@ fn buffer_memory(
             workers,
             replicas,
         });
+    }
+    if given > BUFFER_MEMORY_MAX {
+        return Err(ConfigError::BufferMemoryTooLarge(given));
     }
     Ok(given.0)
 }
@@ -405,7 +442,7 @@ mod tests {
     #[test]
     fn config_that_does_not_fit_names_flag_and_cure() {
         type Change = fn(&mut Settings);
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 19] = [
             ("give --socket-path PATH, or --fd N", |s| {
                 s.socket_path = None
             }),
@@ -432,10 +469,10 @@ mod tests {
                 s.replica[0].name = Some("replica2".to_owned());
             }),
             (
-                "threshold 4 is impossible with 3 replicas; give 1 to 3",
+                "--threshold 4 is impossible when the number of replicas is 3; give 2 to 3",
                 |s| s.threshold = Some(4),
             ),
-            ("threshold 0 is impossible", |s| s.threshold = Some(0)),
+            ("--threshold 0 is impossible", |s| s.threshold = Some(0)),
             (
                 "give --threshold 2 or more, or --allow-minority-threshold",
                 |s| {
@@ -471,6 +508,12 @@ mod tests {
                 s.workers = Some(1);
                 s.buffer_memory = Some(ByteSize(1 << 20));
             }),
+            (
+                "--buffer-memory 5 GiB is too much; give at most 4 GiB",
+                |s| {
+                    s.buffer_memory = Some(ByteSize(5 << 30));
+                },
+            ),
         ];
         for (message, change) in cases {
             let refused = refusal(change);

@@ -84,9 +84,36 @@ pub fn parse_file(text: &str, path: &Path) -> Result<Settings, FileError> {
             path: path.to_owned(),
             line,
             column,
-            message: error.message().trim_end().replace('\n', "; "),
+            message: explained(error.message(), text.lines().nth(line - 1)),
         }
     })
+}
+
+/// The parser's message on one line. Where it speaks of types it does not name the setting and
+/// says what Rust calls them; people get the line and a range.
+fn explained(message: &str, line: Option<&str>) -> String {
+    let message = message.trim_end().replace('\n', "; ");
+    if !message.starts_with("invalid ") {
+        return message;
+    }
+    let ranges = [
+        ("expected u8", "expected a whole number from 0 to 255"),
+        ("expected u16", "expected a whole number from 0 to 65535"),
+        (
+            "expected i32",
+            "expected a whole number from 0 to 2147483647",
+        ),
+    ];
+    let mut message = message;
+    for (ours, theirs) in ranges {
+        if let Some(start) = message.strip_suffix(ours) {
+            message = format!("{start}{theirs}");
+        }
+    }
+    match line.map(str::trim) {
+        Some(line) if !line.is_empty() => format!("{message}, in `{line}`"),
+        _ => message,
+    }
 }
 
 /// Line and column, from 1, of the byte `offset` of `text`.
@@ -201,8 +228,15 @@ log-level = "warn"
                 "threshold = \"2\"",
                 "disk.toml:1:13: invalid type: string \"2\"",
             ),
-            ("threshold = -1", "disk.toml:1:13: "),
-            ("threshold = 300", "disk.toml:1:13: "),
+            (
+                "threshold = -1",
+                "expected a whole number from 0 to 255, in `threshold = -1`",
+            ),
+            (
+                "serial = \"x\"\nnum-queues = 70000",
+                "disk.toml:2:14: invalid value: integer `70000`, expected a whole number from 0 to \
+                 65535, in `num-queues = 70000`",
+            ),
             (
                 "cache = \"none\"",
                 "disk.toml:1:9: unknown variant `none`, expected `direct`",

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::replica_argument::ReplicaArgument;
 use super::values::{
     BlockSize, ByteSize, Cache, EventsTarget, LogFormat, LogLevel, OnOff, ReadPatternName, Record,
+    whole_number,
 };
 
 /// Every setting of a disk, none of them decided. The comments are the help of the flags.
@@ -25,6 +26,7 @@ pub struct Settings {
 
     /// Use this inherited Unix stream socket, listening or connected
     #[arg(long, value_name = "N", help_heading = "Front-end")]
+    #[arg(value_parser = whole_number::<i32>)]
     pub fd: Option<i32>,
 
     /// A copy of the disk: a raw file or block device; give it once per replica, 1 to 16 times
@@ -61,6 +63,7 @@ pub struct Settings {
 
     /// How many equal sectors make a winner [default: floor(N/2)+1]
     #[arg(long, value_name = "T", help_heading = "Voting")]
+    #[arg(value_parser = whole_number::<u8>)]
     pub threshold: Option<u8>,
 
     /// Accept a threshold of N/2 or less, where two versions can have enough votes
@@ -117,17 +120,20 @@ pub struct Settings {
     ///
     /// QEMU asks for one per virtual CPU and does not start with fewer.
     #[arg(long, value_name = "COUNT", help_heading = "Device")]
+    #[arg(value_parser = whole_number::<u16>)]
     pub num_queues: Option<u16>,
 
     /// Largest queue accepted, a power of two from 4 to 1024 [default: 256]
     #[arg(long, value_name = "ENTRIES", help_heading = "Device")]
+    #[arg(value_parser = whole_number::<u16>)]
     pub queue_size: Option<u16>,
 
     /// Threads that serve the queues [default: CPUs, at most 4]
     #[arg(long, value_name = "COUNT", help_heading = "Resources")]
+    #[arg(value_parser = whole_number::<u16>)]
     pub workers: Option<u16>,
 
-    /// Memory for data of requests in flight; more requests wait [default: 64M]
+    /// Memory for data of requests in flight, up to 4G; more requests wait [default: 64M]
     #[arg(long, value_name = "SIZE", help_heading = "Resources")]
     pub buffer_memory: Option<ByteSize>,
 
@@ -135,6 +141,7 @@ pub struct Settings {
     ///
     /// A daemon that was killed keeps its locks until its last write has landed.
     #[arg(long, value_name = "SECONDS", help_heading = "Resources")]
+    #[arg(value_parser = whole_number::<u16>)]
     pub lock_timeout: Option<u16>,
 
     /// Append events (JSON lines, as in QMP) to this file or fifo, or to an open descriptor

@@ -22,9 +22,46 @@ pub enum ValueError {
     /// Not a block size.
     #[error("a block size of {0} is not possible; give 512 or 4096")]
     BlockSize(String),
+    /// Not a whole number, or one that the setting has no room for.
+    #[error("`{given}` is not possible; give a whole number from 0 to {most}")]
+    WholeNumber {
+        /// What was written.
+        given: String,
+        /// The largest the setting has room for.
+        most: u64,
+    },
     /// No place for events.
     #[error("the events target is empty; give a path or the number of an open descriptor")]
     EventsTarget,
+}
+
+/// Integers that settings are kept in.
+pub trait Whole: FromStr {
+    /// The largest.
+    const MOST: u64;
+}
+
+impl Whole for u8 {
+    const MOST: u64 = 0xff;
+}
+
+impl Whole for u16 {
+    const MOST: u64 = 0xffff;
+}
+
+impl Whole for i32 {
+    const MOST: u64 = 0x7fff_ffff;
+}
+
+/// Reads a number that a flag gives. Whether it makes sense is decided with the whole.
+///
+/// # Errors
+/// If it is no number, or one the setting has no room for.
+pub fn whole_number<T: Whole>(text: &str) -> Result<T, ValueError> {
+    text.parse().map_err(|_| ValueError::WholeNumber {
+        given: text.to_owned(),
+        most: T::MOST,
+    })
 }
 
 /// Whether a replica goes through the page cache.

@@ -51,7 +51,7 @@ impl RateLimiter {
         window.held.take()
     }
 
-    /// The held events whose window is over at `now`, in the order of their keys.
+    /// The held events whose window is over at `now`, in the order they happened.
     #[must_use]
     pub fn due(&mut self, now: Time) -> Vec<Event> {
         let mut events = Vec::new();
@@ -68,6 +68,7 @@ impl RateLimiter {
                 }
             }
         });
+        events.sort_by_key(|event| event.at);
         events
     }
 
@@ -77,13 +78,13 @@ impl RateLimiter {
         self.windows.values().map(|window| window.end).min()
     }
 
-    /// All held events, at the end of the process.
+    /// All held events, in the order they happened, at the end of the process.
     #[must_use]
     pub fn drain(&mut self) -> Vec<Event> {
-        std::mem::take(&mut self.windows)
-            .into_values()
-            .filter_map(|window| window.held)
-            .collect()
+        let windows = std::mem::take(&mut self.windows).into_values();
+        let mut events: Vec<Event> = windows.filter_map(|window| window.held).collect();
+        events.sort_by_key(|event| event.at);
+        events
     }
 }
 
@@ -190,6 +191,32 @@ mod tests {
         assert!(limiter.offer(at_millis(1), bad(0, 5)).is_none());
         let passed = limiter.offer(at_millis(2000), bad(0, 9)).unwrap();
         assert_eq!((range(&passed).start(), passed.suppressed), (9, 1));
+    }
+
+    #[test]
+    fn limiter_gives_held_events_in_the_order_they_happened() {
+        let mut limiter = RateLimiter::default();
+        for (replica, second) in [(0, 0), (1, 0), (1, 1), (0, 2)] {
+            let event = Event {
+                at: UNIX_EPOCH + Duration::from_secs(second),
+                ..bad(replica, second * 10)
+            };
+            let passed = limiter.offer(at_millis(second), event);
+            assert_eq!(passed.is_some(), second == 0);
+        }
+        let mut later = limiter.due(at_millis(1000));
+        assert_eq!(
+            later.iter().map(|e| range(e).start()).collect::<Vec<_>>(),
+            [10, 20]
+        );
+        for event in later.drain(..).rev() {
+            assert!(limiter.offer(at_millis(1001), event).is_none());
+        }
+        let drained = limiter.drain();
+        assert_eq!(
+            drained.iter().map(|e| range(e).start()).collect::<Vec<_>>(),
+            [10, 20]
+        );
     }
 
     #[test]

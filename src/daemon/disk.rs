@@ -80,7 +80,7 @@ impl Disk {
         let replicas = open_when_free(&options, config.lock_timeout)?;
         let block_bytes = config.block_size.map(|size| size.bytes());
         let shape = check_set(&replicas, config.threshold, block_bytes)?;
-        describe(&replicas, &shape);
+        describe(&replicas, &shape, config.read_only);
         let policy = Policy {
             discard_zeroes: shape.can_zero_exactly,
             ..config.policy()
@@ -210,7 +210,7 @@ fn executor_config(config: &Config, replicas: usize) -> ExecutorConfig {
     }
 }
 
-fn describe(replicas: &[Arc<Replica>], shape: &SetShape) {
+fn describe(replicas: &[Arc<Replica>], shape: &SetShape, guest_is_reader: bool) {
     for note in &shape.notes {
         warn!("{note}");
     }
@@ -222,7 +222,7 @@ fn describe(replicas: &[Arc<Replica>], shape: &SetShape) {
             "opened"
         );
     }
-    if !shape.can_zero_exactly {
+    if !shape.can_zero_exactly && !guest_is_reader {
         info!("discards are ignored: not every replica can zero exact ranges");
     }
 }

@@ -72,7 +72,10 @@ pub enum ListenerError {
         source: io::Error,
     },
     /// The socket cannot be made.
-    #[error("cannot listen on {}", path.display())]
+    #[error(
+        "cannot listen on {} (--socket-path); its folder must exist and be writable",
+        path.display()
+    )]
     Bind {
         /// The socket.
         path: PathBuf,

@@ -69,11 +69,11 @@ const TOKEN_CONNECTION: event_loop::Token = 0;
 pub fn run(config: Config) -> Result<(), DaemonError> {
     let signals = Signals::block()?;
     let clock = Clock::start();
-    warn_of_record(config.record);
     let sink = config.events.as_ref().map(EventSink::open).transpose()?;
     let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
     let counters = Counters::new(usize::from(config.workers), config.replica_names());
     let disk = Disk::start(&config, &sender, &counters, clock)?;
+    warn_of_record(config.record);
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),

@@ -6,7 +6,7 @@
 )]
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use io_uring::{opcode, squeue, types};
@@ -107,12 +107,16 @@ impl Executor {
         let registered = match unsafe { ring.register_memory(pool.pieces(PIECE_BYTES)) } {
             Ok(()) => true,
             Err(error) => {
-                tracing::info!(
-                    %error,
-                    bytes = pool.capacity_bytes(),
-                    "buffers are not registered with io_uring, which costs some speed; \
-                     raise RLIMIT_MEMLOCK"
-                );
+                // The limit is the process's: one worker says it for all.
+                static SAID: Once = Once::new();
+                SAID.call_once(|| {
+                    tracing::info!(
+                        %error,
+                        bytes_per_worker = pool.capacity_bytes(),
+                        "buffers are not registered with io_uring, which costs some speed; \
+                         raise RLIMIT_MEMLOCK"
+                    );
+                });
                 false
             }
         };

@@ -96,6 +96,9 @@ pub enum OpenFault {
         /// Its errno.
         error: io::Error,
     },
+    /// Nothing has that name.
+    #[error("cannot open: {0}; correct the path, or create the file with the size of the disk")]
+    NotFound(io::Error),
     /// Not permitted to write.
     #[error("cannot open for writing: {0}; correct its permissions or serve with --read-only")]
     NotWritable(io::Error),
@@ -321,7 +324,10 @@ fn open<'a>(
 fn identify(path: &Path) -> Result<Identity, OpenFault> {
     use std::os::unix::fs::FileTypeExt;
 
-    let metadata = fs::metadata(path).map_err(system("open"))?;
+    let metadata = fs::metadata(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => OpenFault::NotFound(error),
+        _ => system("open")(error),
+    })?;
     Identity::of(&metadata).ok_or_else(|| {
         let kind = metadata.file_type();
         OpenFault::WrongKind {

@@ -127,7 +127,10 @@ pub enum SetError {
         asked_bytes: u32,
     },
     /// Nothing is left of it after rounding down to blocks.
-    #[error("the replicas are too short for a disk with blocks of {block_bytes} bytes")]
+    #[error(
+        "the replicas are too short for a disk with blocks of {block_bytes} bytes; \
+         grow them to the size of the disk"
+    )]
     Empty {
         /// Logical block size.
         block_bytes: u32,
