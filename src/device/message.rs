@@ -19,6 +19,7 @@ use rustix::net::{
 use thiserror::Error;
 
 use super::config_space::CONFIG_BYTES_MAX;
+use super::notify::is_eventfd;
 
 /// Bytes of a header: request, flags, size, each 32 bits in the machine's order.
 pub const HEADER_LEN: usize = 12;
@@ -309,6 +310,10 @@ impl Message {
             }
             Request::SetVringKick | Request::SetVringCall | Request::SetVringErr => {
                 self.check_queue(self.u64_or_zero(0) & !NO_DESCRIPTOR, limits)?;
+                // Anything else might never become quiet, or make us wait.
+                if !self.descriptors.iter().all(|fd| is_eventfd(fd.as_fd())) {
+                    return Err(Refusal::NoEventfd { request });
+                }
             }
             Request::SetMemTable => {
                 if self.descriptors.is_empty() {
@@ -503,6 +508,12 @@ pub enum Refusal {
         request: Request,
         /// Descriptors received.
         got: usize,
+    },
+    /// The descriptor of a ring is no eventfd.
+    #[error("{request:?} came with a descriptor that is no eventfd")]
+    NoEventfd {
+        /// Which message.
+        request: Request,
     },
     /// No such queue.
     #[error("there is no queue {index}; the device has {queues}")]
