@@ -104,12 +104,21 @@ fn serve(
     let end = loop {
         match control.wait().map_err(DaemonError::Control)? {
             Wakeup::Connection(stream) => {
-                let handle = Connection::serve(stream, Arc::clone(disk.device()))
-                    .map_err(DaemonError::Control)?;
-                control
-                    .add(&handle.ended(), TOKEN_CONNECTION)
-                    .map_err(DaemonError::Control)?;
-                connection = Some(handle);
+                match Connection::serve(stream, Arc::clone(disk.device())) {
+                    Ok(handle) => {
+                        control
+                            .add(&handle.ended(), TOKEN_CONNECTION)
+                            .map_err(DaemonError::Control)?;
+                        connection = Some(handle);
+                    }
+                    // Out of descriptors or threads for the moment: the next one may be luckier.
+                    Err(error) => {
+                        warn!("cannot serve a front-end: {error}");
+                        if !control.accept_next().map_err(DaemonError::Control)? {
+                            break Err(DaemonError::Control(error));
+                        }
+                    }
+                }
             }
             Wakeup::Ready(_) => {
                 if let Some(handle) = connection.take() {

@@ -64,6 +64,11 @@ impl Process {
         self.child.try_wait().expect("a child of ours")
     }
 
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let number = match signal {

@@ -7,12 +7,17 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use quorum_blk::front_end::{FrontEnd, FrontEndError, Options, Request};
+use quorum_blk::front_end::{FrontEnd, FrontEndError, Options, Request, Status};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use vhost::{VhostBackend, VringConfigData};
+use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use vmm_sys_util::timerfd::TimerFd;
 
-use crate::common::{Disk, PATIENCE, Random, SECTOR, Setup, Signal};
+use crate::common::{Disk, PATIENCE, Random, SECTOR, Setup, Signal, eventually};
 
 /// Numbers of messages (vhost-user specification).
 mod message {
@@ -488,6 +493,151 @@ fn rings_outside_memory_are_refused() {
         drop(front_end);
         disk.assert_serves();
     }
+    disk.stop_and_compare();
+}
+
+#[test]
+fn descriptors_that_are_no_eventfds_are_refused() {
+    let mut disk = Setup::new().start();
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let (socket, _peer) = UnixStream::pair().expect("sockets");
+    let file = memory_file(4096);
+    let poll = Epoll::new().expect("an epoll descriptor");
+    let timer = TimerFd::new().expect("a timer");
+    let others = [
+        ("a pipe to read", reader.as_raw_fd()),
+        ("a pipe to write", writer.as_raw_fd()),
+        ("a socket", socket.as_raw_fd()),
+        ("a file", file.as_raw_fd()),
+        ("an epoll descriptor", poll.as_raw_fd()),
+        ("a timer", timer.as_raw_fd()),
+    ];
+    for (what, fd) in others {
+        for request in [message::SET_VRING_KICK, message::SET_VRING_CALL] {
+            let mut wire = Wire::negotiated(&disk);
+            wire.send(request, &words(&[0]), &[fd]);
+            let ended = wire.socket.read_to_end(&mut Vec::new());
+            let refused = match ended {
+                Ok(_) => true,
+                Err(error) => error.kind() == ErrorKind::ConnectionReset,
+            };
+            assert!(refused, "{what} was taken by message {request}");
+        }
+    }
+    disk.assert_serves();
+}
+
+/// The flag that keeps a write from waiting belongs to both sides of a shared descriptor.
+#[test]
+fn call_descriptor_that_blocks_later_holds_nobody_up() {
+    let mut disk = Setup::new().start();
+    let mut front_end = disk.connect(&Options::default());
+    let call = eventfd(0, EventfdFlags::NONBLOCK).expect("an event descriptor");
+    let bytes = [
+        &message::SET_VRING_CALL.to_le_bytes()[..],
+        &[1, 0, 0, 0, 8, 0, 0, 0],
+        &[0; 8],
+    ];
+    front_end
+        .socket()
+        .send_with_fds(&[&bytes.concat()[..]], &[call.as_raw_fd()])
+        .expect("a socket");
+    let mut count = [0; 8];
+    let signalled = eventually(|| rustix::io::read(&call, &mut count).ok());
+    assert!(signalled.is_some(), "it is signalled when it comes");
+    // Time for the second signal, by the worker.
+    std::thread::sleep(Duration::from_millis(50));
+    let _ = rustix::io::read(&call, &mut count);
+    fcntl_setfl(&call, OFlags::empty()).expect("flags");
+    rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).expect("room for that");
+    let request = Request::Read {
+        sector: 0,
+        len: SECTOR,
+    };
+    let queue = front_end.queue(0);
+    queue.enqueue(&request).expect("room");
+    queue.publish().expect("a kick");
+    std::thread::sleep(Duration::from_millis(50));
+    drop(front_end);
+    disk.assert_serves();
+    disk.stop();
+}
+
+#[test]
+fn lack_of_descriptors_costs_connections_and_not_the_daemon() {
+    let mut disk = Setup::new().start();
+    let pid = i32::try_from(disk.process().id()).expect("a process number");
+    let pid = Pid::from_raw(pid);
+    let before = getrlimit(Resource::Nofile);
+    for spare in 1..12 {
+        let open = eventually(|| {
+            // Until the connection of before is gone altogether.
+            let open = disk.process().descriptors();
+            std::thread::sleep(Duration::from_millis(5));
+            (open == disk.process().descriptors()).then_some(open)
+        });
+        let open = u64::try_from(open.expect("an idle daemon")).expect("small");
+        let few = Rlimit {
+            current: Some(open + spare),
+            ..before
+        };
+        prlimit(pid, Resource::Nofile, few).expect("a limit");
+        let wire = Wire::connect(&disk);
+        std::thread::sleep(Duration::from_millis(20));
+        prlimit(pid, Resource::Nofile, before).expect("the limit of before");
+        wire.hang_up();
+        disk.assert_alive();
+    }
+    disk.assert_serves();
+}
+
+/// Changes of a ring by the thousand, while it works.
+#[test]
+fn storm_of_messages_about_running_rings_loses_no_request() {
+    let mut disk = Setup::new().start();
+    let options = Options {
+        queues: 4,
+        ..Options::default()
+    };
+    let mut front_end = disk.connect(&options);
+    let descriptors = disk.process().descriptors();
+    let data = vec![0x42; 8 * SECTOR];
+    for round in 0..100u64 {
+        let mut tokens = Vec::new();
+        for index in 0..4 {
+            let queue = front_end.queue(index);
+            let sector = 8 * (4 * round + index as u64);
+            let request = Request::Write {
+                sector,
+                data: &data,
+            };
+            tokens.push(queue.enqueue(&request).expect("room"));
+            queue.publish().expect("a kick");
+        }
+        for _ in 0..3 {
+            front_end.enable_all(false).expect("disabled");
+            front_end.enable_all(true).expect("enabled");
+        }
+        for index in 0..4 {
+            front_end.replace_kick(index).expect("a kick descriptor");
+            front_end.replace_call(index).expect("a call descriptor");
+            front_end.tell_addresses(index).expect("addresses");
+            front_end.tell_size(index).expect("a size");
+            // A lie, which must not be believed.
+            front_end.tell_base(index, 999).expect("a base");
+        }
+        for (index, token) in tokens.into_iter().enumerate() {
+            let completion = front_end.queue(index).wait(token).expect("an end");
+            assert_eq!(completion.status, Status::Ok);
+        }
+    }
+    let now = disk.process().descriptors();
+    assert!(
+        now <= descriptors + 8,
+        "{descriptors} descriptors became {now}"
+    );
+    drop(front_end);
+    disk.assert_serves();
     disk.stop_and_compare();
 }
 
