@@ -11,7 +11,7 @@ use super::GuestMemory;
 use super::chain::{CHAIN_DESCRIPTORS_MAX, DescriptorTable, is_inside};
 use super::config_space::{DISCARD_SEGMENTS_MAX, DeviceOptions, feature};
 use super::message::{Message, MessageLimits};
-use super::request::{BlockStatus, GuestRequest, Parsed, RequestKind, RequestRules};
+use super::request::{BlockStatus, GuestRequest, Parsed, RequestKind, RequestRules, Segment};
 use crate::units::SectorRange;
 
 const TABLE: u64 = 0;
@@ -223,6 +223,8 @@ fn check_request(memory: &GuestMemory, request: &mut GuestRequest, rules: &Reque
             let segments = request.segments();
             assert!(!segments.is_empty() && segments.len() <= DISCARD_SEGMENTS_MAX as usize);
             assert!(segments.iter().all(|segment| inside(segment.range)));
+            let apart = |pair: &[Segment]| pair[0].range.end() <= pair[1].range.start();
+            assert!(segments.windows(2).all(apart));
             assert!(!rules.read_only);
         }
     }

@@ -3,6 +3,8 @@ use std::fs::File;
 use std::io::Write;
 use std::thread;
 
+use rustix::event::{EventfdFlags, eventfd};
+
 use super::*;
 
 const LIMITS: MessageLimits = MessageLimits {
@@ -14,6 +16,10 @@ fn file(len: u64) -> OwnedFd {
     let file = tempfile::tempfile().unwrap();
     file.set_len(len).unwrap();
     file.into()
+}
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC).unwrap()
 }
 
 fn message(code: u32, body: &[u8], descriptors: Vec<OwnedFd>) -> Message {
@@ -118,8 +124,12 @@ fn good_messages_are_taken() {
         (message(8, &pair(3, 256), vec![]), Request::SetVringNum),
         (message(10, &pair(3, 65535), vec![]), Request::SetVringBase),
         (
-            message(12, &words(&[3]), vec![file(0)]),
+            message(12, &words(&[3]), vec![event()]),
             Request::SetVringKick,
+        ),
+        (
+            message(14, &words(&[3]), vec![event()]),
+            Request::SetVringErr,
         ),
         (message(13, &words(&[0x103]), vec![]), Request::SetVringCall),
         (message(18, &pair(0, 1), vec![]), Request::SetVringEnable),
@@ -178,6 +188,9 @@ fn bad_messages_are_refused_for_what_is_wrong() {
             message(12, &words(&[0]), vec![file(0), file(0)]),
             "Descriptors",
         ),
+        (message(12, &words(&[0]), vec![file(0)]), "NoEventfd"),
+        (message(13, &words(&[0]), vec![file(0)]), "NoEventfd"),
+        (message(14, &words(&[0]), vec![file(0)]), "NoEventfd"),
         (message(13, &words(&[0x104]), vec![]), "Queue {"),
         (message(13, &words(&[0x1_0000_0100]), vec![]), "Queue {"),
         (message(18, &pair(0, 2), vec![]), "Value"),

@@ -219,7 +219,8 @@ impl GuestRequest {
         self.kind
     }
 
-    /// The ranges of a discard or of write zeroes, in the order given, without empty ones.
+    /// The ranges of a discard or of write zeroes, in ascending order: none is empty, and no two
+    /// overlap.
     #[must_use]
     pub fn segments(&self) -> &[Segment] {
         &self.segments
@@ -499,11 +500,29 @@ impl GuestRequest {
                 Err(status) => return Parsed::Answer(status),
             }
         }
+        self.sort_segments();
         if self.segments.is_empty() {
             return Parsed::Answer(BlockStatus::Ok);
         }
         self.kind = kind;
         Parsed::Request
+    }
+
+    /// Puts the segments in ascending order and cuts off what an earlier one covers. All become
+    /// zeroes, in whatever order; but each holds a lock until the whole request is published
+    /// (rule L3), so two that overlap would wait for each other for ever.
+    fn sort_segments(&mut self) {
+        self.segments.sort_unstable_by_key(|s| s.range.start());
+        let mut covered = 0;
+        self.segments.retain_mut(|segment| {
+            let start = segment.range.start().max(covered);
+            let left = segment.range.end().saturating_sub(start);
+            covered = covered.max(segment.range.end());
+            let left = u32::try_from(left).expect("no longer than the segment");
+            let rest = SectorRange::new(start, left);
+            segment.range = rest.unwrap_or(segment.range);
+            rest.is_some()
+        });
     }
 
     /// The order of the checks is QEMU's.

@@ -476,6 +476,24 @@ fn discard_and_write_zeroes_have_the_statuses_of_qemu() {
 }
 
 #[test]
+fn segments_are_sorted_and_cut_until_none_overlap() {
+    let given = [
+        (64, 64, 0),
+        (0, 32, 1),
+        (64, 64, 0),
+        (96, 64, 0),
+        (100, 8, 0),
+        (32, 8, 0),
+        (0, 8, 0),
+    ];
+    let (parsed, request) = parse_segments(&rules(), TYPE_WRITE_ZEROES, &given, 7 * 16);
+    assert_eq!(parsed, Parsed::Request);
+    let ranges = request.segments().iter().map(|segment| segment.range);
+    let expected = [(0, 32), (32, 8), (64, 64), (128, 32)];
+    assert!(ranges.eq(expected.map(|(start, count)| SectorRange::new(start, count).unwrap())));
+}
+
+#[test]
 fn id_flush_and_unknown_types() {
     let memory = memory();
     let chain = |data: u32| {

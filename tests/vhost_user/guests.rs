@@ -617,6 +617,69 @@ fn overlapping_writes_from_several_queues_leave_replicas_identical() {
     disk.assert_nothing_reported();
 }
 
+/// Each worker has fewer buffers than its queue has writes, and each write waits for one of the
+/// other worker's: a worker that is short of buffers must still hear from the other.
+#[test]
+fn overlapping_writes_beyond_the_buffers_of_two_workers_end() {
+    let arguments = ["--workers", "2", "--buffer-memory", "16M"];
+    let mut disk = Setup::new().arguments(&arguments).start();
+    let mut front_end = disk.connect(&Options {
+        queues: 2,
+        ..Options::default()
+    });
+    std::thread::scope(|scope| {
+        for queue in front_end.queues() {
+            scope.spawn(move || {
+                let data = vec![u8::try_from(queue.index()).expect("small"); 256 << 10];
+                for _ in 0..3 {
+                    let request = Request::Write {
+                        sector: 0,
+                        data: &data,
+                    };
+                    let tokens: Vec<_> = (0..80)
+                        .map(|_| queue.enqueue(&request).expect("room"))
+                        .collect();
+                    queue.publish().expect("a kick");
+                    for token in tokens {
+                        let completion = queue.wait(token).expect("an end");
+                        assert_eq!(completion.status, Status::Ok);
+                    }
+                }
+            });
+        }
+    });
+    drop(front_end);
+    disk.stop_and_compare();
+}
+
+/// Every part of a request holds its lock until the request is published (rule L3).
+#[test]
+fn segments_of_one_request_that_overlap_do_not_wait_for_each_other() {
+    let mut disk = Setup::new().start();
+    let mut front_end = disk.connect(&Options::default());
+    let queue = front_end.queue(0);
+    queue.write_data(0, &[0x77; 256 * SECTOR]).expect("a write");
+    let segments = [
+        Segment::new(64, 64),
+        Segment::new(0, 32),
+        Segment::new(64, 64),
+        Segment::new(96, 64),
+        Segment::new(100, 8),
+        Segment::new(0, 8),
+    ];
+    queue.write_zeroes(&segments).expect("an end");
+    queue.discard(&segments).expect("an end");
+    let mut back = vec![0; 256 * SECTOR];
+    queue.read(0, &mut back).expect("a read");
+    for (at, sector) in back.chunks(SECTOR).enumerate() {
+        let zeroed = at < 32 || (64..160).contains(&at);
+        let expected = if zeroed { 0 } else { 0x77 };
+        assert!(sector.iter().all(|&byte| byte == expected), "sector {at}");
+    }
+    drop(front_end);
+    disk.stop_and_compare();
+}
+
 #[test]
 fn greedy_guest_gets_bounded_memory() {
     let setup = Setup::new()
