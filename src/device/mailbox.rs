@@ -42,10 +42,13 @@ pub enum QueueCommand {
         /// Owed always.
         ack: Ack<u16>,
     },
-    /// Fetch nothing until [`QueueCommand::Resume`]; complete what was fetched.
+    /// Fetch nothing from now on until [`QueueCommand::Resume`], and acknowledge at once; complete
+    /// what was fetched.
     Pause {
         /// Which queue.
         queue: u16,
+        /// Owed always.
+        ack: Ack<()>,
     },
     /// Fetch again, and look at the ring.
     Resume {

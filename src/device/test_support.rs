@@ -271,7 +271,10 @@ fn obey(
             Ack::send(ack, queue.next_avail());
             return;
         }
-        QueueCommand::Pause { queue } => queues.get_mut(&queue).unwrap().pause(),
+        QueueCommand::Pause { queue, ack } => {
+            queues.get_mut(&queue).unwrap().pause();
+            ack.send(());
+        }
         QueueCommand::Resume { queue } => queues.get_mut(&queue).unwrap().resume(),
         QueueCommand::SetKick { queue, kick } => queues.get_mut(&queue).unwrap().set_kick(kick),
         QueueCommand::SetCall { queue, call } => queues.get_mut(&queue).unwrap().set_call(call),

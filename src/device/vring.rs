@@ -153,7 +153,11 @@ impl DeviceVring {
             }
             Phase::Running if !wanted => {
                 ring.phase = Phase::Paused;
-                self.send(QueueCommand::Pause { queue });
+                let (ack, wait) = Ack::new();
+                self.send(QueueCommand::Pause { queue, ack });
+                // The front-end takes our answer for the end of fetching. A worker that is gone
+                // fetches nothing either.
+                let _ = wait.wait();
             }
             Phase::Paused if wanted => {
                 ring.phase = Phase::Running;

@@ -200,10 +200,11 @@ impl Worker {
                     }
                 }
             }
-            QueueCommand::Pause { queue } => {
+            QueueCommand::Pause { queue, ack } => {
                 if let Some(entry) = self.queues.try_get(usize::from(queue)) {
                     entry.virtqueue.pause();
                 }
+                ack.send(());
             }
             QueueCommand::Resume { queue } => {
                 if let Some(entry) = self.queues.try_get(usize::from(queue)) {
