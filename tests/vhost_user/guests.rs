@@ -680,6 +680,75 @@ fn segments_of_one_request_that_overlap_do_not_wait_for_each_other() {
     disk.stop_and_compare();
 }
 
+/// The locks of a large write are taken one after the other. Another queue's requests may take
+/// some of them in between, and are published in an order of their own.
+#[test]
+fn large_write_and_small_ones_in_the_opposite_order_end() {
+    let arguments = ["--workers", "2", "--buffer-memory", "16M"];
+    let setup = Setup::new().bytes(32 << 20).arguments(&arguments);
+    let mut disk = setup.start();
+    let mut front_end = disk.connect(&Options {
+        queues: 2,
+        memory_bytes: 128 << 20,
+        ..Options::default()
+    });
+    let data = vec![0x11; 20 << 20];
+    let write = |sector, len: usize| Request::Write {
+        sector,
+        data: &data[..len],
+    };
+    for _ in 0..8 {
+        let large = front_end.queue(0).enqueue(&write(0, data.len()));
+        let low = front_end.queue(1).enqueue(&write(0, 4096));
+        let high = front_end.queue(1).enqueue(&write(19 << 11, 4096));
+        front_end.queue(0).publish().expect("a kick");
+        // The large one has its first locks and not its last.
+        std::thread::sleep(Duration::from_millis(1));
+        front_end.queue(1).publish().expect("a kick");
+        for (queue, token) in [(0, large), (1, low), (1, high)] {
+            let completion = front_end.queue(queue).wait(token.expect("room"));
+            assert_eq!(completion.expect("an end").status, Status::Ok);
+        }
+    }
+    drop(front_end);
+    disk.stop_and_compare();
+}
+
+/// As above, with the segments of requests that name the same ranges.
+#[test]
+fn requests_of_many_segments_from_two_queues_end() {
+    let mut disk = Setup::new().arguments(&["--workers", "2"]).start();
+    let mut front_end = disk.connect(&Options {
+        queues: 2,
+        ..Options::default()
+    });
+    std::thread::scope(|scope| {
+        for queue in front_end.queues() {
+            scope.spawn(move || {
+                let ranges = (0..8).map(|at| Segment::new(1000 * at, 64));
+                let segments: Vec<Segment> = ranges.collect();
+                for _ in 0..100 {
+                    let mut tokens = Vec::new();
+                    for at in 0..4 {
+                        let request = Request::WriteZeroes(&segments);
+                        tokens.push(queue.enqueue(&request).expect("room"));
+                        let single = &segments[7 - at..8 - at];
+                        let request = Request::WriteZeroes(single);
+                        tokens.push(queue.enqueue(&request).expect("room"));
+                    }
+                    queue.publish().expect("a kick");
+                    for token in tokens {
+                        let completion = queue.wait(token).expect("an end");
+                        assert_eq!(completion.status, Status::Ok);
+                    }
+                }
+            });
+        }
+    });
+    drop(front_end);
+    disk.stop_and_compare();
+}
+
 #[test]
 fn greedy_guest_gets_bounded_memory() {
     let setup = Setup::new()

@@ -115,10 +115,12 @@ pub fn spawn(setup: WorkerSetup) -> Result<JoinHandle<()>, WorkerError> {
     let thread = thread::Builder::new()
         .name(format!("worker{}", setup.index))
         .spawn(move || {
-            let _abort = AbortOnPanic;
             // The ring belongs to the thread that makes it.
             match Worker::new(setup) {
                 Ok(mut worker) => {
+                    // Ends before the worker does: the process is gone before anybody is told of
+                    // the end of its queues, or a ring is taken down with operations in flight.
+                    let _abort = AbortOnPanic;
                     // Nobody waits any more only if the start was given up.
                     let _ = ready.send(Ok(()));
                     worker.run();
@@ -223,7 +225,7 @@ impl Worker {
     }
 
     fn run(&mut self) {
-        let mut batches = 0;
+        let mut batches: u32 = 0;
         loop {
             let busy = self
                 .turn()
@@ -231,11 +233,14 @@ impl Worker {
             if self.shutting_down && self.is_idle() {
                 break;
             }
-            batches = if busy { batches + 1 } else { 0 };
-            if !busy {
+            if !busy && !self.has_more() {
+                batches = 0;
                 self.sleep();
-            } else if batches % BATCHES_PER_LOOK == 0 {
-                self.wait(Some(Duration::ZERO));
+            } else {
+                batches = batches.wrapping_add(1);
+                if batches.is_multiple_of(BATCHES_PER_LOOK) {
+                    self.wait(Some(Duration::ZERO));
+                }
             }
         }
         self.mailboxes[self.index].close();
@@ -595,13 +600,15 @@ impl Worker {
         self.counters.buffer_waits.add(now.starved - before.starved);
     }
 
+    /// Whether there is something to do without waiting. Asks the drivers to kick for what comes
+    /// next. Blocked, it is not for the drivers to end the wait: what waits in their rings would
+    /// make it a spin.
+    fn has_more(&mut self) -> bool {
+        !self.replied.is_empty() || !self.blocked && self.queues.ask_for_kicks(&self.memory)
+    }
+
     /// Sleeps until a kick, a completion, a message or a deadline.
     fn sleep(&mut self) {
-        // Blocked, it is not for the drivers to end the wait, and a look at their rings would make
-        // it a spin that hears no messages.
-        if !self.replied.is_empty() || !self.blocked && self.queues.ask_for_kicks(&self.memory) {
-            return;
-        }
         let limit = self
             .executor
             .wait_limit()
