@@ -97,8 +97,6 @@ pub struct ReplicaCounters {
     pub repairs: Counter,
     /// Extents it fell behind in.
     pub behind: Counter,
-    /// Extents it was brought up to date in.
-    pub resynced: Counter,
 }
 
 /// What one worker counts. Aligned so that two workers never write to one cache line, nor to
@@ -214,7 +212,6 @@ impl Counters {
                 dissents: sum(&|worker| &worker.replica(replica).dissents),
                 repairs: sum(&|worker| &worker.replica(replica).repairs),
                 behind: sum(&|worker| &worker.replica(replica).behind),
-                resynced: sum(&|worker| &worker.replica(replica).resynced),
             }
         };
         Totals {
@@ -300,8 +297,6 @@ pub struct ReplicaTotals {
     pub repairs: u64,
     /// See [`ReplicaCounters::behind`].
     pub behind: u64,
-    /// See [`ReplicaCounters::resynced`].
-    pub resynced: u64,
 }
 
 impl Totals {
@@ -330,27 +325,20 @@ impl fmt::Display for Totals {
         let width = width.unwrap_or(0).max(14);
         writeln!(
             f,
-            "{:<w$}{:>14}{:>10}{:>10}{:>10}{:>10}{:>10}",
+            "{:<w$}{:>14}{:>10}{:>10}{:>10}{:>10}",
             "replica",
             "operations",
             "errors",
             "dissents",
             "repairs",
             "behind",
-            "resynced",
             w = width + 2
         )?;
         for row in &self.replicas {
             writeln!(
                 f,
-                "  {:<width$}{:>14}{:>10}{:>10}{:>10}{:>10}{:>10}",
-                row.name,
-                row.operations,
-                row.errors,
-                row.dissents,
-                row.repairs,
-                row.behind,
-                row.resynced
+                "  {:<width$}{:>14}{:>10}{:>10}{:>10}{:>10}",
+                row.name, row.operations, row.errors, row.dissents, row.repairs, row.behind
             )?;
         }
         writeln!(

@@ -85,7 +85,6 @@ impl EventData {
                 Report::Repaired { .. } => "QUORUM_BLK_REPAIRED",
                 Report::RepairFailed { .. } => "QUORUM_BLK_REPAIR_FAILED",
                 Report::Behind { .. } => "QUORUM_BLK_REPLICA_BEHIND",
-                Report::Resynced { .. } => "QUORUM_BLK_RESYNCED",
                 Report::VerifyFailed { .. } => "QUORUM_BLK_VERIFY_FAILED",
             },
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
@@ -105,8 +104,7 @@ impl EventData {
                 Report::Failure { during, .. } => (during_name(during), None),
                 Report::Repaired { replica, .. }
                 | Report::RepairFailed { replica, .. }
-                | Report::Behind { replica, .. }
-                | Report::Resynced { replica, .. } => ("", Some(replica)),
+                | Report::Behind { replica, .. } => ("", Some(replica)),
                 Report::Transient { .. } | Report::VerifyFailed { .. } => ("", None),
             },
             Self::ReportsLost { .. } | Self::EventsLost { .. } => ("", None),
@@ -143,7 +141,7 @@ fn range_of(report: &Report) -> Option<SectorRange> {
         | Report::RepairFailed { range, .. }
         | Report::VerifyFailed { range } => Some(range),
         Report::Behind { extent, .. } => Some(extent),
-        Report::FlushFailed { .. } | Report::Resynced { .. } => None,
+        Report::FlushFailed { .. } => None,
     }
 }
 
@@ -156,7 +154,7 @@ fn with_range(mut report: Report, new: SectorRange) -> Report {
         | Report::RepairFailed { range, .. }
         | Report::VerifyFailed { range }
         | Report::Behind { extent: range, .. } => *range = new,
-        Report::FlushFailed { .. } | Report::Resynced { .. } => {}
+        Report::FlushFailed { .. } => {}
     }
     report
 }
@@ -276,14 +274,6 @@ impl Event {
                 behind_extents: Some(extents),
                 ..Fields::of_disk(names)
             },
-            Report::Resynced {
-                replica,
-                extent,
-                written,
-            } => Fields {
-                sectors_written: Some(written),
-                ..Fields::of_replica(names, replica, extent)
-            },
         }
     }
 }
@@ -362,8 +352,6 @@ struct Fields<'a> {
     errno: Option<i32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     behind_extents: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sectors_written: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     count: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]

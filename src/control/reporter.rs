@@ -193,18 +193,6 @@ impl Reporter {
                     "replica {name} failed a flush ({text}) and is behind in {extents} extents{more}"
                 );
             }
-            Report::Resynced {
-                replica,
-                extent,
-                written,
-            } => {
-                let name = self.names.replica(replica);
-                info!(
-                    replica = name,
-                    "replica {name} votes again in {}; {written} sectors were rewritten{more}",
-                    Sectors(extent)
-                );
-            }
             Report::VerifyFailed { range } => {
                 error!(
                     "the two replicas differ in {} (--blkverify)",

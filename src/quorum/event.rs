@@ -284,15 +284,6 @@ pub enum Report {
         /// Extents in which it is behind because of this.
         extents: u64,
     },
-    /// The extent was brought up to date on the replica; it votes there again.
-    Resynced {
-        /// Which replica.
-        replica: ReplicaId,
-        /// The extent's sectors.
-        extent: SectorRange,
-        /// Sectors that were rewritten.
-        written: u32,
-    },
     /// `--blkverify`: the two copies differ. The daemon stops.
     VerifyFailed {
         /// First difference.

@@ -169,7 +169,7 @@ impl World {
                 self.tally.count("failed flushes");
                 Ok(())
             }
-            Report::Resynced { .. } | Report::VerifyFailed { .. } => {
+            Report::VerifyFailed { .. } => {
                 violation("report", format!("{report:?} is impossible here"))
             }
         }

@@ -368,7 +368,6 @@ impl Worker {
             Report::Behind { replica, .. } => self.counters.replica(replica).behind.add(1),
             Report::FlushFailed { replica, .. } => self.counters.replica(replica).errors.add(1),
             Report::Repaired { replica, .. } => self.counters.replica(replica).repairs.add(1),
-            Report::Resynced { replica, .. } => self.counters.replica(replica).resynced.add(1),
             Report::Failure { .. }
             | Report::Transient { .. }
             | Report::RepairFailed { .. }
