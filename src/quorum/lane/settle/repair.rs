@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The repair that follows from a verdict: whole blocks that differ are rewritten with the winner's
+//! bytes, under the lock of the vote, and read back (rule Y4).
+
+use super::super::super::event::{BehindCause, OperationKind, Outcome, Report};
+use super::super::super::mutation::broken;
+use super::super::errno_of;
+use super::{
+    Buffers, Lane, Phase, REPLICAS_MAX, Repair, ReplicaId, ReplicaSet, SECTOR_LEN, SlotId, Turn,
+};
+
+impl Lane {
+    /// Starts to rewrite what differs from the winner, on all dissenters at once.
+    pub(super) fn settle_repair<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        voters: ReplicaSet,
+    ) {
+        let settle = self.settle_mut(slot);
+        settle.phase = Phase::Repairing;
+        let range = settle.matter.range;
+        if broken!(turn.shared, RepairUnlocked) {
+            settle.locked = false;
+            self.unlock(turn, slot, range);
+        }
+        for replica in voters.iter() {
+            self.settle_write_run(turn, slot, replica, 0);
+        }
+        self.settle_after_repair(turn, slot);
+    }
+
+    /// Writes the next run that `replica` holds wrongly; when there is none, reads back.
+    fn settle_write_run<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+        from: u32,
+    ) {
+        let shared = turn.shared;
+        let settle = self.settle_mut(slot);
+        let range = settle.matter.range;
+        let Some((first, end)) = settle.next_run(replica, from, shared.geometry.block_sectors())
+        else {
+            if from > 0 {
+                self.settle_check(turn, slot, replica);
+            }
+            return;
+        };
+        let run = settle.sub_range(first, end);
+        let buffer = settle.result.expect("taken with the ballots");
+        settle.repairs[replica.index()] = Repair::Writing { next: end };
+        settle.pending.insert(replica);
+        // Rule W2 holds for repairs too.
+        shared
+            .membership
+            .make_dirty(shared.geometry.extent_of(range.start()));
+        // A step of its own gets time of its own: a slow answer before does not count against it.
+        settle.deadline = Some(turn.now.after(shared.policy.write_grace_max));
+        let skip_bytes = first * u32::try_from(SECTOR_LEN).expect("512");
+        turn.submit(
+            slot,
+            replica,
+            OperationKind::Write {
+                range: run,
+                buffer,
+                skip_bytes,
+            },
+        );
+    }
+
+    fn settle_check<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+    ) {
+        let settle = self.settle_mut(slot);
+        if broken!(turn.shared, RepairNotReadBack) {
+            settle.repairs[replica.index()] = Repair::Right { sectors: 0 };
+            return;
+        }
+        settle.repairs[replica.index()] = Repair::Checking;
+        settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
+        settle.pending.insert(replica);
+        let (range, buffer) = (settle.matter.range, settle.ballots.of(replica));
+        let kind = OperationKind::Read {
+            range,
+            buffer,
+            skip_bytes: 0,
+        };
+        turn.submit(slot, replica, kind);
+    }
+
+    pub(super) fn settle_repair_step<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+        outcome: Outcome,
+    ) {
+        let settle = self.settle_mut(slot);
+        match settle.repairs[replica.index()] {
+            Repair::Writing { next } if errno_of(outcome).is_none() => {
+                self.settle_write_run(turn, slot, replica, next);
+            }
+            Repair::Checking if errno_of(outcome).is_none() => {
+                self.settle_compare(turn, slot, replica);
+            }
+            Repair::Writing { .. } | Repair::Checking => {
+                self.settle_leave_behind(turn, slot, replica);
+            }
+            // A straggling read of a replica that is no dissenter.
+            Repair::None | Repair::Right { .. } | Repair::Wrong => {}
+        }
+        self.settle_after_repair(turn, slot);
+    }
+
+    /// Compares what was read back with the winner, on all sectors that have one (rule Y4).
+    fn settle_compare<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+    ) {
+        let settle = self.settle_mut(slot);
+        let result = turn
+            .buffers
+            .bytes(settle.result.expect("taken with the ballots"));
+        let back = turn.buffers.bytes(settle.ballots.of(replica));
+        let mut rewritten = 0;
+        let mut right = true;
+        for (index, winner) in settle.winners.iter().enumerate() {
+            if winner.is_empty() {
+                continue;
+            }
+            let at = index * SECTOR_LEN..(index + 1) * SECTOR_LEN;
+            right &= result[at.clone()] == back[at];
+            rewritten += u32::from(!winner.contains(replica));
+        }
+        if right {
+            settle.repairs[replica.index()] = Repair::Right { sectors: rewritten };
+        } else {
+            self.settle_leave_behind(turn, slot, replica);
+        }
+    }
+
+    /// The replica could not be repaired: it is behind here before anybody is told (rule Y4). One
+    /// whose write hangs and that cannot be marked keeps the lock instead: its write could land on
+    /// top of a later one.
+    pub(super) fn settle_leave_behind<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        replica: ReplicaId,
+    ) {
+        let geometry = &turn.shared.geometry;
+        let settle = self.settle_mut(slot);
+        let range = settle.matter.range;
+        let extent = geometry.extent_of(range.start());
+        let marked = turn.shared.membership.mark_behind(extent, replica);
+        if marked.is_none() && settle.pending.contains(replica) {
+            return;
+        }
+        settle.repairs[replica.index()] = Repair::Wrong;
+        turn.report(Report::RepairFailed { replica, range });
+        if marked == Some(true) {
+            let extent = geometry.extent_range(extent);
+            turn.report(Report::Behind {
+                replica,
+                extent,
+                why: BehindCause::RepairFailed,
+            });
+        }
+    }
+
+    /// Goes on when no repair is under way any more.
+    pub(super) fn settle_after_repair<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let settle = self.settle_mut(slot);
+        if settle.repairs.iter().any(|repair| repair.under_way()) || settle.phase == Phase::Settled
+        {
+            return;
+        }
+        let mut rewritten = ReplicaSet::EMPTY;
+        for index in 0..REPLICAS_MAX {
+            let replica = ReplicaId::new(index);
+            let settle = self.settle_mut(slot);
+            if let Repair::Right { sectors } = settle.repairs[index]
+                && settle.phase == Phase::Repairing
+            {
+                rewritten.insert(replica);
+                let ranges = settle.runs(|index| settle.is_wrong(replica, index));
+                for range in ranges {
+                    turn.report(Report::Repaired { replica, range });
+                }
+                self.counters.repaired_sectors += u64::from(sectors);
+            }
+        }
+        let settle = self.settle_mut(slot);
+        if settle.resolves() && settle.phase == Phase::Repairing {
+            // Rule Y1: what was rewritten is durable before anybody sees it.
+            settle.phase = Phase::Flushing;
+            settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
+            for replica in rewritten.minus(settle.pending).iter() {
+                let settle = self.settle_mut(slot);
+                settle.pending.insert(replica);
+                settle.repairs[replica.index()] = Repair::Checking;
+                turn.submit(slot, replica, OperationKind::Flush);
+            }
+            if rewritten.is_empty() {
+                self.settle_conclude(turn, slot);
+            }
+            return;
+        }
+        self.settle_conclude(turn, slot);
+    }
+
+    pub(super) fn settle_after_flush<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let settle = self.settle_mut(slot);
+        for replica in (0..REPLICAS_MAX).map(ReplicaId::new) {
+            let repair = &mut settle.repairs[replica.index()];
+            if !settle.pending.contains(replica) && *repair == Repair::Checking {
+                *repair = Repair::Right { sectors: 0 };
+            }
+        }
+        self.settle_after_repair(turn, slot);
+    }
+}
