@@ -396,7 +396,7 @@ mod tests {
         assert!(
             right
                 .split_whitespace()
-                .eq(["right", "0", "0", "3", "0", "0", "0"]),
+                .eq(["right", "0", "0", "3", "0", "0"]),
             "{table}"
         );
         let json: serde_json::Value = serde_json::from_str(&totals.to_json()).unwrap();
