@@ -20,7 +20,7 @@ from host import Failure, target_folder
 HERE = Path(__file__).resolve().parent
 
 # Loaded in this order, each after what it depends on; built-in ones are left out.
-MODULES = ("virtio_pci", "virtio_blk", "nls_cp437", "nls_ascii", "vfat")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "nls_cp437", "nls_ascii", "vfat")
 
 # Programs on the disk of tools.
 TOOLS = ("fio", "mkfs.ext4", "e2fsck", "blkdiscard", "fallocate", "fstrim")
