@@ -36,8 +36,8 @@ from host import (  # noqa: E402
 
 THRESHOLD = 2
 NAMES = ("alpha", "beta", "gamma")
-# Three of them are far more than any cache holds. Larger ones measure the kernel's page cache
-# misses, which are the same for both.
+# Three of them are more than the processor's caches hold. The ratio depends on this: with 512 MiB the
+# kernel's page cache misses weigh more on both sides, and the target of the first row is missed.
 DISK_BYTES = 256 << 20
 
 # Without these the peer maps and unmaps memory for every large read, and is 3.6 times slower.
