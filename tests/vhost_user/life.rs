@@ -409,3 +409,35 @@ fn counters_are_told_on_sigusr1_and_the_daemon_goes_on() {
     disk.assert_serves();
     disk.stop();
 }
+
+/// Rule F5: a driver that did not take FLUSH never flushes, so each write is made stable on every
+/// replica before it completes. One that took it decides by itself.
+#[test]
+fn writes_of_a_driver_without_flush_are_flushed() {
+    const WRITES: u64 = 10;
+    for (features, operations) in [
+        (features::LINUX, WRITES),
+        (features::LINUX & !features::FLUSH, 2 * WRITES),
+    ] {
+        let mut disk = Setup::new().start();
+        let mut front_end = disk.connect(&Options {
+            features,
+            ..Options::default()
+        });
+        for number in 0..WRITES {
+            let queue = front_end.queue(0);
+            queue
+                .write_data(number * 8, &[0x5a; 4096])
+                .expect("a write");
+        }
+        drop(front_end);
+        disk.stop();
+        let log = disk.process().log();
+        let row = log
+            .lines()
+            .rev()
+            .find(|line| line.trim_start().starts_with("replica0"));
+        let counted = row.and_then(|row| row.split_whitespace().nth(1));
+        assert_eq!(counted, Some(operations.to_string().as_str()), "{log}");
+    }
+}
