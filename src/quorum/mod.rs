@@ -9,6 +9,7 @@ mod buffers;
 mod event;
 mod flush_gate;
 mod lane;
+mod marks;
 mod membership;
 mod mutation;
 mod order;
@@ -25,6 +26,7 @@ pub use event::{
     OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
 };
 pub use lane::{Lane, LaneCounters};
+pub use marks::{Bitmap, Marks, PAGE_EXTENTS, PAGE_WORDS, PageBits, PageName};
 pub use membership::Membership;
 #[cfg(test)]
 pub use mutation::Mutation;
