@@ -63,6 +63,25 @@ pub enum Request {
     },
     /// Make all writes whose completion was published before this event durable (rule F1).
     Flush,
+    /// Maintenance: settle what is unresolved in the extent (rule Y1) and bring replicas that are up
+    /// and behind there up to date (rule Y5). Good if nothing of that kind is left.
+    Reconcile {
+        /// The extent.
+        extent: u64,
+    },
+    /// Maintenance: read all current copies of `range`, compare, and settle what differs (rule
+    /// Y6). The reply has no data.
+    Check {
+        /// Sectors.
+        range: SectorRange,
+    },
+    /// Maintenance: read `range` from this replica alone, to see whether it answers.
+    Probe {
+        /// Whom.
+        replica: ReplicaId,
+        /// Sectors.
+        range: SectorRange,
+    },
 }
 
 /// What a lane is told.
@@ -193,6 +212,17 @@ pub enum Action {
     },
     /// Something people should know. Not to be acted on by the data path.
     Report(Report),
+    /// A mark waits to become durable: the state record is to be written soon. When more marks are,
+    /// or never will be, every lane is owed [`Wakeup::Durable`].
+    Record,
+    /// The replica is not up any more. Every other lane is owed [`Wakeup::MembersChanged`]; whoever
+    /// opens replicas is to take this one from the workers, and to open it again.
+    Kicked {
+        /// Whom.
+        replica: ReplicaId,
+        /// Why.
+        why: KickCause,
+    },
 }
 
 /// How a request ended, as the guest sees it.
@@ -218,6 +248,13 @@ pub enum Wakeup {
         /// Whether the rule for success held (rule F2).
         ok: bool,
     },
+    /// More marks are durable, or none will be any more.
+    Durable,
+    /// A replica went or came: requests that wait for answers of one that went do so in vain, and
+    /// those that wait for enough replicas may find them.
+    MembersChanged,
+    /// Requests that wait for enough replicas are to fail: their queue is being stopped (rule Q4).
+    FailPaused,
 }
 
 /// Names a lock request to the lane that made it.
@@ -284,6 +321,31 @@ pub enum Report {
         /// Extents in which it is behind because of this.
         extents: u64,
     },
+    /// A replica is not up any more, and behind in extents with recent writes.
+    Kicked {
+        /// Which replica.
+        replica: ReplicaId,
+        /// The reason.
+        why: KickCause,
+        /// Extents in which it is behind now.
+        extents: u64,
+    },
+    /// The replica is late so often that nobody waits for it any more (rule W6).
+    Lagging {
+        /// Which replica.
+        replica: ReplicaId,
+    },
+    /// The copies of these sectors differ since a crash or a failed write and no version has T
+    /// votes; every one of them is legal, and this replica's was taken (rule Y3).
+    Chosen {
+        /// The sectors.
+        range: SectorRange,
+        /// Whose version it is.
+        replica: ReplicaId,
+    },
+    /// The state record cannot be written on enough of its copies: writes to extents that are not
+    /// dirty fail, and no replica can be left behind (rule R1).
+    RecordLost,
     /// `--blkverify`: the two copies differ. The daemon stops.
     VerifyFailed {
         /// First difference.
@@ -311,6 +373,21 @@ pub enum During {
     Write,
     /// Flushing.
     Flush,
+}
+
+/// Why a replica was declared not up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KickCause {
+    /// An operation did not end in time (`io-timeout`).
+    Hung,
+    /// A flush failed with this errno, or did not end in time (`ETIMEDOUT`); rules F2, F3.
+    FlushFailed(i32),
+    /// Its file or device is not there any more, or is another one.
+    Vanished,
+    /// More errors or repairs than its budget allows (CONSISTENCY section 10).
+    Budget,
+    /// It was not there, or could not be opened, when the disk was started.
+    Absent,
 }
 
 /// Why a replica is behind in an extent.

@@ -1,92 +1,119 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which replicas are current where: the behind bits B and the dirty bits D.
+//! Which replicas are current where: who is up, who is behind in which extent, who is slow.
 //!
-//! Reading is a few relaxed loads. Marking a replica behind is rare and goes through one mutex,
-//! because the decision "T copies remain without it" and the mark must be one step for all lanes
-//! (rules W4, W5).
+//! Reading is a few loads; in the healthy case it is one. Decisions like "T copies hold it, so the
+//! others may be left behind" are rare and go through one mutex, because the decision and the
+//! marks that follow from it must be one step for all lanes (rules W4, W5).
 
+use super::marks::{Bitmap, Marks};
 use super::sync::{AtomicU32, AtomicU64, Mutex, Ordering};
-use crate::units::{ReplicaId, ReplicaSet};
+use crate::units::{ReplicaId, ReplicaSet, Time};
 
-/// One bit an extent.
-struct ExtentBits {
-    words: Box<[AtomicU64]>,
-    count: AtomicU64,
+/// A replica that is late this often in [`LATE_WINDOW_MS`] is lagging (rule W6).
+const LATE_TIMES: u64 = 8;
+
+/// See [`LATE_TIMES`].
+const LATE_WINDOW_MS: u64 = 1000;
+
+/// What has to happen before anything may be written in an extent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Intent {
+    /// Nothing: D* is set, and B* for everybody who is not written to. These get the write.
+    Ready(ReplicaSet),
+    /// The marks up to this number become durable (rules W2, W4).
+    Wait(u64),
+    /// Fewer than T copies are current (rule W1).
+    TooFew,
 }
 
-impl ExtentBits {
-    fn new(extents: u64) -> Self {
-        let words = usize::try_from(extents.div_ceil(64)).expect("at most 2^20 extents");
-        Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            count: AtomicU64::new(0),
-        }
-    }
+/// What becomes of a write that some copies hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Settled {
+    /// Fewer than T current copies hold it: nothing was marked.
+    TooFew,
+    /// Everybody else is behind. It may be acknowledged once the marks up to `wait` are durable.
+    Held {
+        /// Who was not behind before.
+        marked: ReplicaSet,
+        /// `None`: now.
+        wait: Option<u64>,
+    },
+}
 
-    fn place(extent: u64) -> (usize, u64) {
-        (
-            usize::try_from(extent / 64).expect("at most 2^20 extents"),
-            1 << (extent % 64),
-        )
-    }
+/// A mark that something depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Marked {
+    /// It was not set before.
+    pub new: bool,
+    /// It is durable once the marks up to this number are; `None`: now.
+    pub wait: Option<u64>,
+}
 
-    fn get(&self, extent: u64) -> bool {
-        let (word, bit) = Self::place(extent);
-        self.words[word].load(Ordering::Acquire) & bit != 0
-    }
-
-    /// Returns whether the bit was clear. Does not write to memory if it was set.
-    fn set(&self, extent: u64) -> bool {
-        let (word, bit) = Self::place(extent);
-        if self.words[word].load(Ordering::Acquire) & bit != 0 {
-            return false;
-        }
-        let was_clear = self.words[word].fetch_or(bit, Ordering::AcqRel) & bit == 0;
-        if was_clear {
-            self.count.fetch_add(1, Ordering::AcqRel);
-        }
-        was_clear
-    }
-
-    fn iter(&self) -> impl Iterator<Item = u64> + '_ {
-        self.words.iter().zip(0u64..).flat_map(|(word, index)| {
-            let mut bits = word.load(Ordering::Acquire);
-            std::iter::from_fn(move || {
-                if bits == 0 {
-                    return None;
-                }
-                let bit = bits.trailing_zeros();
-                bits &= bits - 1;
-                Some(index * 64 + u64::from(bit))
-            })
-        })
-    }
+/// What became of marking a replica behind in all dirty extents.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MarkedWhereDirty {
+    /// Extents in which it was not behind before.
+    pub extents: u64,
+    /// Whether it is behind in every dirty extent. It is not where it is the last copy.
+    pub complete: bool,
+    /// The marks are durable once those up to this number are; `None`: now.
+    pub wait: Option<u64>,
 }
 
 /// The replicas of a disk and where each of them is current.
 pub struct Membership {
     replicas: ReplicaSet,
     threshold: usize,
-    dirty: ExtentBits,
-    behind: Box<[ExtentBits]>,
-    /// Replicas with at least one behind bit: spares the look at the maps in the healthy case.
-    any_behind: AtomicU32,
-    /// Serialises "enough others?" with the mark that follows from it.
+    /// D and B.
+    marks: Marks,
+    /// Open, fenced and answering.
+    up: AtomicU32,
+    /// Nobody waits for these (rule W6).
+    lagging: AtomicU32,
+    /// Replicas that are not up, lag, or are behind somewhere: spares a closer look in the healthy
+    /// case.
+    impaired: AtomicU32,
+    /// c(i): raised by every kick.
+    counters: Box<[AtomicU32]>,
+    /// Of each replica: when it was first late of late, in milliseconds, and how often since.
+    late: Box<[(AtomicU64, AtomicU64)]>,
+    /// Operations on a replica in an extent that nobody waits for any more.
+    strays: Mutex<Vec<(ReplicaId, u64)>>,
+    /// Serialises "enough others?" with the marks that follow from it.
     marking: Mutex<()>,
 }
 
+fn bit(replica: ReplicaId) -> u32 {
+    1 << replica.index()
+}
+
+fn set_of(bits: u32) -> ReplicaSet {
+    ReplicaSet::from_bits(u16::try_from(bits).expect("16 replicas at most"))
+}
+
 impl Membership {
-    /// `replicas` replicas, all current everywhere, on a disk of `extents` extents.
+    /// `replicas` replicas, all up, and current as far as `marks` says.
     #[must_use]
-    pub fn new(replicas: usize, threshold: usize, extents: u64) -> Self {
-        Self {
-            replicas: ReplicaSet::first(replicas),
+    pub fn new(replicas: usize, threshold: usize, marks: Marks) -> Self {
+        let all = ReplicaSet::first(replicas);
+        let members = Self {
+            replicas: all,
             threshold,
-            dirty: ExtentBits::new(extents),
-            behind: (0..replicas).map(|_| ExtentBits::new(extents)).collect(),
-            any_behind: AtomicU32::new(0),
+            marks,
+            up: AtomicU32::new(u32::from(all.bits())),
+            lagging: AtomicU32::new(0),
+            impaired: AtomicU32::new(0),
+            counters: (0..replicas).map(|_| AtomicU32::new(0)).collect(),
+            late: (0..replicas)
+                .map(|_| (AtomicU64::new(0), AtomicU64::new(0)))
+                .collect(),
+            strays: Mutex::new(Vec::new()),
             marking: Mutex::new(()),
+        };
+        for replica in all.iter() {
+            members.look_at(replica);
         }
+        members
     }
 
     /// All configured replicas.
@@ -95,105 +122,316 @@ impl Membership {
         self.replicas
     }
 
+    /// D and B.
+    #[must_use]
+    pub fn marks(&self) -> &Marks {
+        &self.marks
+    }
+
+    /// Replicas that are open, fenced and answering.
+    #[must_use]
+    pub fn up(&self) -> ReplicaSet {
+        set_of(self.up.load(Ordering::Acquire))
+    }
+
+    /// Replicas that nobody waits for (rule W6).
+    #[must_use]
+    pub fn lagging(&self) -> ReplicaSet {
+        set_of(self.lagging.load(Ordering::Acquire))
+    }
+
+    /// c(i): a result that was begun under another value proves nothing about the replica.
+    #[must_use]
+    pub fn counter(&self, replica: ReplicaId) -> u32 {
+        self.counters[replica.index()].load(Ordering::Acquire)
+    }
+
     /// `Cur(extent)`: the replicas that vote and are a source there.
     #[must_use]
     pub fn current(&self, extent: u64) -> ReplicaSet {
-        let any_behind = self.any_behind.load(Ordering::Acquire);
-        if any_behind == 0 {
+        let impaired = self.impaired.load(Ordering::Acquire);
+        if impaired == 0 {
             return self.replicas;
         }
-        let mut current = self.replicas;
-        for replica in self.replicas.iter() {
-            if any_behind & (1 << replica.index()) != 0 && self.behind[replica.index()].get(extent)
-            {
+        let mut current = self.up();
+        for replica in set_of(impaired).iter() {
+            if self.is_behind(extent, replica) {
                 current.remove(replica);
             }
         }
         current
     }
 
-    /// Sets D for the extent; must precede every write in it (rule W2). Without a record the bit
-    /// is as durable as it will ever be at once.
-    pub fn make_dirty(&self, extent: u64) {
-        self.dirty.set(extent);
+    /// Replicas that are up and behind in `extent`: what a resync of it would bring back.
+    #[must_use]
+    pub fn returning(&self, extent: u64) -> ReplicaSet {
+        if self.impaired.load(Ordering::Acquire) == 0 {
+            return ReplicaSet::EMPTY;
+        }
+        let behind = |&replica: &ReplicaId| self.is_behind(extent, replica);
+        self.up().iter().filter(behind).collect()
     }
 
     /// Whether D is set for the extent.
     #[must_use]
     pub fn is_dirty(&self, extent: u64) -> bool {
-        self.dirty.get(extent)
-    }
-
-    /// Marks every configured replica outside `holders` behind in `extent`, provided that at
-    /// least T current copies are in `holders` (rules W4, W5). Otherwise changes nothing and
-    /// returns `None`. Returns the newly marked.
-    pub fn settle_for(&self, extent: u64, holders: ReplicaSet) -> Option<ReplicaSet> {
-        // The usual case needs no lock: whoever lacks the write is behind already. Marks of other
-        // lanes cannot undo that, since they leave at least T current copies, all in `holders`.
-        let current = self.current(extent);
-        if holders.contains_all(current) && current.count() >= self.threshold {
-            return Some(ReplicaSet::EMPTY);
-        }
-        let _one_decision = self.marking.lock().expect("no panic under this lock");
-        let current = self.current(extent);
-        if current.intersection(holders).count() < self.threshold {
-            return None;
-        }
-        Some(self.mark(extent, self.replicas.minus(holders)))
-    }
-
-    /// Marks `replica` behind in `extent` unless fewer than T current copies would remain: a
-    /// policy never takes a disk's last copies away. Returns `None` if it refused, otherwise
-    /// whether the mark is new.
-    pub fn mark_behind(&self, extent: u64, replica: ReplicaId) -> Option<bool> {
-        let _one_decision = self.marking.lock().expect("no panic under this lock");
-        let mut remaining = self.current(extent);
-        remaining.remove(replica);
-        if remaining.count() < self.threshold {
-            return None;
-        }
-        let alone = std::iter::once(replica).collect();
-        Some(!self.mark(extent, alone).is_empty())
-    }
-
-    /// The flush of `replica` failed or did not end: it is behind in every dirty extent (rule
-    /// F3). Returns the number of newly marked extents and whether every dirty extent has the
-    /// mark now; it has not where fewer than T current copies would remain.
-    pub fn mark_behind_where_dirty(&self, replica: ReplicaId) -> (u64, bool) {
-        let mut marked = 0;
-        let mut complete = true;
-        for extent in self.dirty.iter() {
-            match self.mark_behind(extent, replica) {
-                Some(true) => marked += 1,
-                Some(false) => {}
-                None => complete = self.behind[replica.index()].get(extent) && complete,
-            }
-        }
-        (marked, complete)
-    }
-
-    fn mark(&self, extent: u64, replicas: ReplicaSet) -> ReplicaSet {
-        let mut marked = ReplicaSet::EMPTY;
-        for replica in replicas.iter() {
-            self.any_behind
-                .fetch_or(1 << replica.index(), Ordering::AcqRel);
-            if self.behind[replica.index()].set(extent) {
-                marked.insert(replica);
-            }
-        }
-        marked
-    }
-
-    /// Extents in which `replica` is behind.
-    #[must_use]
-    pub fn behind_extents(&self, replica: ReplicaId) -> u64 {
-        self.behind[replica.index()].count.load(Ordering::Acquire)
+        self.marks.is_set(Bitmap::Dirty, extent)
     }
 
     /// Whether B is set for the replica in the extent.
     #[must_use]
     pub fn is_behind(&self, extent: u64, replica: ReplicaId) -> bool {
-        self.behind[replica.index()].get(extent)
+        self.marks.is_set(Bitmap::Behind(replica), extent)
+    }
+
+    /// Extents in which `replica` is behind.
+    #[must_use]
+    pub fn behind_extents(&self, replica: ReplicaId) -> u64 {
+        self.marks.count(Bitmap::Behind(replica))
+    }
+
+    /// Before anything is written in `extent`: sets D, and B for everybody who will not get the
+    /// write. Whoever lags is left behind in the same update of the record (rules W2, W6).
+    pub fn intend(&self, extent: u64) -> Intent {
+        let healthy = self.impaired.load(Ordering::Acquire) == 0;
+        if healthy && self.marks.is_durable(Bitmap::Dirty, extent) {
+            return Intent::Ready(self.replicas);
+        }
+        if self.marks.is_durable(Bitmap::Dirty, extent) {
+            let targets = self.targets(extent);
+            if targets.count() >= self.threshold && self.are_left_behind(extent, targets) {
+                return Intent::Ready(targets);
+            }
+        }
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        let targets = self.targets(extent);
+        if targets.count() < self.threshold {
+            return Intent::TooFew;
+        }
+        let dirty = self.marks.ask(Bitmap::Dirty, extent);
+        let (_, behind) = self.mark(extent, self.replicas.minus(targets));
+        match dirty.max(behind) {
+            Some(number) => Intent::Wait(number),
+            None => Intent::Ready(targets),
+        }
+    }
+
+    /// Who gets a write: the current copies, without those that lag if there are enough others.
+    fn targets(&self, extent: u64) -> ReplicaSet {
+        let current = self.current(extent);
+        let prompt = current.minus(self.lagging());
+        if prompt.count() >= self.threshold {
+            prompt
+        } else {
+            current
+        }
+    }
+
+    /// Whether everybody outside `holders` has B*.
+    fn are_left_behind(&self, extent: u64, holders: ReplicaSet) -> bool {
+        let mut others = self.replicas.minus(holders).iter();
+        others.all(|replica| self.marks.is_durable(Bitmap::Behind(replica), extent))
+    }
+
+    /// Before a copy is repaired or resynced in `extent`: sets D. `None`: D* is set (rule W2).
+    pub fn intend_repair(&self, extent: u64) -> Option<u64> {
+        self.marks.ask(Bitmap::Dirty, extent)
+    }
+
+    /// Marks every configured replica behind in `extent` that is not a current copy in `holders`,
+    /// provided that at least T are (rules W4, W5).
+    pub fn settle_for(&self, extent: u64, holders: ReplicaSet) -> Settled {
+        // The usual case needs no lock: everybody holds it, and all are current.
+        let healthy = self.impaired.load(Ordering::Acquire) == 0;
+        if healthy && holders.contains_all(self.replicas) {
+            return Settled::Held {
+                marked: ReplicaSet::EMPTY,
+                wait: None,
+            };
+        }
+        let current = self.current(extent);
+        if holders.contains_all(current)
+            && current.count() >= self.threshold
+            && self.are_left_behind(extent, current)
+        {
+            let marked = ReplicaSet::EMPTY;
+            return Settled::Held { marked, wait: None };
+        }
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        let holders = holders.intersection(self.current(extent));
+        if holders.count() < self.threshold {
+            return Settled::TooFew;
+        }
+        let (marked, wait) = self.mark(extent, self.replicas.minus(holders));
+        Settled::Held { marked, wait }
+    }
+
+    /// Marks `replica` behind in `extent` unless fewer than T current copies would remain. `None`:
+    /// refused.
+    pub fn mark_behind(&self, extent: u64, replica: ReplicaId) -> Option<Marked> {
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        let mut remaining = self.current(extent);
+        remaining.remove(replica);
+        if remaining.count() < self.threshold && !self.is_behind(extent, replica) {
+            return None;
+        }
+        let (marked, wait) = self.mark(extent, std::iter::once(replica).collect());
+        let new = !marked.is_empty();
+        Some(Marked { new, wait })
+    }
+
+    /// The flush of `replica` failed or did not end, or it is not up: it is behind in every dirty
+    /// extent, except where it is the last copy that is not (rules F2, F3).
+    pub fn mark_behind_where_dirty(&self, replica: ReplicaId) -> MarkedWhereDirty {
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        let mut result = MarkedWhereDirty {
+            extents: 0,
+            complete: true,
+            wait: None,
+        };
+        for extent in self.marks.iter(Bitmap::Dirty) {
+            let behind = self.is_behind(extent, replica);
+            if !behind && !self.others_remain(extent, replica) {
+                result.complete = false;
+                continue;
+            }
+            let (_, wait) = self.mark(extent, std::iter::once(replica).collect());
+            result.wait = result.wait.max(wait);
+            result.extents += u64::from(!behind);
+        }
+        result
+    }
+
+    /// Whether some other copy, up or not, is not behind in `extent`.
+    fn others_remain(&self, extent: u64, replica: ReplicaId) -> bool {
+        let mut others = self.replicas;
+        others.remove(replica);
+        others.iter().any(|other| !self.is_behind(extent, other))
+    }
+
+    fn mark(&self, extent: u64, replicas: ReplicaSet) -> (ReplicaSet, Option<u64>) {
+        let mut marked = ReplicaSet::EMPTY;
+        let mut wait = None;
+        for replica in replicas.iter() {
+            let behind = Bitmap::Behind(replica);
+            // First this: nobody may see the bit and miss that there is one to be seen.
+            self.impaired.fetch_or(bit(replica), Ordering::AcqRel);
+            if !self.marks.is_set(behind, extent) {
+                marked.insert(replica);
+            }
+            wait = wait.max(self.marks.ask(behind, extent));
+        }
+        (marked, wait)
+    }
+
+    /// The replica does not answer, is gone, or cannot be relied on: it is not up any more, and
+    /// behind wherever writes may be missing on it. `None`: it was not up. Operations on it are not
+    /// waited for; it may be [admitted](Membership::admit) when the last of them has ended.
+    pub fn kick(&self, replica: ReplicaId) -> Option<MarkedWhereDirty> {
+        {
+            let _one_decision = self.marking.lock().expect("no panic under this lock");
+            if !self.up().contains(replica) {
+                return None;
+            }
+            self.impaired.fetch_or(bit(replica), Ordering::AcqRel);
+            self.up.fetch_and(!bit(replica), Ordering::AcqRel);
+            self.lagging.fetch_and(!bit(replica), Ordering::AcqRel);
+            self.counters[replica.index()].fetch_add(1, Ordering::AcqRel);
+        }
+        // Who intends to write from here on sees that it is not up, and marks it.
+        Some(self.mark_behind_where_dirty(replica))
+    }
+
+    /// The replica is open and fenced again, and no operation of before is outstanding.
+    pub fn admit(&self, replica: ReplicaId) {
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        self.up.fetch_or(bit(replica), Ordering::AcqRel);
+        self.look_at(replica);
+    }
+
+    /// At a start: the replica is not there.
+    pub fn leave_out(&self, replica: ReplicaId) -> Option<MarkedWhereDirty> {
+        self.kick(replica)
+    }
+
+    /// The replica holds what the current copies hold in `extent`, durably (rule Y5). `counter` is
+    /// c(i) from before the first of the copies was read; if it has changed since, nothing happens.
+    /// Returns whether it is current there.
+    pub fn clear_behind(&self, extent: u64, replica: ReplicaId, counter: u32) -> bool {
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        if self.counter(replica) != counter
+            || !self.up().contains(replica)
+            || self.has_stray(extent, replica)
+        {
+            return false;
+        }
+        self.marks.clear(Bitmap::Behind(replica), extent);
+        self.look_at(replica);
+        true
+    }
+
+    /// The caller holds `marking`, or nobody else is there yet.
+    fn look_at(&self, replica: ReplicaId) {
+        let fit = self.up().contains(replica)
+            && !self.lagging().contains(replica)
+            && self.behind_extents(replica) == 0;
+        if fit {
+            self.impaired.fetch_and(!bit(replica), Ordering::AcqRel);
+        } else {
+            self.impaired.fetch_or(bit(replica), Ordering::AcqRel);
+        }
+    }
+
+    /// The replica was late. Returns whether that makes it lagging: nobody waits for it then.
+    pub fn note_late(&self, replica: ReplicaId, now: Time) -> bool {
+        let now_ms = now.nanos() / 1_000_000;
+        let (since, times) = &self.late[replica.index()];
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        if now_ms.saturating_sub(since.load(Ordering::Acquire)) > LATE_WINDOW_MS {
+            since.store(now_ms, Ordering::Release);
+            times.store(0, Ordering::Release);
+        }
+        let often = times.fetch_add(1, Ordering::AcqRel) + 1 >= LATE_TIMES;
+        let mut others = self.up().minus(self.lagging());
+        others.remove(replica);
+        let lags = often
+            && others.count() >= self.threshold
+            && self.up().contains(replica)
+            && !self.lagging().contains(replica);
+        if lags {
+            self.lagging.fetch_or(bit(replica), Ordering::AcqRel);
+            self.look_at(replica);
+        }
+        lags
+    }
+
+    /// The replica answers in time again.
+    pub fn note_prompt(&self, replica: ReplicaId) {
+        let _one_decision = self.marking.lock().expect("no panic under this lock");
+        self.lagging.fetch_and(!bit(replica), Ordering::AcqRel);
+        self.late[replica.index()].1.store(0, Ordering::Release);
+        self.look_at(replica);
+    }
+
+    /// An operation that writes to the replica in `extent` is not waited for any more: it may land
+    /// at any time, and the replica cannot be brought up to date there before it has ended.
+    pub fn leave_stray(&self, extent: u64, replica: ReplicaId) {
+        let mut strays = self.strays.lock().expect("no panic under this lock");
+        strays.push((replica, extent));
+    }
+
+    /// A stray has ended.
+    pub fn end_stray(&self, extent: u64, replica: ReplicaId) {
+        let mut strays = self.strays.lock().expect("no panic under this lock");
+        let at = strays.iter().position(|&stray| stray == (replica, extent));
+        strays.swap_remove(at.expect("every stray was left by somebody"));
+    }
+
+    /// Whether an operation of before may still write to the replica in `extent`.
+    #[must_use]
+    pub fn has_stray(&self, extent: u64, replica: ReplicaId) -> bool {
+        let strays = self.strays.lock().expect("no panic under this lock");
+        strays.contains(&(replica, extent))
     }
 }
 
@@ -201,43 +439,106 @@ impl Membership {
 mod tests {
     use super::*;
 
+    fn id(index: usize) -> ReplicaId {
+        ReplicaId::new(index)
+    }
+
     fn set(replicas: &[usize]) -> ReplicaSet {
-        replicas.iter().map(|&i| ReplicaId::new(i)).collect()
+        replicas.iter().map(|&i| id(i)).collect()
+    }
+
+    fn members(recorded: bool) -> Membership {
+        Membership::new(3, 2, Marks::new(3, 200, recorded))
+    }
+
+    fn held(marked: &[usize]) -> Settled {
+        let (marked, wait) = (set(marked), None);
+        Settled::Held { marked, wait }
     }
 
     #[test]
     fn settle_for_marks_all_others_only_if_enough_hold() {
-        let members = Membership::new(3, 2, 100);
-        assert_eq!(members.settle_for(70, set(&[1])), None);
+        let members = members(false);
+        assert_eq!(members.settle_for(70, set(&[1])), Settled::TooFew);
         assert_eq!(members.current(70), set(&[0, 1, 2]));
-        assert_eq!(members.settle_for(70, set(&[1, 2])), Some(set(&[0])));
+        assert_eq!(members.settle_for(70, set(&[1, 2])), held(&[0]));
         assert_eq!(members.current(70), set(&[1, 2]));
         assert_eq!(members.current(71), set(&[0, 1, 2]));
         // A copy that is behind does not count as a holder, even if it took the write.
-        assert_eq!(members.settle_for(70, set(&[0, 1])), None);
-        assert_eq!(members.mark_behind(70, ReplicaId::new(1)), None);
+        assert_eq!(members.settle_for(70, set(&[0, 1])), Settled::TooFew);
+        assert_eq!(members.mark_behind(70, id(1)), None);
     }
 
     #[test]
-    fn flush_failure_marks_dirty_extents_only() {
-        let members = Membership::new(3, 2, 200);
+    fn flush_failure_marks_dirty_extents_but_never_the_last_copy() {
+        let members = members(false);
         for extent in [3, 64, 199] {
-            members.make_dirty(extent);
+            assert_eq!(members.intend(extent), Intent::Ready(set(&[0, 1, 2])));
         }
-        assert_eq!(
-            members.mark_behind_where_dirty(ReplicaId::new(2)),
-            (3, true)
-        );
-        assert_eq!(
-            members.mark_behind_where_dirty(ReplicaId::new(2)),
-            (0, true)
-        );
-        assert_eq!(
-            members.mark_behind_where_dirty(ReplicaId::new(1)),
-            (0, false)
-        );
-        assert_eq!(members.behind_extents(ReplicaId::new(2)), 3);
-        assert_eq!(members.current(64), set(&[0, 1]));
+        let first = members.mark_behind_where_dirty(id(2));
+        assert_eq!((first.extents, first.complete), (3, true));
+        let again = members.mark_behind_where_dirty(id(2));
+        assert_eq!((again.extents, again.complete), (0, true));
+        assert_eq!(members.mark_behind_where_dirty(id(1)).extents, 3);
+        let last = members.mark_behind_where_dirty(id(0));
+        assert_eq!((last.extents, last.complete), (0, false));
+        assert_eq!(members.current(64), set(&[0]));
         assert_eq!(members.current(65), set(&[0, 1, 2]));
+    }
+
+    #[test]
+    fn intend_waits_for_the_record() {
+        let members = members(true);
+        let Intent::Wait(number) = members.intend(5) else {
+            panic!("nothing is durable yet");
+        };
+        let mut pages = Vec::new();
+        let marks = members.marks();
+        assert!(marks.collect(&mut pages) >= number);
+        let mut bits = [0; super::super::marks::PAGE_WORDS];
+        marks.copy_page(pages[0], &mut bits);
+        marks.made_durable(pages[0], &bits);
+        assert_eq!(members.intend(5), Intent::Ready(set(&[0, 1, 2])));
+    }
+
+    #[test]
+    fn kicked_replica_gets_no_writes_and_is_behind_where_there_are_any() {
+        let members = members(false);
+        members.intend(1);
+        assert_eq!(members.kick(id(0)).map(|marked| marked.extents), Some(1));
+        assert_eq!(members.kick(id(0)), None);
+        assert_eq!(members.intend(2), Intent::Ready(set(&[1, 2])));
+        assert_eq!(members.current(3), set(&[1, 2]));
+        let before = members.counter(id(0));
+        members.admit(id(0));
+        assert_eq!(members.current(3), set(&[0, 1, 2]));
+        assert_eq!(members.returning(2), set(&[0]));
+        // A result from before the kick proves nothing.
+        assert!(!members.clear_behind(2, id(0), before - 1));
+        members.leave_stray(2, id(0));
+        assert!(!members.clear_behind(2, id(0), before));
+        members.end_stray(2, id(0));
+        assert!(members.clear_behind(2, id(0), before));
+        assert!(members.clear_behind(1, id(0), before));
+        assert_eq!(members.intend(2), Intent::Ready(set(&[0, 1, 2])));
+    }
+
+    #[test]
+    fn replica_that_is_late_often_is_left_out_if_enough_others_are_prompt() {
+        let members = members(false);
+        let at = |ms: u64| Time::from_nanos(ms * 1_000_000);
+        for time in 0..8 {
+            assert!(!members.note_late(id(1), at(5000 + 200 * time)));
+        }
+        for time in 0..7 {
+            assert!(!members.note_late(id(1), at(20_000 + time)));
+        }
+        assert!(members.note_late(id(1), at(20_900)));
+        assert_eq!(members.intend(4), Intent::Ready(set(&[0, 2])));
+        assert!(members.is_behind(4, id(1)));
+        // Two would be too many to do without.
+        assert!((0..20).all(|_| !members.note_late(id(2), at(30_000))));
+        members.note_prompt(id(1));
+        assert_eq!(members.intend(5), Intent::Ready(set(&[0, 1, 2])));
     }
 }

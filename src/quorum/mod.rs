@@ -5,6 +5,7 @@
 //! small and in one place. There is no file, socket, thread, clock, random source or unordered
 //! map in here, so that the same logic runs under io_uring and in a seeded simulator.
 
+mod activity;
 mod buffers;
 mod event;
 mod flush_gate;
@@ -20,17 +21,19 @@ mod sync;
 mod unresolved;
 mod vote;
 
+pub use activity::Activity;
 pub use buffers::{Buffers, Purpose};
 pub use event::{
-    Action, BadCause, BehindCause, BufferId, During, Event, LaneId, LockTicket, OpId, Operation,
-    OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
+    Action, BadCause, BehindCause, BufferId, During, Event, KickCause, LaneId, LockTicket, OpId,
+    Operation, OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
 };
 pub use lane::{Lane, LaneCounters};
 pub use marks::{Bitmap, Marks, PAGE_EXTENTS, PAGE_WORDS, PageBits, PageName};
-pub use membership::Membership;
+pub use membership::{Intent, Marked, MarkedWhereDirty, Membership, Settled};
 #[cfg(test)]
 pub use mutation::Mutation;
 pub use order::{LockMode, Order};
 pub use policy::{Geometry, Policy, PolicyError, ReadPattern};
-pub use shared::Shared;
+pub use shared::{CrashTie, Shared};
+pub use unresolved::Unresolved;
 pub use vote::{Ballot, Ballots, Rule};

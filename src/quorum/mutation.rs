@@ -36,6 +36,24 @@ pub enum Mutation {
     FailedWriteNotUnresolved,
     /// F2: a flush succeeds although a replica without it stays current.
     FailedFlushNotMarked,
+    /// W2: a write does not wait until its extent is dirty for good.
+    WriteBeforeIntent,
+    /// W4: a write is acknowledged before the behind marks of the others are durable.
+    AcknowledgeBeforeBehind,
+    /// W8: an extent is marked clean although its last writes were not flushed.
+    CleanBeforeFlush,
+    /// F3: a replica whose flush failed counts as flushed with its next good flush.
+    FlushErrorForgotten,
+    /// Y1: what was resolved is shown before it is flushed.
+    ResolveNotFlushed,
+    /// Y3: after a crash the first replica is believed, not the largest group.
+    FirstReplicaBelieved,
+    /// Y5: a replica that was resynced is current before it is flushed.
+    ResyncNotFlushed,
+    /// Y5: a replica is current after a resync although it was kicked meanwhile.
+    ResyncCounterIgnored,
+    /// S4: after a crash nothing is resolved.
+    DirtyNotResolved,
     /// Y4: a repair is not read back.
     RepairNotReadBack,
     /// Y2: a repair is written after the lock is released.

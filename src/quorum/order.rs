@@ -66,6 +66,8 @@ struct Lock {
     granted: bool,
     /// Keeps the place of locks to come; never granted.
     announced: bool,
+    /// Keeps its place, but is not granted before it is resumed.
+    suspended: bool,
     lane: LaneId,
     ticket: LockTicket,
 }
@@ -117,6 +119,7 @@ impl Shard {
                 let waiter = locks[index];
                 if waiter.granted
                     || waiter.announced
+                    || waiter.suspended
                     || waiter.is_settle() != settling
                     || !waiter.range.overlaps(range)
                     || locks
@@ -202,6 +205,7 @@ impl Order {
             mode,
             granted: false,
             announced: false,
+            suspended: false,
             lane,
             ticket,
         };
@@ -237,6 +241,7 @@ impl Order {
                 mode: LockMode::Exclusive,
                 granted: false,
                 announced: true,
+                suspended: false,
                 lane,
                 ticket: NO_TICKET,
             }));
@@ -294,6 +299,57 @@ impl Order {
         held.mode = LockMode::Deferred;
         shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
         shard.grant(&mut locks, range, woken);
+    }
+
+    /// The holder of this exclusive lock cannot go on before something else is done under a
+    /// [settlement's](LockMode::Settle) lock in the same range, or before replicas come back: gives
+    /// it back but keeps the place in the order, until [`Order::resume`]. Nothing was written under
+    /// it.
+    pub fn suspend(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let index = position(&locks, lane, ticket);
+        let held = &mut locks[index];
+        assert!(
+            held.granted && held.mode == LockMode::Exclusive,
+            "by its holder"
+        );
+        held.granted = false;
+        held.suspended = true;
+        shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        shard.grant(&mut locks, range, woken);
+    }
+
+    /// The lock is wanted again. It is granted, now or later, like one that was queued for when it
+    /// first was.
+    pub fn resume(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let index = position(&locks, lane, ticket);
+        assert!(locks[index].suspended, "after it was suspended");
+        locks[index].suspended = false;
+        shard.grant(&mut locks, range, woken);
+    }
+
+    /// Runs `act` if nobody holds or waits for any lock in `range`; nobody gets one meanwhile.
+    /// `act` must not come back here, and must be short.
+    pub fn if_quiet<R>(&self, range: SectorRange, act: impl FnOnce() -> R) -> Option<R> {
+        let shard = self.shard(range);
+        let locks = shard.locks.lock().expect("no panic under this lock");
+        let quiet = !locks.iter().any(|lock| lock.range.overlaps(range));
+        quiet.then(act)
     }
 
     /// Gives a granted lock back and appends those that are granted because of it.

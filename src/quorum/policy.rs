@@ -173,6 +173,13 @@ pub struct Policy {
     pub write_grace_max: Duration,
     /// How long a flush waits for the rest once T copies are flushed (rule F2).
     pub flush_grace: Duration,
+    /// How long an operation may take before its replica is declared not up.
+    pub io_timeout: Duration,
+    /// Whether requests wait when fewer than T replicas are up, instead of failing (rule V6).
+    pub pause: bool,
+    /// Whether sectors that nobody agrees on since a crash are an error, instead of any of their
+    /// legal versions (rule Y3).
+    pub crash_tie_error: bool,
     /// Whether discard zeroes: every replica can do it exactly (rule Z2). Otherwise a discard
     /// does nothing on any replica.
     pub discard_zeroes: bool,
@@ -189,11 +196,12 @@ impl Policy {
             read_pattern: ReadPattern::Quorum,
             repair: true,
             blkverify: false,
-            // Rule W6 would begin with 20 ms. Nothing brings a replica back that was left behind
-            // as long as there is no record and no resync, so a short hiccup must not cost one.
-            write_grace_min: Duration::from_secs(1),
+            write_grace_min: Duration::from_millis(20),
             write_grace_max: Duration::from_secs(1),
             flush_grace: Duration::from_secs(5),
+            io_timeout: Duration::from_secs(30),
+            pause: false,
+            crash_tie_error: false,
             discard_zeroes: true,
         }
     }

@@ -1,11 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the lanes of one disk agree on: membership, order, unresolved sectors, flush runs.
 
+use super::activity::Activity;
+use super::event::LaneId;
 use super::flush_gate::FlushGate;
+use super::marks::{Bitmap, Marks};
 use super::membership::Membership;
 use super::order::Order;
 use super::policy::{Geometry, Policy, PolicyError};
+use super::sync::{AtomicU32, AtomicU64, Ordering};
 use super::unresolved::Unresolved;
+use crate::units::{ReplicaSet, Time};
+
+/// How sectors in U that no version has T votes for are decided (rules S4, Y3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CrashTie {
+    /// Not at all: it is not known yet whether requests of before the crash will be repeated.
+    MajorityOnly,
+    /// The largest group, ties to the first replica that is not suspect: every version is legal.
+    Choose,
+    /// Not at all: all legal differences were removed by repeating requests, or the operator wants
+    /// no choice made.
+    Error,
+}
 
 /// Shared by all lanes of a disk; small, and cheap to read.
 pub struct Shared {
@@ -21,27 +38,163 @@ pub struct Shared {
     pub unresolved: Unresolved,
     /// Flush runs.
     pub flushes: FlushGate,
+    /// When extents were written to, and flushed.
+    pub activity: Activity,
+    /// Replicas that are doubted: they vote but never decide a tie (CONSISTENCY section 10).
+    suspects: AtomicU32,
+    crash_tie: AtomicU32,
+    /// The state record cannot be written any more.
+    record_lost: AtomicU32,
+    /// Lanes with requests that wait for marks to become durable, a bit each.
+    waiting: AtomicU64,
     /// A rule that this build breaks on purpose, so that a test can show that it is noticed.
     #[cfg(test)]
     pub mutation: Option<super::mutation::Mutation>,
 }
 
 impl Shared {
-    /// The shared part of a disk with every replica current everywhere.
+    /// The shared part of a disk without a state record, with every replica current everywhere.
     ///
     /// # Errors
     /// If the policy contradicts itself.
     pub fn new(geometry: Geometry, policy: Policy) -> Result<Self, PolicyError> {
+        let marks = Marks::new(policy.replicas, geometry.extents(), false);
+        Self::with_marks(geometry, policy, marks)
+    }
+
+    /// The shared part of a disk with what its record holds. All replicas are up.
+    ///
+    /// # Errors
+    /// If the policy contradicts itself.
+    pub fn with_marks(
+        geometry: Geometry,
+        policy: Policy,
+        marks: Marks,
+    ) -> Result<Self, PolicyError> {
         policy.validate()?;
-        Ok(Self {
-            membership: Membership::new(policy.replicas, policy.threshold, geometry.extents()),
+        let (replicas, extents) = (policy.replicas, geometry.extents());
+        assert_eq!(marks.extents(), extents, "the marks of this disk");
+        let tie = if policy.crash_tie_error {
+            CrashTie::Error
+        } else {
+            CrashTie::Choose
+        };
+        let shared = Self {
+            membership: Membership::new(replicas, policy.threshold, marks),
             order: Order::new(geometry.extent_shift()),
-            unresolved: Unresolved::new(),
+            unresolved: Unresolved::new(extents, geometry.extent_shift()),
             flushes: FlushGate::default(),
+            activity: Activity::new(replicas, extents),
+            suspects: AtomicU32::new(0),
+            crash_tie: AtomicU32::new(0),
+            record_lost: AtomicU32::new(0),
+            waiting: AtomicU64::new(0),
             geometry,
             policy,
             #[cfg(test)]
             mutation: None,
+        };
+        shared.decide_crash_ties(tie);
+        Ok(shared)
+    }
+
+    /// After an unclean end: everything dirty is unresolved (rule S4).
+    pub fn resolve_dirty(&self) {
+        for extent in self.membership.marks().iter(Bitmap::Dirty) {
+            self.unresolved.insert_extent(extent);
+        }
+    }
+
+    /// From now on ties among sectors in U are decided like this.
+    pub fn decide_crash_ties(&self, tie: CrashTie) {
+        let number = match tie {
+            CrashTie::MajorityOnly => 0,
+            CrashTie::Choose => 1,
+            CrashTie::Error => 2,
+        };
+        self.crash_tie.store(number, Ordering::Release);
+    }
+
+    /// How ties among sectors in U are decided.
+    #[must_use]
+    pub fn crash_tie(&self) -> CrashTie {
+        match self.crash_tie.load(Ordering::Acquire) {
+            0 => CrashTie::MajorityOnly,
+            1 => CrashTie::Choose,
+            _ => CrashTie::Error,
+        }
+    }
+
+    /// Replicas that never decide a tie.
+    #[must_use]
+    pub fn suspects(&self) -> ReplicaSet {
+        let bits = self.suspects.load(Ordering::Acquire);
+        ReplicaSet::from_bits(u16::try_from(bits).expect("16 replicas at most"))
+    }
+
+    /// These replicas never decide a tie from now on.
+    pub fn set_suspects(&self, suspects: ReplicaSet) {
+        self.suspects
+            .store(u32::from(suspects.bits()), Ordering::Release);
+    }
+
+    /// No mark will become durable any more (rule R1). Every lane is owed a wakeup.
+    pub fn lose_record(&self) {
+        self.record_lost.store(1, Ordering::Release);
+    }
+
+    /// Whether marks cannot become durable any more.
+    #[must_use]
+    pub fn is_record_lost(&self) -> bool {
+        self.record_lost.load(Ordering::Acquire) != 0
+    }
+
+    /// A request of `lane` waits for a mark. To be called before the last look at whether it is
+    /// durable already.
+    pub(super) fn wait_for_record(&self, lane: LaneId) {
+        self.waiting.fetch_or(1 << lane.0, Ordering::SeqCst);
+    }
+
+    /// Lanes that are owed [`Wakeup::Durable`](super::Wakeup::Durable), now that more marks are
+    /// durable, or lost.
+    pub fn take_waiting(&self) -> impl Iterator<Item = LaneId> + use<> {
+        let mut lanes = self.waiting.swap(0, Ordering::SeqCst);
+        std::iter::from_fn(move || {
+            if lanes == 0 {
+                return None;
+            }
+            let lane = lanes.trailing_zeros();
+            lanes &= lanes - 1;
+            Some(LaneId(u8::try_from(lane).expect("below 64")))
         })
+    }
+
+    /// Marks the extent clean if rule W8 allows it: it was not written to since `idle_ns`, nobody
+    /// holds or waits for a lock in it, it is resolved, enough copies are current, each of them has
+    /// been flushed since, and everybody else is behind for good. Returns whether it is clean now.
+    pub fn try_clean(&self, extent: u64, now: Time, idle_ns: u64) -> bool {
+        let marks = self.membership.marks();
+        let stamp = self.activity.last(extent);
+        let range = self.geometry.extent_range(extent);
+        if stamp.age_ns(now) < idle_ns {
+            return false;
+        }
+        let broken = super::mutation::broken!(self, CleanBeforeFlush);
+        let clean = self.order.if_quiet(range, || {
+            let current = self.membership.current(extent);
+            let others = self.membership.replicas().minus(current);
+            let behind = |replica| marks.is_durable(Bitmap::Behind(replica), extent);
+            let flushed = |replica| self.activity.is_flushed(replica, stamp);
+            let clean = current.count() >= self.policy.threshold
+                && self.activity.last(extent) == stamp
+                && !self.unresolved.touches(range)
+                && others.iter().all(behind)
+                && current.iter().all(flushed);
+            if clean || broken {
+                marks.clear(Bitmap::Dirty, extent);
+            }
+            clean || broken
+        });
+        clean.unwrap_or(false)
     }
 }

@@ -1,24 +1,94 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The set U: sectors whose content must be settled on all current copies before it is shown
 //! (rules W7, Y1).
+//!
+//! After an unclean start it holds whole extents, all that were dirty; they are resolved as a whole.
+//! While the disk is served, the ranges of writes that failed come and go.
 
-use super::sync::{AtomicUsize, Mutex, Ordering};
+use super::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
 use crate::units::SectorRange;
 
-/// Ranges to be resolved. Empty nearly always; then a look costs one load.
+/// Sectors to be resolved. Empty nearly always; then a look costs two loads.
 pub struct Unresolved {
+    /// Ranges outside of `extents`.
     count: AtomicUsize,
     ranges: Mutex<Vec<SectorRange>>,
+    /// Whole extents, a bit each.
+    extents: Box<[AtomicU64]>,
+    extent_count: AtomicU64,
+    extent_shift: u32,
 }
 
 impl Unresolved {
-    /// No range.
+    /// Nothing, on a disk of `extents` extents of `2^extent_shift` sectors.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(extents: u64, extent_shift: u32) -> Self {
+        let words = usize::try_from(extents.div_ceil(64)).expect("at most 2^20 extents");
         Self {
             count: AtomicUsize::new(0),
             ranges: Mutex::new(Vec::new()),
+            extents: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            extent_count: AtomicU64::new(0),
+            extent_shift,
         }
+    }
+
+    fn place(&self, extent: u64) -> (&AtomicU64, u64) {
+        let word = usize::try_from(extent / 64).expect("at most 2^20 extents");
+        (&self.extents[word], 1 << (extent % 64))
+    }
+
+    /// Puts a whole extent into U.
+    pub fn insert_extent(&self, extent: u64) {
+        let (word, bit) = self.place(extent);
+        if word.fetch_or(bit, Ordering::AcqRel) & bit == 0 {
+            self.extent_count.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether the whole extent is in U.
+    #[must_use]
+    pub fn holds_extent(&self, extent: u64) -> bool {
+        if self.extent_count.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let (word, bit) = self.place(extent);
+        word.load(Ordering::Acquire) & bit != 0
+    }
+
+    /// Extents that are in U as a whole.
+    #[must_use]
+    pub fn extents(&self) -> u64 {
+        self.extent_count.load(Ordering::Acquire)
+    }
+
+    /// The first extent from `first` on that is in U as a whole.
+    #[must_use]
+    pub fn next_extent(&self, first: u64) -> Option<u64> {
+        if self.extents() == 0 {
+            return None;
+        }
+        let start = usize::try_from(first / 64).expect("at most 2^20 extents");
+        let words = self.extents.get(start..).unwrap_or_default();
+        for (index, word) in (start as u64..).zip(words) {
+            let mut bits = word.load(Ordering::Acquire);
+            if index == first / 64 {
+                bits &= u64::MAX << (first % 64);
+            }
+            if bits != 0 {
+                return Some(index * 64 + u64::from(bits.trailing_zeros()));
+            }
+        }
+        None
+    }
+
+    /// The extent is equal and durable on all current copies. The caller holds its lock.
+    pub fn remove_extent(&self, extent: u64, range: SectorRange) {
+        let (word, bit) = self.place(extent);
+        if word.fetch_and(!bit, Ordering::AcqRel) & bit != 0 {
+            self.extent_count.fetch_sub(1, Ordering::AcqRel);
+        }
+        self.remove(range);
     }
 
     /// Puts `range` into U. The caller holds its exclusive lock.
@@ -30,9 +100,12 @@ impl Unresolved {
         self.count.store(ranges.len(), Ordering::Release);
     }
 
-    /// Whether a sector of `range` is in U.
+    /// Whether a sector of `range`, which lies in one extent, is in U.
     #[must_use]
     pub fn touches(&self, range: SectorRange) -> bool {
+        if self.holds_extent(range.start() >> self.extent_shift) {
+            return true;
+        }
         if self.count.load(Ordering::Acquire) == 0 {
             return false;
         }
@@ -40,8 +113,8 @@ impl Unresolved {
         ranges.iter().any(|known| known.overlaps(range))
     }
 
-    /// Takes the sectors of `range` out of U: they are equal and durable on all current copies.
-    /// The caller holds the exclusive lock.
+    /// Takes the sectors of `range` out of U, unless their whole extent is in it: they are equal on
+    /// all current copies. The caller holds the exclusive lock.
     pub fn remove(&self, range: SectorRange) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
@@ -67,17 +140,11 @@ impl Unresolved {
         *ranges = kept;
     }
 
-    /// Sectors in U, each counted once per range that holds it.
+    /// Sectors in U outside of whole extents, each counted once per range that holds it.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         let ranges = self.ranges.lock().expect("no panic under this lock");
         ranges.iter().map(|range| u64::from(range.count())).sum()
-    }
-}
-
-impl Default for Unresolved {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -91,7 +158,7 @@ mod tests {
         fn unresolved_agrees_with_a_set_of_sectors(
             steps in proptest::collection::vec((0u64..64, 1u32..12, 0u8..3), 1..80)
         ) {
-            let unresolved = Unresolved::new();
+            let unresolved = Unresolved::new(1, 11);
             let mut model = BTreeSet::new();
             for (start, count, step) in steps {
                 let range = SectorRange::new(start, count).unwrap();
@@ -112,5 +179,25 @@ mod tests {
             }
             assert_eq!(unresolved.sectors() == 0, model.is_empty());
         }
+    }
+
+    #[test]
+    fn whole_extents_come_and_go() {
+        let unresolved = Unresolved::new(200, 4);
+        let range = |extent: u64| SectorRange::new(extent << 4, 16).unwrap();
+        for extent in [3, 130] {
+            unresolved.insert_extent(extent);
+        }
+        assert!(unresolved.touches(range(130)) && !unresolved.touches(range(131)));
+        // A part that was settled does not take the rest out.
+        unresolved.remove(SectorRange::new(130 << 4, 4).unwrap());
+        assert!(unresolved.touches(SectorRange::new(130 << 4, 1).unwrap()));
+        assert_eq!(
+            (unresolved.next_extent(0), unresolved.next_extent(4)),
+            (Some(3), Some(130))
+        );
+        assert_eq!(unresolved.next_extent(131), None);
+        unresolved.remove_extent(130, range(130));
+        assert_eq!((unresolved.extents(), unresolved.next_extent(4)), (1, None));
     }
 }
