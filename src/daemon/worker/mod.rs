@@ -32,8 +32,8 @@ use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, BufferId, Buffers, Event, KickCause, Lane, LaneCounters, LaneId, Purpose, Report,
-    Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BadCause, BufferId, Buffers, Event, KickCause, Lane, LaneCounters, LaneId, Purpose,
+    Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, Time};
