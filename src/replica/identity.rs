@@ -3,6 +3,7 @@
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 
 /// The storage of a replica. Two paths, links or bind mounts to one file have one identity.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -21,8 +22,8 @@ pub enum Identity {
 /// A file, by the file system it is on and its number there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Inode {
-    device: u64,
-    number: u64,
+    pub(super) device: u64,
+    pub(super) number: u64,
 }
 
 impl Inode {
@@ -74,6 +75,15 @@ impl Identity {
         }
     }
 
+    /// Whether the block device `number` has the file behind it that this one had, as far as one
+    /// can tell: a loop device can be given another file without its number changing.
+    pub(super) fn is_backed_as(&self, number: u64) -> bool {
+        match (self.inode(), loop_backing(number)) {
+            (Some(then), Some(now)) => then == now,
+            _ => true,
+        }
+    }
+
     /// The file in which the bytes end up, as far as one can tell.
     fn inode(&self) -> Option<Inode> {
         match self {
@@ -93,9 +103,14 @@ pub fn sysfs_directory(number: u64) -> String {
 /// The file behind a loop device. A file that was deleted, or lies in another mount namespace, is
 /// not found: the check is a help, not a fence (that is what the locks are for).
 fn loop_backing(number: u64) -> Option<Inode> {
-    let path = fs::read_to_string(sysfs_directory(number) + "/loop/backing_file").ok()?;
-    let metadata = fs::metadata(path.trim_end_matches('\n')).ok()?;
+    let metadata = fs::metadata(backing_file(number)?).ok()?;
     metadata.is_file().then(|| Inode::of(&metadata))
+}
+
+/// The path of the file behind a loop device, as it was when the two were joined.
+pub(super) fn backing_file(number: u64) -> Option<PathBuf> {
+    let text = fs::read_to_string(sysfs_directory(number) + "/loop/backing_file").ok()?;
+    Some(PathBuf::from(text.trim_end_matches('\n')))
 }
 
 #[cfg(test)]

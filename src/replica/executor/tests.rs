@@ -2,6 +2,7 @@
 //! The executor on real files.
 
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -10,6 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::*;
 use crate::quorum::{Buffers, OperationKind, Purpose};
+use crate::replica::flight::ZeroMethods;
 use crate::replica::{Cache, RawOptions, open_set};
 use crate::units::{ReplicaId, SectorRange};
 
@@ -38,7 +40,8 @@ fn executor(options: &[RawOptions]) -> Executor {
         reserve_bytes: 0,
         ring_entries: 8,
     };
-    Executor::new(&open_set(options).unwrap(), config).unwrap()
+    let replicas: Vec<_> = open_set(options).unwrap().into_iter().map(Some).collect();
+    Executor::new(&replicas, config).unwrap()
 }
 
 fn range(start: u64, count: u32) -> SectorRange {
@@ -229,8 +232,8 @@ fn write_zeroes_where_it_is_not_supported_writes_zeroes() {
     // tmpfs punches holes but has no ZERO_RANGE.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let executor = zeroing(directory.path(), Cache::Buffered, false);
-    assert!(!executor.replicas[0].zero_methods.zero_range);
-    assert!(executor.replicas[0].zero_methods.punch);
+    assert!(!executor.slots[0].zero_methods.zero_range);
+    assert!(executor.slots[0].zero_methods.punch);
 }
 
 #[test]
@@ -239,7 +242,7 @@ fn write_zeroes_by_writing_more_than_the_zeroes_there_are() {
     let path = directory.path().join("a");
     fs::write(&path, vec![7; 3 << 20]).unwrap();
     let mut executor = executor(&[RawOptions::new("a", &path)]);
-    executor.replicas[0].zero_methods = ZeroMethods {
+    executor.slots[0].zero_methods = ZeroMethods {
         punch: false,
         zero_range: false,
     };
