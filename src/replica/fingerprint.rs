@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! By what a replica is known again (rules R3, S3), and whether it is still where it was.
 //!
-//! Nothing here opens anything: opening a device has effects of its own. The sizes and times are
-//! those the kernel has at hand; a file system on the network is not asked for newer ones, which
-//! could take as long as it hangs. Following a path can hang all the same.
+//! Nothing here opens anything: opening a device has effects of its own. But a file system that is
+//! not local is asked, so all of it can take as long as storage hangs. (The kernel would also give
+//! what it remembers, which is not what is to be found out.)
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags, makedev, statx};
-
-use crate::replica::identity::{Identity, Inode, backing_file, sysfs_directory};
+use crate::replica::identity::{Identity, backing_file, sysfs_directory};
 
 /// What of a replica changes when somebody else writes to it or puts another in its place.
 ///
@@ -37,17 +35,17 @@ impl Fingerprint {
     /// The fingerprint of the regular file or block device that `path` leads to.
     ///
     /// # Errors
-    /// Of `statx`; [`io::ErrorKind::InvalidInput`] if it is something else.
+    /// Of `stat`; [`io::ErrorKind::InvalidInput`] if it is something else.
     pub fn of_path(path: &Path) -> io::Result<Self> {
-        Self::of(&Facts::of_path(path)?)
+        Self::of(&fs::metadata(path)?)
     }
 
     /// The fingerprint of an open file or device.
     ///
     /// # Errors
-    /// Of `statx`; [`io::ErrorKind::InvalidInput`] if it is something else.
+    /// Of `fstat`; [`io::ErrorKind::InvalidInput`] if it is something else.
     pub(super) fn of_file(file: &File) -> io::Result<Self> {
-        Self::of(&Facts::of_file(file)?)
+        Self::of(&file.metadata()?)
     }
 
     /// Whether this is the same replica with nothing written to it since, as far as that shows.
@@ -58,32 +56,32 @@ impl Fingerprint {
             == (earlier.size_bytes, earlier.mtime_ns, earlier.inode)
     }
 
-    fn of(facts: &Facts) -> io::Result<Self> {
-        let plain = Self {
-            size_bytes: facts.size_bytes,
-            mtime_ns: facts.mtime_ns,
-            inode: facts.inode.number,
-            device: facts.inode.device,
+    fn of(metadata: &Metadata) -> io::Result<Self> {
+        let identity = Identity::of(metadata).ok_or(io::ErrorKind::InvalidInput)?;
+        let Some(number) = identity.device_number() else {
+            return Ok(Self {
+                size_bytes: metadata.len(),
+                mtime_ns: mtime_ns(metadata),
+                inode: metadata.ino(),
+                device: metadata.dev(),
+            });
         };
-        match facts.kind {
-            FileType::RegularFile => Ok(plain),
-            FileType::BlockDevice => {
-                let number = facts.device_number;
-                let backing = backing_file(number).and_then(|path| Facts::of_path(&path).ok());
-                let (mtime_ns, inode) = match backing {
-                    Some(backing) => (backing.mtime_ns, backing.inode.number),
-                    None => (0, name_number(number)),
-                };
-                Ok(Self {
-                    size_bytes: device_size(number)?,
-                    mtime_ns,
-                    inode,
-                    device: number,
-                })
-            }
-            _ => Err(io::ErrorKind::InvalidInput.into()),
-        }
+        let backing = backing_file(number).and_then(|path| fs::metadata(path).ok());
+        let (mtime_ns, inode) = match backing {
+            Some(backing) => (mtime_ns(&backing), backing.ino()),
+            None => (0, name_number(number)),
+        };
+        Ok(Self {
+            size_bytes: device_size(number)?,
+            mtime_ns,
+            inode,
+            device: number,
+        })
     }
+}
+
+fn mtime_ns(metadata: &Metadata) -> i128 {
+    i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec())
 }
 
 /// Whether a replica's path still leads to what is open.
@@ -113,26 +111,18 @@ pub(super) fn presence(
     identity: &Identity,
     length_bytes: u64,
 ) -> io::Result<Presence> {
-    let there = match Facts::of_path(path) {
+    let there = match fs::metadata(path) {
         Ok(there) => there,
         Err(error) if leads_nowhere(&error) => return Ok(Presence::Gone),
         Err(error) => return Err(error),
     };
-    let open = Facts::of_file(file)?;
-    let device = identity.device_number();
-    let same = match device {
-        Some(number) => {
-            there.kind == FileType::BlockDevice
-                && there.device_number == number
-                && identity.is_backed_as(number)
-        }
-        None => there.inode == open.inode && there.kind == open.kind,
-    };
-    if !same {
+    if !Identity::of(&there).is_some_and(|there| identity.may_be(&there)) {
         return Ok(Presence::Replaced);
     }
+    let device = identity.device_number();
+    let open = file.metadata()?;
     // A file that was removed can still be reached where it is mounted on another.
-    if device.is_none() && open.links == 0 {
+    if device.is_none() && open.nlink() == 0 {
         return Ok(Presence::Gone);
     }
     let now_bytes = match device {
@@ -140,7 +130,7 @@ pub(super) fn presence(
             Err(error) if leads_nowhere(&error) => return Ok(Presence::Gone),
             other => other?,
         },
-        None => open.size_bytes,
+        None => open.len(),
     };
     if now_bytes < length_bytes {
         return Ok(Presence::Shrunk {
@@ -164,53 +154,6 @@ fn leads_nowhere(error: &io::Error) -> bool {
                 | libc::ENOTCONN
         )
     )
-}
-
-/// What `statx` says, as far as it is used here.
-struct Facts {
-    kind: FileType,
-    inode: Inode,
-    links: u32,
-    size_bytes: u64,
-    mtime_ns: i128,
-    /// Of a device: its own number.
-    device_number: u64,
-}
-
-impl Facts {
-    fn of_path(path: &Path) -> io::Result<Self> {
-        let flags = AtFlags::STATX_DONT_SYNC;
-        Ok(Self::from(&statx(
-            CWD,
-            path,
-            flags,
-            StatxFlags::BASIC_STATS,
-        )?))
-    }
-
-    fn of_file(file: &File) -> io::Result<Self> {
-        let flags = AtFlags::STATX_DONT_SYNC | AtFlags::EMPTY_PATH;
-        let answer = statx(file.as_fd(), c"", flags, StatxFlags::BASIC_STATS)?;
-        Ok(Self::from(&answer))
-    }
-}
-
-impl From<&Statx> for Facts {
-    fn from(answer: &Statx) -> Self {
-        let mtime = answer.stx_mtime;
-        let device = makedev(answer.stx_dev_major, answer.stx_dev_minor);
-        Self {
-            kind: FileType::from_raw_mode(answer.stx_mode.into()),
-            inode: Inode {
-                device,
-                number: answer.stx_ino,
-            },
-            links: answer.stx_nlink,
-            size_bytes: answer.stx_size,
-            mtime_ns: i128::from(mtime.tv_sec) * 1_000_000_000 + i128::from(mtime.tv_nsec),
-            device_number: makedev(answer.stx_rdev_major, answer.stx_rdev_minor),
-        }
-    }
 }
 
 /// The size of a block device, which its node does not tell, in bytes.

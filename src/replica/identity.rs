@@ -22,8 +22,8 @@ pub enum Identity {
 /// A file, by the file system it is on and its number there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Inode {
-    pub(super) device: u64,
-    pub(super) number: u64,
+    device: u64,
+    number: u64,
 }
 
 impl Inode {
@@ -75,12 +75,17 @@ impl Identity {
         }
     }
 
-    /// Whether the block device `number` has the file behind it that this one had, as far as one
-    /// can tell: a loop device can be given another file without its number changing.
-    pub(super) fn is_backed_as(&self, number: u64) -> bool {
-        match (self.inode(), loop_backing(number)) {
+    /// Whether `now`, to which a path leads, can be what was opened there earlier as this. A loop
+    /// device can be given another file without its number changing; where the file cannot be
+    /// found out, the number counts.
+    pub(super) fn may_be(&self, now: &Self) -> bool {
+        if self.device_number() != now.device_number() {
+            return false;
+        }
+        match (self.inode(), now.inode()) {
             (Some(then), Some(now)) => then == now,
-            _ => true,
+            (None, None) => true,
+            _ => self.device_number().is_some(),
         }
     }
 
@@ -142,6 +147,22 @@ mod tests {
         for (one, other, same) in cases {
             assert_eq!(one.same_storage(&other), same, "{one:?} {other:?}");
             assert_eq!(other.same_storage(&one), same, "{other:?} {one:?}");
+        }
+    }
+
+    #[test]
+    fn may_be_table() {
+        let cases = [
+            (file(1, 2), file(1, 2), true),
+            (file(1, 2), file(1, 3), false),
+            (file(1, 2), device(5, Some((1, 2))), false),
+            (device(5, Some((1, 2))), device(5, Some((1, 2))), true),
+            (device(5, Some((1, 2))), device(5, Some((1, 3))), false),
+            (device(5, Some((1, 2))), device(5, None), true),
+            (device(5, None), device(6, None), false),
+        ];
+        for (then, now, expected) in cases {
+            assert_eq!(then.may_be(&now), expected, "{then:?} {now:?}");
         }
     }
 

@@ -168,7 +168,7 @@ impl RawReplica {
     /// [`RawReplica::durable_fingerprint`] for one that is to survive a power loss.
     ///
     /// # Errors
-    /// Of `statx`, or of reading the size of a device that is not there any more.
+    /// Of `fstat`, or of reading the size of a device that is not there any more.
     pub fn fingerprint(&self) -> io::Result<Fingerprint> {
         Fingerprint::of_file(&self.file)
     }
@@ -190,8 +190,7 @@ impl RawReplica {
     /// Whether the configured path still leads to what is open here, in its full length. What is
     /// [`Presence::Gone`] takes writes without an error and loses them all when it is closed.
     ///
-    /// Asks no file system on the network for news, but following the path can take long where
-    /// such a file system hangs.
+    /// Takes as long as the storage does, for ever if it hangs.
     ///
     /// # Errors
     /// If it cannot be found out, for want of a permission or of memory; that says nothing about
