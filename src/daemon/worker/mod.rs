@@ -87,8 +87,8 @@ pub struct WorkerSetup {
     pub index: u8,
     /// What the lanes share.
     pub shared: Arc<Shared>,
-    /// The replicas, in the order of their slots.
-    pub replicas: Vec<Arc<Replica>>,
+    /// The replicas, in the order of their slots; `None` where one is missing.
+    pub replicas: Vec<Option<Arc<Replica>>>,
     /// Ring and buffers.
     pub executor: ExecutorConfig,
     /// The mailboxes of all workers, this one's at `index`.
