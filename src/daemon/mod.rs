@@ -22,7 +22,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::config::{Config, FrontEnd, LogFormat, Record};
+use crate::config::{Config, FrontEnd, LogFormat, RecordConfig};
 use crate::control::events::Names;
 use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{Counters, EventSink, Reporter, SinkError, logging, report_channel};
@@ -73,7 +73,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
     let counters = Counters::new(usize::from(config.workers), config.replica_names());
     let disk = Disk::start(&config, &sender, &counters, clock)?;
-    warn_of_record(config.record);
+    warn_of_record(&config.record);
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),
@@ -147,13 +147,13 @@ fn serve(
 
 /// Says what a disk without a record cannot do. An operator must not learn it from a guest that
 /// reads old data.
-fn warn_of_record(record: Record) {
-    match record {
-        Record::None => warn!(
-            "running without a state record: nothing remembers across a restart which replica \
-             missed writes, so one that was behind votes again after a restart; before you \
-             restart with a replica that failed, rewrite it from a good one"
-        ),
+fn warn_of_record(record: &RecordConfig) {
+    if *record == RecordConfig::None {
+        warn!(
+            "DANGEROUS: running without a state record (--record none): nothing remembers across \
+             a restart which replica missed writes, so one that was behind votes again after a \
+             restart; before you restart with a replica that failed, rewrite it from a good one"
+        );
     }
 }
 
