@@ -310,6 +310,19 @@ impl Config {
     /// The first thing that does not fit, by the name of its flag, and the cure.
     pub fn from_settings(settings: Settings) -> Result<Self, ConfigError> {
         let front_end = front_end(settings.socket_path.clone(), settings.fd)?;
+        Self::with_front_end(front_end, settings)
+    }
+
+    /// The same for a disk that is looked at and not served: what the settings say about the
+    /// front-end does not matter, and the [`FrontEnd`] is a descriptor that nobody has.
+    ///
+    /// # Errors
+    /// As [`Config::from_settings`].
+    pub fn without_front_end(settings: Settings) -> Result<Self, ConfigError> {
+        Self::with_front_end(FrontEnd::Fd(-1), settings)
+    }
+
+    fn with_front_end(front_end: FrontEnd, settings: Settings) -> Result<Self, ConfigError> {
         let replicas = replicas(&settings.replica, settings.cache.unwrap_or_default())?;
         let policy = Policy::new(replicas.len());
         let num_queues = settings.num_queues.unwrap_or(NUM_QUEUES_DEFAULT);
@@ -580,10 +593,13 @@ mod tests {
                 "--adopt-from `x` is no replica; the names are: replica0, replica1, replica2",
                 |s| s.adopt_from = Some("x".to_owned()),
             ),
-            ("--assume-clean (all replicas are equal) and --adopt-from", |s| {
-                s.adopt_from = Some("replica0".to_owned());
-                s.assume_clean = Some(true);
-            }),
+            (
+                "--assume-clean (all replicas are equal) and --adopt-from",
+                |s| {
+                    s.adopt_from = Some("replica0".to_owned());
+                    s.assume_clean = Some(true);
+                },
+            ),
             ("give --socket-path PATH, or --fd N", |s| {
                 s.socket_path = None
             }),

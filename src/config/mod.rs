@@ -31,5 +31,5 @@ pub use settings::Settings;
 pub use upkeep::{Patience, Upkeep};
 pub use values::{
     BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, Interval, LogFormat, LogLevel,
-    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, ValueError,
+    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
 };

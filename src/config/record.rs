@@ -146,9 +146,8 @@ impl RecordConfig {
             Self::Paths(paths) => paths.clone(),
             Self::Beside => files.map(|replica| beside(&replica.path)).collect(),
             Self::Folder(folder) => {
-                let in_folder = |replica: &Replica| {
-                    folder.join(format!("{}.{RECORD_EXTENSION}", replica.name))
-                };
+                let in_folder =
+                    |replica: &Replica| folder.join(format!("{}.{RECORD_EXTENSION}", replica.name));
                 if files.next().is_none() {
                     // Only devices: one copy, by the name of the first.
                     replicas.iter().map(in_folder).collect()
@@ -236,9 +235,15 @@ mod tests {
     }
 
     fn set() -> Vec<Replica> {
-        [("a", "/1/a"), ("b", "/dev/b"), ("c", "/3/c"), ("d", "/4/d"), ("e", "/5/e")]
-            .map(|(name, path)| replica(name, path))
-            .to_vec()
+        [
+            ("a", "/1/a"),
+            ("b", "/dev/b"),
+            ("c", "/3/c"),
+            ("d", "/4/d"),
+            ("e", "/5/e"),
+        ]
+        .map(|(name, path)| replica(name, path))
+        .to_vec()
     }
 
     fn is_file(path: &Path) -> bool {
@@ -247,7 +252,10 @@ mod tests {
 
     fn paths(config: &RecordConfig, replicas: &[Replica]) -> (Vec<String>, Vec<String>) {
         let text = |paths: Vec<PathBuf>| -> Vec<String> {
-            paths.iter().map(|path| path.display().to_string()).collect()
+            paths
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect()
         };
         let places = config.places(replicas, is_file).unwrap().unwrap();
         (text(places.copies), text(places.elsewhere))
@@ -285,7 +293,10 @@ mod tests {
         assert!(refused.to_string().contains("in /a.qrec"), "{refused}");
         let paths = RecordConfig::Paths(vec!["/1/a".into()]);
         let refused = paths.places(&set(), is_file).unwrap_err();
-        assert!(refused.to_string().contains("/1/a is a replica"), "{refused}");
+        assert!(
+            refused.to_string().contains("/1/a is a replica"),
+            "{refused}"
+        );
     }
 
     fn settings(change: impl FnOnce(&mut Settings)) -> (Settings, Vec<Replica>) {

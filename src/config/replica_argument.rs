@@ -170,7 +170,11 @@ impl ReplicaArgument {
             let address = self.path.to_string_lossy().into_owned();
             return Err(ReplicaArgumentError::Address(address));
         }
-        if self.record.as_deref().is_some_and(|path| !is_record_path(path)) {
+        if self
+            .record
+            .as_deref()
+            .is_some_and(|path| !is_record_path(path))
+        {
             return Err(ReplicaArgumentError::BadRecord);
         }
         match self.name {
@@ -360,7 +364,10 @@ mod tests {
             ("a,record", "needs a value: record=VALUE"),
             ("a,record=", "needs the path of a file"),
             ("a,record=x/..", "needs the path of a file"),
-            ("a,record=x,record=x", "`record` of a replica is given twice"),
+            (
+                "a,record=x,record=x",
+                "`record` of a replica is given twice",
+            ),
             ("a,", "`` is no option"),
             ("a,Name=x", "`Name` is no option"),
             ("a,name", "needs a value: name=VALUE"),

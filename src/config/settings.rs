@@ -8,8 +8,8 @@ use serde::Deserialize;
 
 use super::replica_argument::ReplicaArgument;
 use super::values::{
-    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Interval, LogFormat, LogLevel, OnLostQuorum,
-    OnOff, ReadPatternName, RecordMode, ScrubMode, whole_number,
+    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Interval, LogFormat, LogLevel,
+    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, whole_number,
 };
 
 /// Every setting of a disk, none of them decided. The comments are the help of the flags.

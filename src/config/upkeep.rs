@@ -96,10 +96,16 @@ impl Patience {
         if settings.flush_grace == Some(0) {
             return Err(ConfigError::FlushGrace);
         }
-        let write_grace = settings.write_grace.map(u64::from).map(Duration::from_millis);
+        let write_grace = settings
+            .write_grace
+            .map(u64::from)
+            .map(Duration::from_millis);
         let flush_grace = settings.flush_grace.map(u64::from).map(Duration::from_secs);
         // What was not said gives way to a short timeout; what was said must make sense with it.
-        for (flag, grace) in [("--write-grace", write_grace), ("--flush-grace", flush_grace)] {
+        for (flag, grace) in [
+            ("--write-grace", write_grace),
+            ("--flush-grace", flush_grace),
+        ] {
             if grace.is_some_and(|grace| grace > io_timeout) {
                 return Err(ConfigError::GraceBeyondTimeout { flag, io_timeout_s });
             }
@@ -181,7 +187,11 @@ mod tests {
         assert_eq!(upkeep.resync_bytes_per_s, 128 << 20);
         assert_eq!(upkeep.scrub_bytes_per_s, 64 << 20);
         assert!(upkeep.scrub_repairs && !upkeep.crash_tie_error);
-        let budgets = (upkeep.write_errors_max, upkeep.kicks_max, upkeep.repairs_max);
+        let budgets = (
+            upkeep.write_errors_max,
+            upkeep.kicks_max,
+            upkeep.repairs_max,
+        );
         assert_eq!(budgets, (16, 4, 256));
     }
 
@@ -203,7 +213,9 @@ mod tests {
             ("--write-grace 19 is not possible; give 20 to 60000", |s| {
                 s.write_grace = Some(19)
             }),
-            ("--flush-grace 0 is not possible", |s| s.flush_grace = Some(0)),
+            ("--flush-grace 0 is not possible", |s| {
+                s.flush_grace = Some(0)
+            }),
             ("--flush-grace is longer than --io-timeout 4", |s| {
                 s.flush_grace = Some(5);
                 s.io_timeout = Some(4);
@@ -222,7 +234,10 @@ mod tests {
     #[test]
     fn rates_and_scrubs_that_do_not_fit_name_the_cure() {
         let refused = upkeep(|s| s.resync_rate = Some(ByteSize(1000))).unwrap_err();
-        assert!(refused.contains("--resync-rate 1000 bytes is too slow"), "{refused}");
+        assert!(
+            refused.contains("--resync-rate 1000 bytes is too slow"),
+            "{refused}"
+        );
         let mut settings = Settings::default();
         settings.scrub = Some(ScrubMode::Repair);
         let refused = Upkeep::from_settings(&settings, false, true).unwrap_err();

@@ -514,7 +514,18 @@ mod tests {
             let expected = Interval(seconds.map(Duration::from_secs));
             assert_eq!(text.parse(), Ok(expected), "{text}");
         }
-        for text in ["", "7", "d", "59s", "0d", "521w", "7 d", "1.5h", "-1d", "9999999999999999w"] {
+        for text in [
+            "",
+            "7",
+            "d",
+            "59s",
+            "0d",
+            "521w",
+            "7 d",
+            "1.5h",
+            "-1d",
+            "9999999999999999w",
+        ] {
             assert_eq!(
                 text.parse::<Interval>(),
                 Err(ValueError::Interval(text.to_owned())),

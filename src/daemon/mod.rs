@@ -6,13 +6,16 @@
 //! - [`event_loop`]: waiting for many descriptors;
 //! - [`control_loop`]: what the control thread waits for;
 //! - [`clock`]: the time all threads agree on;
+//! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
 pub mod control_loop;
 mod disk;
 pub mod event_loop;
+pub mod file_lock;
 pub mod listener;
+pub mod record_files;
 pub mod signals;
 mod worker;
 
