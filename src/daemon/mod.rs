@@ -12,11 +12,14 @@
 pub mod clock;
 pub mod control_loop;
 mod disk;
+mod fingerprints;
+mod maintenance;
 pub mod event_loop;
 pub mod file_lock;
 pub mod listener;
 pub mod record_files;
 pub mod signals;
+mod warden;
 mod worker;
 
 use std::io;
