@@ -22,5 +22,6 @@ pub mod device;
 pub mod front_end;
 pub mod io;
 pub mod quorum;
+pub mod record_cli;
 pub mod replica;
 pub mod units;
