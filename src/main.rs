@@ -29,10 +29,12 @@ fn main() -> ExitCode {
                 Err(error) => fail(&error),
             }
         }
-        Command::Record(command) => match record_cli::run(&command, &mut std::io::stdout().lock()) {
-            Ok(()) => ExitCode::from(cli::EXIT_OK),
-            Err(error) => fail(&error),
-        },
+        Command::Record(command) => {
+            match record_cli::run(&command, &mut std::io::stdout().lock()) {
+                Ok(()) => ExitCode::from(cli::EXIT_OK),
+                Err(error) => fail(&error),
+            }
+        }
         Command::Demo(arguments) => match run_demo(arguments) {
             Ok(true) => ExitCode::from(cli::EXIT_OK),
             // The report has said what was wrong.

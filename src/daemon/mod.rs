@@ -7,6 +7,7 @@
 //! - [`control_loop`]: what the control thread waits for;
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
+//! - [`first_use`]: the record of images that have none;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
@@ -14,6 +15,7 @@ pub mod control_loop;
 mod disk;
 pub mod event_loop;
 pub mod file_lock;
+pub mod first_use;
 pub mod listener;
 pub mod record_files;
 pub mod signals;
@@ -73,7 +75,9 @@ const TOKEN_CONNECTION: event_loop::Token = 0;
 /// # Errors
 /// If the daemon cannot start or go on.
 pub fn run(config: Config) -> Result<(), DaemonError> {
-    let places = config.record.places(&config.replicas, record_files::is_file)?;
+    let places = config
+        .record
+        .places(&config.replicas, record_files::is_file)?;
     let signals = Signals::block()?;
     let clock = Clock::start();
     let sink = config.events.as_ref().map(EventSink::open).transpose()?;

@@ -9,6 +9,8 @@ use crate::config::ByteSize;
 use crate::record::Refusal;
 
 /// What a start would do.
+///
+/// Without the configuration it is not known which replicas are there; they count as present.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Start {
     /// Whether it would be refused.
@@ -65,6 +67,17 @@ pub(super) fn start(view: &View, refusal: Option<&Refusal>) -> Start {
     Start {
         refused: false,
         steps,
+    }
+}
+
+/// What can be told when not all copies were looked at.
+pub(super) fn unknown(given: usize, copies: usize) -> Start {
+    Start {
+        refused: false,
+        steps: vec![format!(
+            "Not known: {given} of the {copies} copies of the record were given. Give all of \
+             them, or the replicas (--replica or --config)."
+        )],
     }
 }
 

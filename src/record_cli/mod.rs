@@ -66,6 +66,15 @@ pub enum RecordCliError {
     /// The disk cannot be described.
     #[error(transparent)]
     Shape(#[from] crate::quorum::PolicyError),
+    /// A replica cannot be made stable and looked at.
+    #[error("cannot flush replica '{name}'")]
+    Fingerprint {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A copy was not written.
     #[error("cannot write the state record {}", path.display())]
     Write {
@@ -119,15 +128,13 @@ pub fn run(command: &RecordCommand, out: &mut impl Write) -> Result<(), RecordCl
 
 /// Where the record of the disk is.
 fn places(config: &Config) -> Result<RecordPlaces, RecordCliError> {
-    let places = config.record.places(&config.replicas, record_files::is_file)?;
+    let places = config
+        .record
+        .places(&config.replicas, record_files::is_file)?;
     Ok(places.expect("the command line refuses a disk without a record"))
 }
 
-fn forget(
-    places: &RecordPlaces,
-    yes: bool,
-    out: &mut impl Write,
-) -> Result<(), RecordCliError> {
+fn forget(places: &RecordPlaces, yes: bool, out: &mut impl Write) -> Result<(), RecordCliError> {
     let files = RecordFiles::open(places, Access::Own(Duration::ZERO))?;
     if files.is_absent() {
         return Err(RecordCliError::Absent {

@@ -46,7 +46,11 @@ fn head(view: &View, text: &mut String) -> std::fmt::Result {
         "voting      {} of {} replicas must agree{voting}",
         view.threshold, view.replicas
     )?;
-    let forced = if view.forced { ", begun by --force" } else { "" };
+    let forced = if view.forced {
+        ", begun by --force"
+    } else {
+        ""
+    };
     writeln!(text, "epoch       {}{forced}", view.epoch)?;
     let last = match (view.in_use, view.clean, view.cold) {
         (true, ..) => "is going on: a daemon serves the disk",
@@ -64,7 +68,7 @@ fn head(view: &View, text: &mut String) -> std::fmt::Result {
     let verify = match (view.verify.active, view.assume_clean) {
         (true, _) => format!("at {}", position(view, view.verify.sector)),
         (false, true) => "not asked for (--assume-clean)".to_owned(),
-        (false, false) => "done".to_owned(),
+        (false, false) => "done, or not needed".to_owned(),
     };
     writeln!(text, "verify      {verify}")?;
     if view.scrub.active {
@@ -132,7 +136,7 @@ fn copies(view: &View) -> Table {
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_BORDERS_ONLY);
+    table.load_style(presets::UTF8_BORDERS_ONLY);
     table.set_header(header);
     table
 }

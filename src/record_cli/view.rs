@@ -9,12 +9,14 @@ use serde::Serialize;
 use super::forecast::{self, Start};
 use super::{RecordCliError, names};
 use crate::config::{Config, RecordPlaces};
+use crate::daemon::first_use;
 use crate::daemon::record_files::{Access, RecordFiles};
 use crate::quorum::{Bitmap, PageName, ReadPattern};
 use crate::record::{
     BLOCK_BYTES, CopySource, CopyState, Expected, Found, Member, MemberState, Note, OpenOptions,
     Opened, ReadBlock, Refusal, Superblock, VERIFIED, open,
 };
+use crate::replica::Fingerprint;
 use crate::units::{ReplicaId, SECTOR_BYTES};
 
 /// A state record for people and programs.
@@ -170,7 +172,12 @@ impl View {
             });
         }
         let (opened, refusal) = open_to_look(sources, Expected::default(), &places)?;
-        Ok(Self::new(&opened, &files, refusal, None))
+        let mut view = Self::new(&opened, &files, refusal, None);
+        let given = files.files().len();
+        if let Some(copies) = copies.filter(|&copies| copies > given) {
+            view.start = forecast::unknown(given, copies);
+        }
+        Ok(view)
     }
 
     /// The record of a disk.
@@ -322,12 +329,19 @@ fn member(opened: &Opened, slot: usize, config: Option<&Config>) -> MemberView {
     }
 }
 
+/// Compares a replica with what was recorded at a clean stop. Its path may hang.
 fn found(path: &Path, member: &Member, clean: bool) -> ReplicaFound {
-    if !path.exists() {
+    let Ok(now) = Fingerprint::of_path(path) else {
         return ReplicaFound::Missing;
+    };
+    if !clean {
+        return ReplicaFound::Present;
     }
-    let _ = (member, clean);
-    ReplicaFound::Present
+    if first_use::is_unchanged(&first_use::recorded(&now), &member.fingerprint) {
+        ReplicaFound::Unchanged
+    } else {
+        ReplicaFound::Changed
+    }
 }
 
 /// Bits of a map, and what they stand for.
