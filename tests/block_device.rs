@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use quorum_blk::quorum::{Buffers, OpId, Operation, OperationKind, Outcome, Purpose};
 use quorum_blk::replica::{
-    Cache, Executor, ExecutorConfig, OpenFault, RawOptions, RawReplica, Replica, SetError,
-    check_set, open_set,
+    Cache, Executor, ExecutorConfig, OpenFault, Presence, RawOptions, RawReplica, Replica,
+    SetError, check_set, open_set,
 };
 use quorum_blk::units::{ReplicaId, SectorRange};
 
@@ -191,6 +191,74 @@ fn a_device_whose_file_was_cut_gives_eio_and_works_before_the_cut() {
             .iter()
             .all(|&byte| byte == 0x5a)
     );
+}
+
+#[test]
+fn a_device_is_known_again_by_the_file_behind_it() {
+    let Some(one) = Loop::new(512) else { return };
+    let replica = RawReplica::open(&one.options()).unwrap();
+    let found = replica.found();
+    assert_eq!(found.size_bytes, IMAGE_BYTES);
+    let metadata = fs::metadata(&one.backing).unwrap();
+    assert_eq!(found.inode, std::os::unix::fs::MetadataExt::ino(&metadata));
+    drop(replica);
+    // The times of the node itself change whenever it is opened or made.
+    assert!(
+        Command::new("touch")
+            .arg(&one.device)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let replica = RawReplica::open(&one.options()).unwrap();
+    assert_eq!(replica.found(), found);
+    drop(replica);
+    let file = File::options().write(true).open(&one.backing).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let replica = RawReplica::open(&one.options()).unwrap();
+    assert!(!replica.found().is_unchanged_since(&found));
+}
+
+#[test]
+fn a_device_that_shrinks_or_loses_its_node_shows() {
+    let Some(one) = Loop::new(512) else { return };
+    let node = one.folder.path().join("node");
+    std::os::unix::fs::symlink(&one.device, &node).unwrap();
+    let options = RawOptions::new("a", &node);
+    let replica = RawReplica::open(&options).unwrap();
+    assert_eq!(replica.is_still_there().unwrap(), Presence::There);
+    cut(&one.backing, 1 << 20);
+    let resized = Command::new("losetup").arg("-c").arg(&one.device).status();
+    assert!(resized.unwrap().success());
+    let length_bytes = 1 << 20;
+    let shrunk = Presence::Shrunk { length_bytes };
+    assert_eq!(replica.is_still_there().unwrap(), shrunk);
+    fs::remove_file(&node).unwrap();
+    assert_eq!(replica.is_still_there().unwrap(), Presence::Gone);
+    fs::write(&node, b"something else").unwrap();
+    assert_eq!(replica.is_still_there().unwrap(), Presence::Replaced);
+}
+
+#[test]
+fn opening_a_device_drops_its_cached_pages() {
+    let Some(one) = Loop::new(512) else { return };
+    let options = RawOptions {
+        cache: Cache::Buffered,
+        ..one.options()
+    };
+    // An open descriptor keeps the pages: the last close of a device drops them anyhow.
+    let reader = File::open(&one.device).unwrap();
+    let first = || {
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&reader, &mut byte, 8192).unwrap();
+        byte[0]
+    };
+    assert_eq!(first(), 0x5a);
+    let backing = File::options().write(true).open(&one.backing).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&backing, &[7; 4096], 8192).unwrap();
+    assert_eq!(first(), 0x5a, "the cache still has it");
+    let _replica = RawReplica::open(&options).unwrap();
+    assert_eq!(first(), 7);
 }
 
 fn cut(path: &Path, bytes: u64) {
