@@ -6,6 +6,7 @@
 )]
 
 use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -200,7 +201,7 @@ fn a_device_is_known_again_by_the_file_behind_it() {
     let found = replica.found();
     assert_eq!(found.size_bytes, IMAGE_BYTES);
     let metadata = fs::metadata(&one.backing).unwrap();
-    assert_eq!(found.inode, std::os::unix::fs::MetadataExt::ino(&metadata));
+    assert_eq!(found.inode, metadata.ino());
     drop(replica);
     // The times of the node itself change whenever it is opened or made.
     assert!(
@@ -247,18 +248,25 @@ fn opening_a_device_drops_its_cached_pages() {
         ..one.options()
     };
     // An open descriptor keeps the pages: the last close of a device drops them anyhow.
-    let reader = File::open(&one.device).unwrap();
-    let first = || {
+    let file = |path| File::options().read(true).write(true).open(path).unwrap();
+    let (cached, backing) = (file(&one.device), file(&one.backing));
+    let at = |file: &File, offset| {
         let mut byte = [0];
-        std::os::unix::fs::FileExt::read_exact_at(&reader, &mut byte, 8192).unwrap();
+        file.read_exact_at(&mut byte, offset).unwrap();
         byte[0]
     };
-    assert_eq!(first(), 0x5a);
-    let backing = File::options().write(true).open(&one.backing).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&backing, &[7; 4096], 8192).unwrap();
-    assert_eq!(first(), 0x5a, "the cache still has it");
+    let (clean, dirty) = (8192, 65_536);
+    assert_eq!(at(&cached, clean), 0x5a);
+    backing.write_all_at(&[7; 4096], clean).unwrap();
+    assert_eq!(at(&cached, clean), 0x5a, "the cache still has it");
+    cached.write_all_at(&[9; 4096], dirty).unwrap();
+    assert_eq!(at(&backing, dirty), 0x5a, "it is not written back yet");
     let _replica = RawReplica::open(&options).unwrap();
-    assert_eq!(first(), 7);
+    assert_eq!(at(&cached, clean), 7);
+    // What was dirty has reached the medium, and is not remembered either.
+    assert_eq!(at(&backing, dirty), 9);
+    backing.write_all_at(&[8; 4096], dirty).unwrap();
+    assert_eq!(at(&cached, dirty), 8);
 }
 
 fn cut(path: &Path, bytes: u64) {
