@@ -13,14 +13,15 @@
 pub mod clock;
 pub mod control_loop;
 mod disk;
-mod fingerprints;
-mod maintenance;
 pub mod event_loop;
 pub mod file_lock;
+mod fingerprints;
 pub mod first_use;
 pub mod listener;
+mod maintenance;
 pub mod record_files;
 pub mod signals;
+mod start;
 mod warden;
 mod worker;
 
