@@ -43,9 +43,10 @@ use queues::Queues;
 /// Requests a worker takes on at once; more stay in their rings.
 const GUESTS_MAX: usize = 2048;
 
-/// Most requests fetched from one queue before they are submitted, published and signalled: with
-/// three copies of 4 KiB each they stay in a processor's second cache.
-const FETCH_BATCH_MAX: u16 = 48;
+/// A batch ends with the request that brings it to this many bytes of the disk. Three copies and
+/// the guest's buffer of these fit in a processor's second cache together, so that votes and the
+/// copy to the guest find there what was read: large reads take a sixth less processor time.
+const BATCH_BYTES: u64 = 192 << 10;
 
 /// Batches after which a busy worker looks whether another queue was kicked or a message came.
 const BATCHES_PER_LOOK: u32 = 4;
@@ -144,8 +145,8 @@ fn wait_until_ready(started: &Receiver<Result<(), WorkerError>>) -> Result<(), W
 /// the driver looks at one half, the worker has the other. With all of them in one batch the two
 /// only wait for each other, and the driver has to be woken every time (half the requests a second
 /// at a depth of 16); with batches much smaller the signals cost more than they bring.
-fn batch_size(depth: u16) -> u16 {
-    depth.div_ceil(2).clamp(1, FETCH_BATCH_MAX)
+fn batch_requests(depth: u16) -> u16 {
+    depth.div_ceil(2).max(1)
 }
 
 /// A broken invariant ends the process: a worker that has lost track of a request must not leave
@@ -395,9 +396,10 @@ impl Worker {
         self.queues.rotate();
         for at in 0..self.queues.active_len() {
             let queue = self.queues.active(at);
-            let batch = batch_size(self.queues.get(queue).virtqueue.depth());
+            let batch = batch_requests(self.queues.get(queue).virtqueue.depth());
             let mut fetched = 0;
-            while fetched < batch {
+            let mut bytes = 0;
+            while fetched < batch && bytes < BATCH_BYTES {
                 if self.guests.len() >= GUESTS_MAX || !self.lane.has_room() {
                     return any;
                 }
@@ -408,6 +410,7 @@ impl Worker {
                     Fetched::Request(ticket) => {
                         slot.begin(queue, ticket, entry.virtqueue.write_through());
                         fetched += 1;
+                        bytes += slot.bytes();
                         any = true;
                         self.announce(guest);
                         if !self.issue(guest) {
