@@ -13,12 +13,15 @@
 pub mod clock;
 pub mod control_loop;
 mod disk;
+mod fingerprints;
+mod maintenance;
 pub mod event_loop;
 pub mod file_lock;
 pub mod first_use;
 pub mod listener;
 pub mod record_files;
 pub mod signals;
+mod warden;
 mod worker;
 
 use std::io;
