@@ -13,12 +13,12 @@
 pub mod clock;
 pub mod control_loop;
 mod disk;
-mod fingerprints;
-mod maintenance;
 pub mod event_loop;
 pub mod file_lock;
+pub mod fingerprints;
 pub mod first_use;
 pub mod listener;
+mod maintenance;
 pub mod record_files;
 pub mod signals;
 mod warden;

@@ -91,7 +91,9 @@ impl Unresolved {
         }
         let ranges = self.ranges.lock().expect("no panic under this lock");
         // A range lies in one extent.
-        let partly = ranges.iter().map(|range| range.start() >> self.extent_shift);
+        let partly = ranges
+            .iter()
+            .map(|range| range.start() >> self.extent_shift);
         partly.filter(|&extent| extent >= first).chain(whole).min()
     }
 

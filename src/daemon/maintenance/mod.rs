@@ -188,9 +188,7 @@ impl Maintenance {
         events
             .add_edge(&executor.wake_fd(), TOKEN_RING)
             .map_err(wait)?;
-        events
-            .add(&mailbox.as_fd(), TOKEN_MAILBOX)
-            .map_err(wait)?;
+        events.add(&mailbox.as_fd(), TOKEN_MAILBOX).map_err(wait)?;
         let record = setup
             .record
             .map(|open| -> Result<Record, MaintenanceError> {
@@ -505,8 +503,7 @@ impl Maintenance {
                     let path = record.paths[usize::from(copy)].display();
                     warn!("the copy {path} of the state record is not used any more");
                     let errno = errno.unwrap_or(libc::ETIMEDOUT);
-                    self.reports
-                        .send(EventData::RecordCopyLost { copy, errno });
+                    self.reports.send(EventData::RecordCopyLost { copy, errno });
                 }
                 RecordAction::Lost => {
                     error!(

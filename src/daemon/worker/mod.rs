@@ -27,15 +27,15 @@ use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
 use super::warden::Reopened;
 use crate::control::ReportSender;
-use crate::control::events::EventData;
 use crate::control::counters::{RequestKind as Kind, WorkerCounters};
+use crate::control::events::EventData;
 use crate::device::mailbox::{Ack, Mailbox, QueueCommand};
 use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane, LaneCounters, LaneId, Purpose,
-    Report, Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BadCause, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane,
+    LaneCounters, LaneId, Purpose, Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, ReplicaSet, Time};
