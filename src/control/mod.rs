@@ -16,6 +16,7 @@ pub mod counters;
 mod event_line;
 mod event_text;
 pub mod events;
+mod keeper_text;
 pub mod logging;
 pub mod rate_limit;
 pub mod report_channel;
