@@ -21,6 +21,7 @@ pub mod listener;
 mod maintenance;
 pub mod record_files;
 pub mod signals;
+mod start;
 mod warden;
 mod worker;
 
