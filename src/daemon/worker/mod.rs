@@ -34,8 +34,8 @@ use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane,
-    LaneCounters, LaneId, Purpose, Report, Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane, LaneCounters, LaneId,
+    Purpose, Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, ReplicaSet, Time};
@@ -453,26 +453,7 @@ impl Worker {
     }
 
     fn report(&self, report: Report) {
-        match report {
-            Report::Bad { replica, cause, .. } => {
-                let counters = self.counters.replica(replica);
-                match cause {
-                    BadCause::Differs => counters.dissents.add(1),
-                    BadCause::Error(_) | BadCause::Short => counters.errors.add(1),
-                }
-            }
-            Report::Behind { replica, .. } => self.counters.replica(replica).behind.add(1),
-            Report::FlushFailed { replica, .. } => self.counters.replica(replica).errors.add(1),
-            Report::Repaired { replica, .. } => self.counters.replica(replica).repairs.add(1),
-            Report::Kicked { replica, .. } => self.counters.replica(replica).errors.add(1),
-            Report::Failure { .. }
-            | Report::Transient { .. }
-            | Report::RepairFailed { .. }
-            | Report::Lagging { .. }
-            | Report::Chosen { .. }
-            | Report::RecordLost
-            | Report::VerifyFailed { .. } => {}
-        }
+        self.counters.count_report(&report);
         if concerns_reliability(&report) {
             self.maintenance().post(Message::Report(report));
         }
