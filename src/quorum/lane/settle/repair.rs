@@ -233,8 +233,11 @@ impl Lane {
                 continue;
             }
             settle.rewritten.insert(replica);
+            // In U a difference is what was to be expected, and no fault of a replica.
             let rewritten = |index| {
-                settle.is_wrong(replica, index) && settle.is_block_decided(index, block_sectors)
+                settle.is_wrong(replica, index)
+                    && !settle.open[index]
+                    && settle.is_block_decided(index, block_sectors)
             };
             let ranges = settle.runs(rewritten);
             for range in ranges {
