@@ -145,7 +145,6 @@ impl Keeper {
             }
             KeeperEvent::OpenFailed { replica } => self.members.open_failed(turn, replica),
             KeeperEvent::Report(report) => self.reported(turn, report),
-            KeeperEvent::Wanted { extent } => self.pump.want(extent),
             KeeperEvent::GuestRequests { total } => {
                 if total > self.guest_requests {
                     self.guest_requests = total;
@@ -166,8 +165,9 @@ impl Keeper {
                         self.members.resynced(replica, bytes);
                     }
                 }
-                self.pump.replied(turn, extent, returning, status);
+                self.pump.reconciled(turn, extent, returning, status);
             }
+            Job::Resolve { range } => self.pump.resolved(turn, range, status),
             Job::Check { pass, range } => {
                 let due = self.scrub.replied(turn, &self.jobs, pass, range, status);
                 self.save_now |= due;

@@ -12,7 +12,8 @@ use super::{MS, SECOND, Setup, World, extents_of, fall_behind, id, ids, world};
 use crate::units::{SectorRange, Time};
 
 #[test]
-fn order_is_wanted_unresolved_behind_then_scrub() {
+fn order_is_unresolved_behind_then_scrub() {
+    let failed = SectorRange::new((40 << 11) + 8, 16).unwrap();
     let mut world = Setup {
         start: KeeperState {
             verify_cursor: Some(0),
@@ -25,16 +26,20 @@ fn order_is_wanted_unresolved_behind_then_scrub() {
         for extent in [8, 90] {
             shared.unresolved.insert_extent(extent);
         }
-        let failed = SectorRange::new((40 << 11) + 8, 16).unwrap();
         shared.unresolved.insert(failed);
     });
-    world.event(KeeperEvent::Wanted { extent: 150 });
     let served = world.serve_all();
-    assert_eq!(extents_of(&served), [150, 8, 40, 90, 1, 50, 60, 70]);
-    let check = |request: &Request| matches!(request, Request::Check { .. });
-    assert!(served.iter().any(check));
-    // A pass begins when the rest is under way.
-    assert!(served.iter().position(check).unwrap() >= 4);
+    assert_eq!(extents_of(&served), [8, 90, 1, 50, 60, 70, 150]);
+    let checks = served.iter().enumerate().filter_map(|(at, request)| {
+        let Request::Check { range, repair } = *request else {
+            return None;
+        };
+        Some((at, range, repair))
+    });
+    // The sectors of the failed write, then the pass, when the rest is under way.
+    let checks: Vec<_> = checks.collect();
+    assert_eq!(checks[0], (1, failed, true));
+    assert!(checks[1].0 >= 4 && checks[1].1.start() == 0);
     assert_eq!(world.shared.unresolved.next(0), None);
 }
 
@@ -98,9 +103,6 @@ fn limit_ends_a_second_after_the_last_request() {
     assert_eq!(world.open.len(), 1);
     world.pass(990 * MS);
     assert_eq!(world.open.len(), 1);
-    // What a guest waits for is not held back.
-    world.event(KeeperEvent::Wanted { extent: 77 });
-    assert_eq!(world.open.len(), 2);
     world.pass(10 * MS);
     assert_eq!(world.open.len(), 4);
 }
@@ -133,6 +135,27 @@ fn failing_extents_are_tried_again_later_and_keep_nobody_waiting() {
     world.shared.decide_crash_ties(CrashTie::Error);
     let served = world.serve_all();
     assert_eq!(extents_of(&served).len(), 10);
+}
+
+#[test]
+fn delay_is_short_again_when_trying_was_worth_while() {
+    let mut world = world(|shared| fall_behind(shared, 1, 0..2));
+    let mut bad = 2;
+    world.tick();
+    let mut tried = Vec::new();
+    let begin = world.now;
+    while tried.len() < 12 {
+        match world.serve(0, |extent| extent < bad) {
+            Some(Request::Reconcile { extent }) if extent == 0 => {
+                tried.push(world.now.since(begin).as_secs());
+                // The other one can be helped from now on.
+                bad = if tried.len() >= 5 { 1 } else { 2 };
+            }
+            Some(_) => {}
+            None => world.pass(500 * MS),
+        }
+    }
+    assert_eq!(tried[..8], [0, 1, 3, 7, 15, 16, 18, 22]);
 }
 
 #[test]
