@@ -8,17 +8,19 @@
 //!
 //! - `interface`: what it is told and asks for.
 //! - `life`: the states of a replica; `members`: who changes them; `budget`: what a replica may
-//!   do wrong.
+//!   do wrong; `copies`: who can be spared.
 //! - `pump`: resolve and resync; `scrub`: verify and scrub; `probe`: lagging replicas; `sweep`:
 //!   clean extents.
-//! - `jobs`: requests under way; `rate`: bytes in time, delays; `status`: for people.
+//! - `jobs`: requests under way; `rate`: bytes in time, delays; `progress`, `status`: for people.
 
 mod budget;
+mod copies;
 mod interface;
 mod jobs;
 mod life;
 mod members;
 mod probe;
+mod progress;
 mod pump;
 mod rate;
 mod scrub;

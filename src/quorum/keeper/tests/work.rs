@@ -89,6 +89,37 @@ fn resync_is_limited_while_the_guest_is_active() {
 }
 
 #[test]
+fn progress_is_told_every_ten_seconds() {
+    let mut world = Setup {
+        extents: 10_000,
+        ..Setup::default()
+    }
+    .build(|shared| fall_behind(shared, 1, 0..10_000));
+    resynced_bytes(&mut world, 25, true);
+    let told: Vec<_> = world
+        .reports()
+        .into_iter()
+        .filter_map(|report| match report {
+            KeeperReport::ResyncBegun { bytes_left, .. } => Some((bytes_left, 0)),
+            KeeperReport::ResyncProgress {
+                bytes_left,
+                bytes_done,
+                ..
+            } => Some((bytes_left, bytes_done)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(told.len(), 3);
+    let all = 10_000 << 20;
+    assert_eq!(told[0], (all, 0));
+    for (count, (left, done)) in (0..).zip(told) {
+        assert_eq!(left + done, all);
+        let expected = count * (1280 << 20);
+        assert!(done.abs_diff(expected) <= 20 << 20, "{done} of {expected}");
+    }
+}
+
+#[test]
 fn limit_ends_a_second_after_the_last_request() {
     let config = KeeperConfig {
         resync_bytes_per_s: 1 << 10,
@@ -146,7 +177,7 @@ fn delay_is_short_again_when_trying_was_worth_while() {
     let begin = world.now;
     while tried.len() < 12 {
         match world.serve(0, |extent| extent < bad) {
-            Some(Request::Reconcile { extent }) if extent == 0 => {
+            Some(Request::Reconcile { extent: 0 }) => {
                 tried.push(world.now.since(begin).as_secs());
                 // The other one can be helped from now on.
                 bad = if tried.len() >= 5 { 1 } else { 2 };
@@ -342,6 +373,18 @@ fn keeper_flushes_for_a_guest_that_does_not() {
     assert!(!world.shared.membership.is_dirty(9));
     world.pass(100 * SECOND);
     assert_eq!(world.open, []);
+}
+
+#[test]
+fn no_flush_is_wasted_on_what_stays_dirty() {
+    let mut world = world(|shared| {
+        write(shared, 9, Time::from_nanos(1000 * SECOND));
+        let failed = SectorRange::new((9 << 11) + 8, 8).unwrap();
+        shared.unresolved.insert(failed);
+    });
+    world.pass(100 * SECOND);
+    let flush = |(_, request): &(_, Request)| *request == Request::Flush;
+    assert!(!world.open.iter().any(flush));
 }
 
 #[test]
