@@ -3,8 +3,8 @@
 //!
 //! First extents with unresolved sectors, then those in which a replica lacks something that is up
 //! and not lagging; each in the order of the disk. Extents that requests of the guest wait for are
-//! reconciled by the lanes of these requests (rule V6). What cannot be reconciled now is passed over
-//! until a common moment of retry, so that it costs the others nothing, and two bits of memory.
+//! reconciled by the lanes of these requests (rule V6). What cannot be reconciled now is passed
+//! over until a common moment of retry, so that it costs the others nothing, and two bits of memory.
 
 use super::super::event::{Request, Status};
 use super::super::marks::Bitmap;
@@ -74,8 +74,8 @@ impl Failures {
         }
     }
 
-    /// An extent is in order. If it was not when it was tried before, trying is worth while, and the
-    /// others are not kept waiting for long.
+    /// An extent is in order. If it was not when it was tried before, trying is worth while, and
+    /// the others are not kept waiting for long.
     fn succeeded(&mut self, now: Time, extent: u64) {
         if self.again.contains(extent) {
             self.backoff.reset();
@@ -285,8 +285,8 @@ fn helpable(shared: &Shared) -> ReplicaSet {
     behind.collect()
 }
 
-/// How `extent` is brought closer to order. Sectors of a write that failed are settled when they are
-/// read, by whomever (rule W7); whole extents are reconciled.
+/// How `extent` is brought closer to order. Sectors of a write that failed are settled when they
+/// are read, by whomever (rule W7); whole extents are reconciled.
 fn work_on(shared: &Shared, extent: u64) -> (Job, Request) {
     let returning = shared.membership.returning(extent);
     if !shared.unresolved.holds_extent(extent)
