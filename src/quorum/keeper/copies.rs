@@ -25,9 +25,9 @@ pub(super) fn can_spare(shared: &Shared, replica: ReplicaId) -> bool {
     })
 }
 
-/// Takes the copy of `replica`, which is up, wherever everybody is behind but those that are `gone`,
-/// who are from now on. The extents are resolved, and the others brought up to date from it.
-/// Returns how many there are.
+/// Takes the copy of `replica`, which is up, wherever everybody is behind but those that are
+/// `gone`, who are from now on. The extents are resolved, and the others brought up to date from
+/// it. Returns how many there are.
 pub(super) fn force(shared: &Shared, replica: ReplicaId, gone: ReplicaSet) -> u64 {
     let (membership, marks) = (&shared.membership, shared.membership.marks());
     let others = membership.replicas().minus(gone);

@@ -4,7 +4,8 @@
 //! First extents with unresolved sectors, then those in which a replica lacks something that is up
 //! and not lagging; each in the order of the disk. Extents that requests of the guest wait for are
 //! reconciled by the lanes of these requests (rule V6). What cannot be reconciled now is passed
-//! over until a common moment of retry, so that it costs the others nothing, and two bits of memory.
+//! over until a common moment of retry, so that it costs the others nothing, and two bits of
+//! memory.
 
 use super::super::event::{Request, Status};
 use super::super::marks::Bitmap;
