@@ -97,15 +97,16 @@ impl AsRawFd for ReportReceiver {
 
 #[cfg(test)]
 mod tests {
+    use crate::quorum::Report;
     use std::thread;
 
     use super::*;
     use crate::units::SectorRange;
 
-    fn transient(sector: u64) -> Report {
-        Report::Transient {
+    fn transient(sector: u64) -> EventData {
+        EventData::Report(Report::Transient {
             range: SectorRange::new(sector, 1).unwrap(),
-        }
+        })
     }
 
     #[test]
