@@ -15,6 +15,9 @@ pub(super) const ENTRY_BYTES: usize = 32;
 /// Bit of an entry on disk: the epoch was begun by force.
 const FORCED: u32 = 1;
 
+/// Bit of an entry on disk: the epoch was begun.
+const BEGUN: u32 = 2;
+
 /// Tells an epoch from one of the same number elsewhere.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct EpochId(pub [u8; 16]);
@@ -47,6 +50,21 @@ pub struct EpochEntry {
     pub id: EpochId,
     /// It was begun by force, perhaps without a majority of the copies (rule S6).
     pub forced: bool,
+    /// Enough copies hold the epoch, and whoever says so knows. Nothing depends on it before
+    /// enough copies say so.
+    pub begun: bool,
+}
+
+impl EpochEntry {
+    /// Whether it is the same epoch, whatever is known of it.
+    #[must_use]
+    pub fn is_same(self, other: Self) -> bool {
+        (self.epoch, self.id) == (other.epoch, other.id)
+    }
+
+    fn flags(self) -> u32 {
+        u32::from(self.forced) * FORCED + u32::from(self.begun) * BEGUN
+    }
 }
 
 /// The newest epoch and up to 15 before it.
@@ -77,6 +95,11 @@ impl History {
         self.count = EPOCHS_REMEMBERED.min(self.count + 1);
     }
 
+    /// Enough copies hold the newest epoch.
+    pub(super) fn begin(&mut self) {
+        self.entries[0].begun = true;
+    }
+
     /// The newest epoch.
     #[must_use]
     pub fn newest(&self) -> EpochEntry {
@@ -98,7 +121,7 @@ impl History {
         for entry in self.entries {
             writer.u64(entry.epoch);
             writer.bytes(&entry.id.0);
-            writer.u32(if entry.forced { FORCED } else { 0 });
+            writer.u32(entry.flags());
             writer.u32(0);
         }
     }
@@ -112,10 +135,11 @@ impl History {
             entry.epoch = reader.u64();
             entry.id = EpochId(reader.bytes());
             let flags = reader.u32();
-            if reader.u32() != 0 || flags & !FORCED != 0 {
+            if reader.u32() != 0 || flags & !(FORCED | BEGUN) != 0 {
                 return None;
             }
             entry.forced = flags & FORCED != 0;
+            entry.begun = flags & BEGUN != 0;
             if entry.epoch == 0 {
                 if *entry != EpochEntry::default() {
                     return None;

@@ -8,7 +8,7 @@
 use super::error::Refusal;
 use super::heads::{Heads, read_heads};
 use super::layout::{BLOCK_BYTES, Block, Slot};
-use super::lineage::{Decision, Life, decide};
+use super::lineage::{Decision, Holds, Life, decide};
 use super::merge::{PageSource, merge};
 #[cfg(test)]
 use super::mutation::RecordMutation;
@@ -292,7 +292,7 @@ fn choose<R>(
         .iter()
         .filter_map(|&place| life(&candidates[place]))
         .collect();
-    let (epoch, holders) = match decide(&lives, copies) {
+    let (epoch, holders) = match decide(&lives) {
         Decision::Epoch(entry, holders) => (entry, holders),
         Decision::Fork(first, second, epoch) => {
             let name = |life: usize| candidates[places[life]].name.to_owned();
@@ -303,25 +303,33 @@ fn choose<R>(
             });
         }
     };
-    for (&place, holder) in places.iter().zip(holders) {
-        candidates[place].holder = holder;
-        if holder {
-            candidates[place].state = CopyState::Current;
-        }
-    }
     // The newest of that very epoch; if a raise that never counted has taken its place
     // everywhere, what that says.
-    let holders = candidates.iter().filter(|candidate| candidate.holder);
-    let slots = holders.filter_map(|candidate| candidate.heads.as_ref());
+    let slots = candidates.iter().filter_map(|c| c.heads.as_ref());
     let superblocks = slots.flat_map(|heads| heads.valid.iter().flatten());
     let chosen = superblocks
-        .filter(|superblock| superblock.history.entries().contains(&epoch))
+        .filter(|superblock| {
+            let mut entries = superblock.history.entries().iter();
+            entries.any(|entry| entry.is_same(epoch))
+        })
         .max_by_key(|superblock| {
-            let exact = superblock.history.newest() == epoch;
+            let exact = superblock.history.newest().is_same(epoch);
             (exact, superblock.epoch(), superblock.sequence)
         })
         .cloned();
-    Ok((chosen.expect("a copy that knows the epoch"), forced))
+    let chosen = chosen.expect("a copy that knows the epoch");
+    for (&place, holds) in places.iter().zip(holders) {
+        let index = candidates[place].newest().map_or(0, |head| head.copy_index);
+        candidates[place].holder = match holds {
+            Holds::Yes => true,
+            Holds::Perhaps => chosen.included & (1 << index) != 0,
+            Holds::No => false,
+        };
+        if candidates[place].holder {
+            candidates[place].state = CopyState::Current;
+        }
+    }
+    Ok((chosen, forced))
 }
 
 fn life<R>(candidate: &Candidate<'_, R>) -> Option<Life> {

@@ -7,8 +7,9 @@
 //! (rule R1). A copy that is not level then goes on at its own pace and is given the newest image
 //! of what it lacks.
 //!
-//! Because pages go before the superblock, a copy that shows an epoch has whatever was durable
-//! when the epoch began. Opening depends on it.
+//! A new epoch takes two superblocks: one with the epoch, and when that is durable one that says
+//! so ([`lineage`](super::lineage)). Because pages go before the superblock, a copy that shows an
+//! epoch has whatever was durable when the epoch began. Opening depends on both.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -453,8 +454,9 @@ impl Recorder {
     fn want(&mut self, mut content: Superblock, raise: bool) {
         content.sequence = self.wanted.sequence + 1;
         content.included = self.good();
+        // Each copy is given its own index; this one is of any that takes part.
+        content.copy_index = u8::try_from(content.included.trailing_zeros()).unwrap_or(0);
         content.forced = self.forced && content.included.count_ones() < self.majority();
-        content.history = self.wanted.history;
         if raise && !broken!(self, EpochNotRaised) {
             self.epoch_max += 1;
             content.history.push(self.entry(content.forced));
@@ -464,6 +466,7 @@ impl Recorder {
         // What waits is not written yet, but goes on from here.
         self.next.sequence = content.sequence;
         self.next.included = content.included;
+        self.next.copy_index = content.copy_index;
         self.next.forced = content.forced;
         self.next.history = content.history;
         self.wanted = content;
@@ -478,12 +481,20 @@ impl Recorder {
             epoch: self.epoch_max,
             id: EpochId::derive(self.run, self.epoch_max),
             forced,
+            begun: false,
         }
     }
 
     /// Returns whether the job is done now.
     fn finish_job(&mut self, marks: &Marks, actions: &mut Vec<RecordAction>) -> bool {
         if self.job.is_none() || self.lost || self.level().count() < self.needed() {
+            return false;
+        }
+        if self.stage != Stage::Creating && !self.wanted.history.newest().begun {
+            // Enough copies hold the new epoch. Before anything depends on it they say so.
+            let mut content = self.wanted.clone();
+            content.history.begin();
+            self.want(content, false);
             return false;
         }
         let job = self.job.take().expect("looked a moment ago");
@@ -566,8 +577,8 @@ impl Recorder {
             job.images.push((number, image));
         }
         self.epoch_max = FIRST_EPOCH;
-        self.wanted.history = History::new(self.entry(false));
-        let content = self.next.clone();
+        let mut content = self.next.clone();
+        content.history = History::new(self.entry(false));
         self.want(content, false);
         self.job = Some(job);
     }

@@ -127,6 +127,7 @@ impl Machine {
         self.recorder
             .handle(self.now, event, &self.marks, &mut actions);
         for action in actions {
+            if std::env::var("TRACE").is_ok() { match &action { RecordAction::Write{copy,write,block,..} => eprintln!("      {event:?} -> write {copy} {write:?} block {block}"), o => eprintln!("      {event:?} -> {o:?}") } }
             match action {
                 RecordAction::Write {
                     copy,
