@@ -67,7 +67,8 @@ impl EpochEntry {
     }
 }
 
-/// The newest epoch and up to 15 before it.
+/// The newest epoch and up to 15 others that the copies knew of when it was written: those it
+/// goes back to, and leftovers beside them of raises that a crash cut short.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct History {
     /// Newest first.
@@ -95,6 +96,20 @@ impl History {
         self.count = EPOCHS_REMEMBERED.min(self.count + 1);
     }
 
+    /// Takes in what another history knows; what is too old for the room there is is forgotten.
+    pub(super) fn join(&mut self, other: &Self) {
+        let mut all = self.entries().to_vec();
+        for entry in other.entries() {
+            match all.iter_mut().find(|own| own.is_same(*entry)) {
+                Some(own) => own.begun |= entry.begun,
+                None => all.push(*entry),
+            }
+        }
+        all.sort_by(|a, b| b.epoch.cmp(&a.epoch).then(a.id.cmp(&b.id)));
+        self.count = all.len().min(EPOCHS_REMEMBERED);
+        self.entries[..self.count].copy_from_slice(&all[..self.count]);
+    }
+
     /// Enough copies hold the newest epoch.
     pub(super) fn begin(&mut self) {
         self.entries[0].begun = true;
@@ -112,9 +127,15 @@ impl History {
         &self.entries[..self.count]
     }
 
-    /// Whether the history has forgotten what was at the time of `epoch`.
-    pub(super) fn has_forgotten(&self, epoch: u64) -> bool {
-        self.count == EPOCHS_REMEMBERED && epoch < self.entries[EPOCHS_REMEMBERED - 1].epoch
+    /// Whether the epoch, or one beside it that never mattered, is in it.
+    pub(super) fn knows(&self, entry: EpochEntry) -> bool {
+        self.entries().iter().any(|own| own.is_same(entry))
+    }
+
+    /// Whether the history does not have the epoch, but may have had.
+    pub(super) fn has_forgotten(&self, entry: EpochEntry) -> bool {
+        let oldest = self.entries[self.count - 1].epoch;
+        self.count == EPOCHS_REMEMBERED && entry.epoch <= oldest && !self.knows(entry)
     }
 
     pub(super) fn encode(&self, writer: &mut Writer<'_>) {
@@ -126,7 +147,7 @@ impl History {
         }
     }
 
-    /// `None`: they are no history, with falling numbers and nothing after the oldest.
+    /// `None`: they are no history, with numbers that do not rise and nothing after the oldest.
     pub(super) fn decode(reader: &mut Reader<'_>) -> Option<Self> {
         let mut entries = [EpochEntry::default(); EPOCHS_REMEMBERED];
         let mut count = 0;
@@ -144,7 +165,7 @@ impl History {
                 if *entry != EpochEntry::default() {
                     return None;
                 }
-            } else if entry.epoch >= last || index != count {
+            } else if entry.epoch > last || index != count {
                 return None;
             } else {
                 last = entry.epoch;

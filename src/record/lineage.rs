@@ -4,10 +4,11 @@
 //! An epoch is begun in two steps: it is written to the copies, and when enough of them have it
 //! they are told so ([`EpochEntry::begun`]). Nothing depends on an epoch before enough copies hold
 //! the second. So among more than K/2 copies one says of every epoch that matters that it was
-//! begun, and one such word is proof that a majority knew the epoch. A crash during the first step
-//! leaves an epoch that does not matter; the next opening, with other copies, may write another
-//! beside it. That is no fork. A fork is two epochs that were begun, of which neither knows the
-//! other.
+//! begun, and one such word is proof that a majority held the epoch. A crash before that leaves an
+//! epoch that does not matter; the next opening goes on from an older one and may write another
+//! beside it. Its history has everything the copies knew that it saw ([`History::join`]); any epoch
+//! that a majority held is among that. A fork is therefore two epochs that were begun, of which the
+//! newer one's history does not have the older.
 
 use super::history::{EpochEntry, History};
 
@@ -17,12 +18,6 @@ pub(super) struct Life {
     pub history: History,
     /// Its other slot is torn or damaged: the copy may have been further than it shows.
     pub uncertain: bool,
-}
-
-impl Life {
-    fn knows(&self, entry: EpochEntry) -> bool {
-        self.history.entries().iter().any(|own| own.is_same(entry))
-    }
 }
 
 /// Whether a copy has what was made durable in the epoch that was chosen.
@@ -64,13 +59,18 @@ pub(super) fn decide(lives: &[Life]) -> Decision {
         }
         // No epoch was ever begun, so nothing depends on the choice.
         None => {
-            let support = |entry| lives.iter().filter(|life| life.knows(entry)).count();
+            let support = |entry| {
+                lives
+                    .iter()
+                    .filter(|life| life.history.knows(entry))
+                    .count()
+            };
             let usual = all().max_by_key(|&&entry| (support(entry), entry.epoch));
             *usual.expect("a life has an epoch")
         }
     };
     let holds = |life: &Life| {
-        if life.knows(chosen) {
+        if life.history.knows(chosen) {
             Holds::Yes
         } else if life.uncertain {
             Holds::Perhaps
@@ -92,17 +92,18 @@ fn conflict(lives: &[Life], one: EpochEntry, other: EpochEntry) -> Option<(usize
     } else {
         (other, one)
     };
-    let without =
-        |life: &Life| life.knows(new) && !life.knows(old) && !life.history.has_forgotten(old.epoch);
+    let without = |life: &Life| {
+        life.history.knows(new) && !life.history.knows(old) && !life.history.has_forgotten(old)
+    };
     let new_side = lives.iter().position(without)?;
-    let old_side = lives.iter().position(|life| life.knows(old))?;
+    let old_side = lives.iter().position(|life| life.history.knows(old))?;
     Some((old_side, new_side))
 }
 
 /// The fork between two lives.
 fn part(lives: &[Life], one: usize, other: usize) -> Decision {
     let apart = lives[one].history.entries().iter().rev();
-    let apart = apart.filter(|&&entry| !lives[other].knows(entry));
+    let apart = apart.filter(|&&entry| !lives[other].history.knows(entry));
     let epoch = apart.map(|entry| entry.epoch).next();
     let newest = lives[one].history.newest().epoch;
     Decision::Fork(one, other, epoch.unwrap_or(newest))
@@ -164,6 +165,8 @@ mod tests {
             // A new record.
             (&["1a.", "1a.", "1a."], Some(("1a.", "yyy"))),
             (&["1a. 2x.", "1a.", "1a."], Some(("1a.", "yyy"))),
+            // Begun, but the next opening met a copy that had not heard: it knows of it.
+            (&["5a 6x. 7y", "5a 6x. 7y", "5a 6x"], Some(("7y", "yyn"))),
             // Forks.
             (&["5a 6x", "5a 6y"], None),
             (&["5a 6x", "5a 6y", "5a 6y"], None),

@@ -127,7 +127,6 @@ impl Machine {
         self.recorder
             .handle(self.now, event, &self.marks, &mut actions);
         for action in actions {
-            if std::env::var("TRACE").is_ok() { match &action { RecordAction::Write{copy,write,block,..} => eprintln!("      {event:?} -> write {copy} {write:?} block {block}"), o => eprintln!("      {event:?} -> {o:?}") } }
             match action {
                 RecordAction::Write {
                     copy,
@@ -172,6 +171,12 @@ impl Machine {
         while let Some(index) = self.pending.iter().position(|p| !places.contains(&p.copy)) {
             self.finish(index, None);
         }
+    }
+
+    /// Takes a copy back.
+    pub fn readmit(&mut self, copy: u8) -> Result<(), RecorderError> {
+        let mut file = self.files[usize::from(copy)].as_slice();
+        self.recorder.readmit(copy, "copy", &mut file)
     }
 
     /// Sets a bit and waits until it is durable.
