@@ -820,7 +820,7 @@ impl Recorder {
         let block = match target {
             Target::Page(page) => {
                 if broken!(self, SlotInUseWritten) {
-                    slot = slot.other();
+                    slot = Slot::A;
                 }
                 self.layout.block_of(self.names[page], slot)
             }
@@ -844,11 +844,9 @@ fn check_return(name: &str, found: &Superblock, own: &Superblock) -> Result<(), 
             expected: own.disk,
         });
     }
-    let begun = found.history.entries().iter().filter(|entry| entry.begun);
-    let unknown = begun.filter(|entry| !own.history.knows(**entry));
-    let unknown = unknown
-        .filter(|entry| !own.history.has_forgotten(**entry))
-        .last();
+    let unknown = found.history.entries().iter().rfind(|entry| {
+        entry.begun && !own.history.knows(**entry) && !own.history.has_forgotten(**entry)
+    });
     match unknown {
         Some(entry) => Err(Refusal::Fork {
             first: name.to_owned(),

@@ -12,8 +12,9 @@ use crate::record::*;
 /// Extents of the disk: two pages a map.
 const EXTENTS: u64 = 33_000;
 
-/// Extents that are played with: few, so that bits are set and cleared often, on both pages.
-const PLAYED: [u64; 4] = [0, 1, 63, 32_900];
+/// Extents that are played with: few, so that bits are set and cleared often, on both pages and in
+/// two sectors of the first, so that an image can be torn.
+const PLAYED: [u64; 4] = [0, 63, 20_000, 32_900];
 
 /// A small generator: the same numbers on every machine.
 struct Random(u64);
@@ -164,10 +165,8 @@ impl Story {
 
     fn check_said(&mut self) {
         for action in self.machine.said.drain(..) {
-            match action {
-                RecordAction::Excluded { .. } => self.tally.exclusions += 1,
-                _ => {}
-            }
+            let excluded = matches!(action, RecordAction::Excluded { .. });
+            self.tally.exclusions += usize::from(excluded);
         }
         // What is under way may be a raise that nobody knows yet.
         if self.machine.recorder.is_idle() && !self.machine.recorder.is_lost() {
