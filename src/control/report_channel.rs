@@ -97,6 +97,7 @@ impl AsRawFd for ReportReceiver {
 
 #[cfg(test)]
 mod tests {
+    use crate::quorum::Report;
     use std::thread;
 
     use super::*;

@@ -298,11 +298,11 @@ mod tests {
         control.add(&eventfd, 7).unwrap();
         let waker = eventfd.try_clone().unwrap();
         let worker = thread::spawn(move || {
-            sender.send(transient(1));
-            sender.send(transient(10));
+            sender.send(EventData::Report(transient(1)));
+            sender.send(EventData::Report(transient(10)));
             thread::sleep(Duration::from_millis(1300));
             waker.write(1).unwrap();
-            sender.send(transient(20));
+            sender.send(EventData::Report(transient(20)));
         });
         assert!(matches!(control.wait().unwrap(), Wakeup::Ready(7)));
         let told = || std::fs::read_to_string(folder.path().join("events")).unwrap();

@@ -593,6 +593,7 @@ impl Lane {
         }
         settle.piecewise[replica.index()] = Some(next);
         settle.pending.insert(replica);
+        settle.asked_at = turn.now;
         let range = settle.sub_range(next, (next + block_sectors).min(count));
         let buffer = settle.ballots.of(replica);
         let skip_bytes = next * u32::try_from(SECTOR_LEN).expect("512");
