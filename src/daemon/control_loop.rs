@@ -35,6 +35,8 @@ pub enum Wakeup {
     Connection(UnixStream),
     /// SIGTERM or SIGINT.
     Terminate,
+    /// SIGUSR2.
+    Scrub,
     /// SIGUSR1.
     ShowCounters,
     /// Two replicas under `--blkverify` differ.
@@ -174,6 +176,7 @@ impl ControlLoop {
             match signal {
                 Signal::Terminate => self.pending.push_back(Wakeup::Terminate),
                 Signal::ShowCounters => self.pending.push_back(Wakeup::ShowCounters),
+                Signal::Scrub => self.pending.push_back(Wakeup::Scrub),
                 Signal::Reopen => {
                     if let Err(error) = self.reporter.reopen() {
                         error!("{error}; the file of before stays in use");

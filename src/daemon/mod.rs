@@ -38,6 +38,7 @@ use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
 use crate::device::{Connection, ConnectionHandle};
+use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
 use disk::{Disk, DiskError};
@@ -99,14 +100,26 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     };
     let reporter = Reporter::new(names.clone(), sink);
     // Last: whoever waits for the socket to appear may connect at once.
-    let source = FrontEndSource::open(&config.front_end)?;
+    let control = FrontEndSource::open(&config.front_end)
+        .map_err(DaemonError::from)
+        .and_then(|source| {
+            ControlLoop::new(clock, signals, receiver, reporter, source)
+                .map_err(DaemonError::Control)
+        });
+    let mut control = match control {
+        Ok(control) => control,
+        Err(error) => {
+            // A disk that was not even served is no unclean end.
+            disk.stop();
+            return Err(error);
+        }
+    };
     say_ready(&config);
-    let mut control = ControlLoop::new(clock, signals, receiver, reporter, source)
-        .map_err(DaemonError::Control)?;
     let show = Show {
         counters: &counters,
         names: &names,
         threshold: config.threshold,
+        scrub_repairs: config.upkeep.scrub_repairs,
         format: config.log_format,
     };
     let end = serve(&mut control, &disk, &show);
@@ -153,6 +166,10 @@ fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), 
                 }
             }
             Wakeup::Terminate => break Ok(()),
+            Wakeup::Scrub => {
+                let repair = show.scrub_repairs;
+                disk.command(Command::Scrub { repair });
+            }
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
             Wakeup::ShowCounters => {
                 show.status(disk);
@@ -200,6 +217,8 @@ struct Show<'a> {
     names: &'a Names,
     /// T.
     threshold: usize,
+    /// Whether scrubs rewrite what differs.
+    scrub_repairs: bool,
     format: LogFormat,
 }
 
