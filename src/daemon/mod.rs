@@ -8,6 +8,7 @@
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
+//! - [`start`]: what is found out and decided before anything is served;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
@@ -21,6 +22,7 @@ pub mod first_use;
 pub mod listener;
 pub mod record_files;
 pub mod signals;
+pub mod start;
 mod warden;
 mod worker;
 
