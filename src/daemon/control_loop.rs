@@ -261,10 +261,10 @@ mod tests {
         }
     }
 
-    fn transient(sector: u64) -> Report {
-        Report::Transient {
+    fn transient(sector: u64) -> EventData {
+        EventData::Report(Report::Transient {
             range: SectorRange::new(sector, 1).unwrap(),
-        }
+        })
     }
 
     #[test]

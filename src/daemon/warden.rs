@@ -120,7 +120,11 @@ impl Warden {
                 return;
             }
         };
-        warn!(replica = replica.name(), "replica {}: {what}", replica.name());
+        warn!(
+            replica = replica.name(),
+            "replica {}: {what}",
+            replica.name()
+        );
         self.watched = Weak::new();
         let replica = self.setup.id;
         self.setup.maintenance.post(Message::Vanished { replica });
@@ -136,7 +140,9 @@ impl Warden {
                     info!("{note}");
                 }
                 let found = replica.found();
-                let same = self.left.is_some_and(|left| found.is_unchanged_since(&left));
+                let same = self
+                    .left
+                    .is_some_and(|left| found.is_unchanged_since(&left));
                 info!(
                     replica = name,
                     "replica {name} is back{}",
@@ -160,6 +166,8 @@ impl Warden {
             }
         };
         let replica = setup.id;
-        setup.maintenance.post(Message::Opened { replica, reopened });
+        setup
+            .maintenance
+            .post(Message::Opened { replica, reopened });
     }
 }

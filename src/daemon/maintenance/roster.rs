@@ -26,7 +26,10 @@ enum Standing {
     /// Everybody has it.
     Here(Arc<Replica>),
     /// So many workers have operations on it under way; this thread may too.
-    Leaving { replica: Arc<Replica>, workers: usize },
+    Leaving {
+        replica: Arc<Replica>,
+        workers: usize,
+    },
     /// Nobody has it.
     Away,
     /// So many workers do not have it yet.

@@ -118,7 +118,8 @@ impl Maintenance {
 
     fn only_lost_replicas_are_busy(&self) -> bool {
         let busy = self.shared.membership.up();
-        busy.iter().all(|replica| self.executor.in_flight_on(replica) == 0)
+        busy.iter()
+            .all(|replica| self.executor.in_flight_on(replica) == 0)
     }
 
     /// Says in the record how the disk was left.
@@ -136,7 +137,9 @@ impl Maintenance {
             describe(superblock, &state, shared);
             superblock.clean = clean;
             for (index, replica) in replicas.iter().enumerate() {
-                let open = replica.as_ref().filter(|_| up.contains(ReplicaId::new(index)));
+                let open = replica
+                    .as_ref()
+                    .filter(|_| up.contains(ReplicaId::new(index)));
                 let print = open.and_then(|replica| fingerprint_of(replica));
                 superblock.members[index].fingerprint = print.unwrap_or_default();
             }
@@ -146,7 +149,10 @@ impl Maintenance {
         if clean {
             info!("closed: every extent is clean");
         } else {
-            info!(dirty, "closed with dirty extents: the next start resolves them");
+            info!(
+                dirty,
+                "closed with dirty extents: the next start resolves them"
+            );
         }
     }
 }

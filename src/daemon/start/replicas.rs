@@ -115,7 +115,7 @@ pub fn describe(replicas: &[Option<Arc<Replica>>], shape: &SetShape, guest_is_re
             replica = replica.name(),
             path = %replica.path().display(),
             bytes = replica.length_bytes(),
-            "replica open"
+            "opened"
         );
     }
     if !shape.can_zero_exactly && !guest_is_reader {
