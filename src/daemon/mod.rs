@@ -8,6 +8,7 @@
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
+//! - `start`: what is found out and decided before anything is served;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
