@@ -37,6 +37,8 @@ pub enum Wakeup {
     Terminate,
     /// SIGUSR1.
     ShowCounters,
+    /// SIGUSR2.
+    Scrub,
     /// Two replicas under `--blkverify` differ.
     VerifyFailed,
     /// A registered descriptor is readable.
@@ -174,6 +176,7 @@ impl ControlLoop {
             match signal {
                 Signal::Terminate => self.pending.push_back(Wakeup::Terminate),
                 Signal::ShowCounters => self.pending.push_back(Wakeup::ShowCounters),
+                Signal::Scrub => self.pending.push_back(Wakeup::Scrub),
                 Signal::Reopen => {
                     if let Err(error) = self.reporter.reopen() {
                         error!("{error}; the file of before stays in use");
@@ -298,11 +301,11 @@ mod tests {
         control.add(&eventfd, 7).unwrap();
         let waker = eventfd.try_clone().unwrap();
         let worker = thread::spawn(move || {
-            sender.send(EventData::Report(transient(1)));
-            sender.send(EventData::Report(transient(10)));
+            sender.send(transient(1));
+            sender.send(transient(10));
             thread::sleep(Duration::from_millis(1300));
             waker.write(1).unwrap();
-            sender.send(EventData::Report(transient(20)));
+            sender.send(transient(20));
         });
         assert!(matches!(control.wait().unwrap(), Wakeup::Ready(7)));
         let told = || std::fs::read_to_string(folder.path().join("events")).unwrap();

@@ -38,6 +38,7 @@ use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
 use crate::device::{Connection, ConnectionHandle};
+use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
 use disk::{Disk, DiskError};
@@ -109,7 +110,10 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         threshold: config.threshold,
         format: config.log_format,
     };
-    let end = serve(&mut control, &disk, &show);
+    let scrub = Command::Scrub {
+        repair: config.upkeep.scrub_repairs,
+    };
+    let end = serve(&mut control, &disk, &show, scrub);
     info!("stopping");
     show.status(&disk);
     disk.stop();
@@ -119,7 +123,12 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 }
 
 /// One connection after the other, until the process is to end.
-fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), DaemonError> {
+fn serve(
+    control: &mut ControlLoop,
+    disk: &Disk,
+    show: &Show<'_>,
+    scrub: Command,
+) -> Result<(), DaemonError> {
     let mut connection: Option<ConnectionHandle> = None;
     let end = loop {
         match control.wait().map_err(DaemonError::Control)? {
@@ -154,6 +163,7 @@ fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), 
             }
             Wakeup::Terminate => break Ok(()),
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
+            Wakeup::Scrub => disk.command(scrub),
             Wakeup::ShowCounters => {
                 show.status(disk);
                 show.counters();
