@@ -97,7 +97,6 @@ impl AsRawFd for ReportReceiver {
 
 #[cfg(test)]
 mod tests {
-    use crate::quorum::Report;
     use std::thread;
 
     use super::*;

@@ -254,6 +254,58 @@ fn last_current_copy_is_kept_until_there_is_another() {
 }
 
 #[test]
+fn needed_replica_comes_back_however_much_it_did_wrong() {
+    let mut world = world(|shared| {
+        fall_behind(shared, 1, [5].into_iter());
+        fall_behind(shared, 2, [5].into_iter());
+    });
+    world.tick();
+    for _ in 0..20 {
+        world.event(write_failed(0));
+    }
+    kick(&mut world, 0);
+    assert_eq!(state(&world, 0), ReplicaState::Missing);
+    detach(&mut world, 0);
+    world.pass(SECOND);
+    let replica = id(0);
+    world.event(KeeperEvent::Opened {
+        replica,
+        same: true,
+    });
+    assert!(world.shared.membership.current(5).contains(id(0)));
+    world.serve_all();
+    world.pass(5 * SECOND);
+    assert_eq!(state(&world, 0), ReplicaState::Failed);
+}
+
+#[test]
+fn delay_begins_anew_after_a_replica_was_up_for_long() {
+    let mut world = Setup {
+        config: KeeperConfig {
+            kicks_max: 0,
+            ..KeeperConfig::default()
+        },
+        ..Setup::default()
+    }
+    .build(|_| {});
+    let mut delays = Vec::new();
+    for up_seconds in [5, 5, 5, 61, 5] {
+        world.pass(up_seconds * SECOND);
+        kick(&mut world, 1);
+        detach(&mut world, 1);
+        let from = world.now;
+        while !world.did(KeeperAction::Reopen { replica: id(1) }) {
+            world.pass(SECOND);
+        }
+        delays.push(world.now.since(from).as_secs());
+        open(&mut world, 1, true);
+        world.log.clear();
+    }
+    // The first one was up since the beginning of time.
+    assert_eq!(delays, [1, 2, 4, 1, 2]);
+}
+
+#[test]
 fn fourth_kick_in_a_minute_fails_the_replica() {
     let mut world = world(|_| {});
     for count in 1..=4 {
