@@ -35,10 +35,10 @@ pub enum Wakeup {
     Connection(UnixStream),
     /// SIGTERM or SIGINT.
     Terminate,
-    /// SIGUSR2.
-    Scrub,
     /// SIGUSR1.
     ShowCounters,
+    /// SIGUSR2.
+    Scrub,
     /// Two replicas under `--blkverify` differ.
     VerifyFailed,
     /// A registered descriptor is readable.

@@ -120,10 +120,12 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         counters: &counters,
         names: &names,
         threshold: config.threshold,
-        scrub_repairs: config.upkeep.scrub_repairs,
         format: config.log_format,
     };
-    let end = serve(&mut control, &disk, &show);
+    let scrub = Command::Scrub {
+        repair: config.upkeep.scrub_repairs,
+    };
+    let end = serve(&mut control, &disk, &show, scrub);
     info!("stopping");
     show.status(&disk);
     disk.stop();
@@ -133,7 +135,12 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 }
 
 /// One connection after the other, until the process is to end.
-fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), DaemonError> {
+fn serve(
+    control: &mut ControlLoop,
+    disk: &Disk,
+    show: &Show<'_>,
+    scrub: Command,
+) -> Result<(), DaemonError> {
     let mut connection: Option<ConnectionHandle> = None;
     let end = loop {
         match control.wait().map_err(DaemonError::Control)? {
@@ -167,11 +174,8 @@ fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), 
                 }
             }
             Wakeup::Terminate => break Ok(()),
-            Wakeup::Scrub => {
-                let repair = show.scrub_repairs;
-                disk.command(Command::Scrub { repair });
-            }
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
+            Wakeup::Scrub => disk.command(scrub),
             Wakeup::ShowCounters => {
                 show.status(disk);
                 show.counters();
@@ -218,8 +222,6 @@ struct Show<'a> {
     names: &'a Names,
     /// T.
     threshold: usize,
-    /// Whether scrubs rewrite what differs.
-    scrub_repairs: bool,
     format: LogFormat,
 }
 

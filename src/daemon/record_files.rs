@@ -28,7 +28,7 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 const LINKS_MAX: usize = 40;
 
 /// How much is written at once when a copy is made.
-const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
 
 /// The files of the record cannot be used.
 #[derive(Debug, Error)]

@@ -27,10 +27,10 @@ const SIGNALS: [libc::c_int; 5] = [
 pub enum Signal {
     /// SIGTERM, SIGINT: finish what was begun and end.
     Terminate,
+    /// SIGUSR1: show states, progress and counters.
+    ShowCounters,
     /// SIGUSR2: begin a scrub.
     Scrub,
-    /// SIGUSR1: show the counters.
-    ShowCounters,
     /// SIGHUP: open the file of events again. Not an end: a terminal that is closed must not
     /// take a guest's disk away.
     Reopen,
