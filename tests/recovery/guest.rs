@@ -166,6 +166,14 @@ impl Guest {
         begun.elapsed()
     }
 
+    /// The same after an unclean end, of which the read settles what it touches.
+    pub fn read_resolving(&mut self, model: &mut Model, start: usize, count: usize) {
+        let mut bytes = vec![0; count * SECTOR];
+        let queue = self.front_end.queue(0);
+        queue.read(start as u64, &mut bytes).expect("a read");
+        model.see(start, &bytes, true);
+    }
+
     /// How a read of one sector ends.
     pub fn status_of_read(&mut self, sector: usize) -> Status {
         let request = Request::Read {
