@@ -312,7 +312,7 @@ fn lost_copies_of_the_record_are_made_anew_as_long_as_most_are_left() {
     let records = copies(&disk);
     fs::remove_file(&records[0]).unwrap();
     let said = log_of_start(&mut disk);
-    assert!(said.contains("is missing and is made anew"), "{said}");
+    assert!(said.contains("was missing: it is made anew"), "{said}");
     disk.stop();
     assert!(!log_of_start(&mut disk).contains("WARN"));
     disk.stop();
@@ -368,7 +368,10 @@ fn shorter_replica_is_left_out_and_longer_ones_are_cut() {
     let said = log_of_start(&mut disk);
     assert!(said.contains("the rest is not used"), "{said}");
     let mut front_end = disk.connect(&Options::default());
-    assert_eq!(front_end.config().unwrap().capacity_sectors, BYTES as u64 / 512);
+    assert_eq!(
+        front_end.config().unwrap().capacity_sectors,
+        BYTES as u64 / 512
+    );
 }
 
 #[test]
