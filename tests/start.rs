@@ -215,6 +215,43 @@ fn missing_replica_gets_what_it_missed_in_a_later_run() {
     stop_and_compare(&mut disk);
 }
 
+/// Bytes that a replica lacks when its resync begins, as it says.
+#[track_caller]
+fn lacking(disk: &mut Disk, from: usize, replica: &str) -> u64 {
+    await_resync(disk, from, replica);
+    let log = log(disk);
+    let said = format!("resync of replica {replica} begins");
+    let line = log[from..].lines().find(|line| line.contains(&said));
+    let (_, bytes) = line.unwrap().rsplit_once("bytes_left=").unwrap();
+    bytes.trim().parse().unwrap()
+}
+
+#[test]
+fn missing_replica_that_nobody_touched_gets_only_what_it_missed() {
+    // It comes back while the disk is served, or before; one more run goes by, or not.
+    for (while_served, runs) in [(true, 1), (false, 1), (false, 2)] {
+        let mut disk = setup().start();
+        write(&disk, 1);
+        disk.stop();
+        hide(&disk, 2);
+        for _ in 0..runs {
+            disk.start_again();
+            write(&disk, 2);
+            if !while_served {
+                disk.stop();
+            }
+        }
+        let from = log(&mut disk).len();
+        unhide(&disk, 2);
+        if !while_served {
+            disk.start_again();
+        }
+        assert_eq!(lacking(&mut disk, from, "replica2"), 1 << 20);
+        expect(&disk, 2);
+        stop_and_compare(&mut disk);
+    }
+}
+
 #[test]
 fn killed_daemon_is_told_of_and_everything_is_made_equal() {
     let mut disk = setup().start();

@@ -31,7 +31,7 @@ use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces};
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
-use crate::replica::{Format, RawOptions, Replica, SetShape, check_set};
+use crate::replica::{Fingerprint, Format, RawOptions, Replica, SetShape, check_set};
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Wanted};
@@ -48,6 +48,8 @@ pub struct Start {
     pub replicas: Vec<Option<Arc<Replica>>>,
     /// How each of them is opened again.
     pub options: Vec<RawOptions>,
+    /// What each of those that are not up must be like to be the one that left, if that is known.
+    pub left: Vec<Option<Fingerprint>>,
     /// The disk that they make.
     pub shape: SetShape,
     /// Its record, locked, with its opening change prepared. `None`: nothing is remembered.
@@ -86,6 +88,7 @@ fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, St
     let shared = Shared::new(geometry, policy(config, config.threshold, &shape))?;
     Ok(Start {
         shared: Arc::new(shared),
+        left: vec![None; replicas.len()],
         replicas,
         options,
         shape,
@@ -174,6 +177,7 @@ fn first_time(
     first_use::mark(config.first_use, replicas.len(), &marks);
     let disk = SettledDisk {
         set: ReplicaFiles {
+            left: vec![None; replicas.len()],
             replicas,
             options,
             shape,
@@ -315,7 +319,12 @@ fn settle(
     )?;
     let marks = Marks::new(count, geometry.extents(), recorded);
     opened.load(&marks);
-    let members = superblock.members[..count].iter().map(Remembered::of);
+    let members: Vec<Remembered> = superblock.members[..count]
+        .iter()
+        .map(Remembered::of)
+        .collect();
+    let left = members.iter().map(|member| member.left(superblock.clean));
+    let left = left.collect();
     let decision = decision::decide(&Facts {
         wanted: Wanted {
             threshold: config.threshold,
@@ -330,7 +339,7 @@ fn settle(
             same_boot: superblock.boot_id == ids.boot,
             dirty: marks.count(Bitmap::Dirty),
             minority: opened.is_minority(),
-            members: members.collect(),
+            members,
         },
         replicas: opening.candidates,
     })?;
@@ -355,6 +364,7 @@ fn settle(
     Ok(SettledDisk {
         set: ReplicaFiles {
             replicas: opening.replicas,
+            left,
             options: opening.options,
             shape,
         },

@@ -13,13 +13,15 @@ use crate::daemon::maintenance::OpenRecord;
 use crate::daemon::record_files::RecordFiles;
 use crate::quorum::{KeeperStart, KeeperState, ReplicaState, Shared};
 use crate::record::{MemberState, Recorder, Superblock, VERIFIED};
-use crate::replica::{RawOptions, Replica, SetShape};
+use crate::replica::{Fingerprint, RawOptions, Replica, SetShape};
 use crate::units::ReplicaId;
 
 /// The replicas of the disk.
 pub struct ReplicaFiles {
     /// By slot, those that are up.
     pub replicas: Vec<Option<Arc<Replica>>>,
+    /// What each was like when it was left, if that is known.
+    pub left: Vec<Option<Fingerprint>>,
     /// How each is opened.
     pub options: Vec<RawOptions>,
     /// What they make.
@@ -124,6 +126,7 @@ impl SettledDisk {
         Start {
             shared: self.shared,
             replicas: self.set.replicas,
+            left: self.set.left,
             options: self.set.options,
             shape: self.set.shape,
             record,
