@@ -100,6 +100,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::quorum::Report;
     use crate::units::SectorRange;
 
     fn transient(sector: u64) -> EventData {
