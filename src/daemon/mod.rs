@@ -8,6 +8,7 @@
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
+//! - `start`: what is found out and decided before anything is served;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
@@ -100,10 +101,21 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     };
     let reporter = Reporter::new(names.clone(), sink);
     // Last: whoever waits for the socket to appear may connect at once.
-    let source = FrontEndSource::open(&config.front_end)?;
+    let control = FrontEndSource::open(&config.front_end)
+        .map_err(DaemonError::from)
+        .and_then(|source| {
+            ControlLoop::new(clock, signals, receiver, reporter, source)
+                .map_err(DaemonError::Control)
+        });
+    let mut control = match control {
+        Ok(control) => control,
+        Err(error) => {
+            // A disk that was not even served is no unclean end.
+            disk.stop();
+            return Err(error);
+        }
+    };
     say_ready(&config);
-    let mut control = ControlLoop::new(clock, signals, receiver, reporter, source)
-        .map_err(DaemonError::Control)?;
     let show = Show {
         counters: &counters,
         names: &names,

@@ -272,6 +272,15 @@ impl RecordFiles {
         Ok(removed)
     }
 
+    /// The copies in their order: where each of them is, and its open file, if it is usable. The
+    /// locks last as long as the files are open.
+    pub fn into_files(self) -> impl Iterator<Item = (PathBuf, Option<File>)> {
+        self.files.into_iter().map(|file| match file.state {
+            State::Open(open) => (file.path, Some(open)),
+            State::Missing | State::Unusable(_) => (file.path, None),
+        })
+    }
+
     /// Whether a daemon has any of the copies, as far as locks tell.
     #[must_use]
     pub fn are_in_use(&self) -> bool {
