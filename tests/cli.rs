@@ -350,6 +350,16 @@ fn daemon_says_what_it_lacks_and_ends_well_on_signals() {
         for line in lines {
             assert!(log.contains(line), "no {line:?} in {log}");
         }
+        daemon.signal("-USR2");
+        let log = daemon.log_until("the scrub of all replicas is done: ");
+        assert!(
+            log.contains("the scrub of all replicas begins at sector 0"),
+            "{log}"
+        );
+        assert!(
+            log.contains("done: 2048 sectors compared, 0 differing"),
+            "{log}"
+        );
         daemon.signal("-HUP");
         daemon.signal(signal);
         let (code, log) = daemon.wait();

@@ -98,6 +98,7 @@ pub fn superblock(
         epoch: 1,
         id: EpochId::derive(ids.run, 1),
         forced: false,
+        begun: true,
     };
     Ok(Superblock {
         disk: DiskUuid(random_bytes()?),

@@ -8,6 +8,7 @@
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
+//! - `start`: what is found out and decided before anything is served;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
@@ -38,6 +39,7 @@ use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
 use crate::device::{Connection, ConnectionHandle};
+use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
 use disk::{Disk, DiskError};
@@ -99,17 +101,31 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     };
     let reporter = Reporter::new(names.clone(), sink);
     // Last: whoever waits for the socket to appear may connect at once.
-    let source = FrontEndSource::open(&config.front_end)?;
+    let control = FrontEndSource::open(&config.front_end)
+        .map_err(DaemonError::from)
+        .and_then(|source| {
+            ControlLoop::new(clock, signals, receiver, reporter, source)
+                .map_err(DaemonError::Control)
+        });
+    let mut control = match control {
+        Ok(control) => control,
+        Err(error) => {
+            // A disk that was not even served is no unclean end.
+            disk.stop();
+            return Err(error);
+        }
+    };
     say_ready(&config);
-    let mut control = ControlLoop::new(clock, signals, receiver, reporter, source)
-        .map_err(DaemonError::Control)?;
     let show = Show {
         counters: &counters,
         names: &names,
         threshold: config.threshold,
         format: config.log_format,
     };
-    let end = serve(&mut control, &disk, &show);
+    let scrub = Command::Scrub {
+        repair: config.upkeep.scrub_repairs,
+    };
+    let end = serve(&mut control, &disk, &show, scrub);
     info!("stopping");
     show.status(&disk);
     disk.stop();
@@ -119,7 +135,12 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 }
 
 /// One connection after the other, until the process is to end.
-fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), DaemonError> {
+fn serve(
+    control: &mut ControlLoop,
+    disk: &Disk,
+    show: &Show<'_>,
+    scrub: Command,
+) -> Result<(), DaemonError> {
     let mut connection: Option<ConnectionHandle> = None;
     let end = loop {
         match control.wait().map_err(DaemonError::Control)? {
@@ -154,6 +175,7 @@ fn serve(control: &mut ControlLoop, disk: &Disk, show: &Show<'_>) -> Result<(), 
             }
             Wakeup::Terminate => break Ok(()),
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
+            Wakeup::Scrub => disk.command(scrub),
             Wakeup::ShowCounters => {
                 show.status(disk);
                 show.counters();
