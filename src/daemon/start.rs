@@ -33,7 +33,7 @@ use crate::quorum::{
 use crate::record::{
     MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, VERIFIED, open,
 };
-use crate::replica::{Format, RawOptions, Replica, SetShape, check_set};
+use crate::replica::{Format, RawOptions, Replica, SetShape, check_distinct, check_set};
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Wanted};
@@ -64,6 +64,8 @@ pub struct Start {
 /// The first thing that stands in the way; all that was opened is closed again.
 pub fn start(config: &Config) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
+    // Before anything is made of a record: the mistake is in the command line.
+    check_distinct(&options)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
