@@ -7,7 +7,6 @@ use crate::budget::index;
 use crate::clock::Happening;
 use crate::content::garbled;
 use crate::faults::{Candidate, Fault, MS, mask_of, masked};
-use crate::pool::REQUEST_SECTORS;
 use crate::quorum::{BufferId, Event, Operation, OperationKind, Outcome};
 use crate::trace::{Line, Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
@@ -29,17 +28,19 @@ pub struct InFlight {
     fault: Fault,
     repair: bool,
     /// Sectors that were transferred at submission; the rest are at completion.
-    transferred: u32,
+    transferred: u64,
     submitted: u64,
+    /// Which one it is of all operations of the run.
+    number: u64,
 }
 
 /// A write that was called complete and has not reached the medium.
 pub struct Landing {
     pub replica: usize,
     pub range: SectorRange,
-    pub values: [u64; REQUEST_SECTORS],
+    pub values: Vec<u64>,
     /// Writes that had reached each sector when this one was called complete.
-    pub landings: [u32; REQUEST_SECTORS],
+    pub landings: Vec<u32>,
 }
 
 /// All operations of a run.
@@ -55,6 +56,9 @@ pub struct Operations {
     /// Per replica, when its last successful flush began.
     flushed: Vec<u64>,
     flushing: Vec<usize>,
+    /// Operations in flight on each replica.
+    outstanding: Vec<usize>,
+    count: u64,
 }
 
 impl Operations {
@@ -68,6 +72,8 @@ impl Operations {
             late: Vec::new(),
             flushed: vec![0; replicas],
             flushing: vec![0; replicas],
+            outstanding: vec![0; replicas],
+            count: 0,
         }
     }
 
@@ -88,7 +94,31 @@ impl Operations {
         self.free.len() == self.slots.len()
     }
 
+    /// Whether nothing is in flight on the replica.
+    pub fn none_on(&self, replica: usize) -> bool {
+        self.outstanding[replica] == 0
+    }
+
+    /// What is in flight, by slot.
+    pub fn in_flight(&self) -> Vec<usize> {
+        let slots = self.slots.iter().enumerate();
+        slots
+            .filter_map(|(slot, operation)| operation.as_ref().map(|_| slot))
+            .collect()
+    }
+
+    /// Nobody will hear of what is in flight any more. What landed late still does.
+    pub fn forget_all(&mut self) {
+        let (replicas, extents) = (self.flushed.len(), self.writes.len());
+        let late = std::mem::take(&mut self.late);
+        let count = self.count;
+        *self = Self::new(replicas, extents as u64);
+        self.late = late;
+        self.count = count;
+    }
+
     fn insert(&mut self, operation: InFlight) -> usize {
+        self.outstanding[operation.operation.replica.index()] += 1;
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() - 1
@@ -165,13 +195,13 @@ impl World {
         // An operation meets the medium at any moment of its time, and not all at once.
         let early = match self.rng.below(8) {
             0..4 => 0,
-            4..7 => u32::MAX,
-            _ => u32::try_from(self.rng.below(1 << 16)).expect("16 bits"),
+            4..7 => u64::MAX,
+            _ => self.rng.next(),
         };
         let early = match fault {
             Fault::Hang => 0,
             // At once, while the budget has room for it elsewhere.
-            Fault::Misdirected { .. } => u32::MAX,
+            Fault::Misdirected { .. } => u64::MAX,
             _ => early,
         };
         let slot = self.operations.insert(InFlight {
@@ -182,7 +212,9 @@ impl World {
             repair,
             transferred: early,
             submitted: self.step,
+            number: self.operations.count,
         });
+        self.operations.count += 1;
         if let Some((range, true)) = target(operation.kind) {
             let extent = self.shape.geometry.extent_of(range.start());
             self.operations.writes[index(extent)].push(slot);
@@ -271,7 +303,7 @@ impl World {
     }
 
     /// Moves the sectors in `mask` between buffer and medium.
-    fn transfer(&mut self, slot: usize, mask: u32) {
+    fn transfer(&mut self, slot: usize, mask: u64) {
         let flight = *self.operations.slots[slot].as_ref().expect("in flight");
         let replica = flight.operation.replica.index();
         match flight.operation.kind {
@@ -299,7 +331,7 @@ impl World {
                         // What is in guest memory at this moment.
                         value = garbled(self.rng.next());
                     }
-                    self.land(replica, sector, value);
+                    self.land(replica, sector, value, flight.number);
                 }
                 if let Fault::Misdirected { to } = flight.fault {
                     for (place, sector) in masked(range, mask) {
@@ -310,7 +342,7 @@ impl World {
             }
             OperationKind::WriteZeroes { range, .. } => {
                 for (_, sector) in masked(range, mask & landing_mask(flight.fault, range)) {
-                    self.land(replica, sector, 0);
+                    self.land(replica, sector, 0, flight.number);
                 }
                 if let Fault::Misdirected { to } = flight.fault {
                     for (_, sector) in masked(range, mask) {
@@ -322,13 +354,13 @@ impl World {
         }
     }
 
-    fn land(&mut self, replica: usize, sector: u64, value: u64) {
-        self.put_on_medium(replica, sector, value);
+    fn land(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
+        self.put_on_medium(replica, sector, value, operation);
         self.budget.cleanse(sector, replica);
     }
 
-    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64) {
-        if self.disks[replica].write(sector, value) {
+    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
+        if self.disks[replica].write(sector, value, operation) {
             self.budget.unshade(sector, replica);
         }
     }
@@ -352,6 +384,7 @@ impl World {
         self.operations.free.push(slot);
         let operation = flight.operation;
         let replica = operation.replica.index();
+        self.operations.outstanding[replica] -= 1;
         if let Some((range, writes)) = target(operation.kind) {
             if writes {
                 let extent = self.shape.geometry.extent_of(range.start());
@@ -361,6 +394,7 @@ impl World {
                     .position(|&other| other == slot)
                     .expect("listed");
                 writes.swap_remove(at);
+                self.disks[replica].ended(range, flight.number, self.step);
             }
             if let Fault::Late { after } = flight.fault {
                 self.postpone(&flight, range, after);
@@ -372,7 +406,9 @@ impl World {
         }
         if matches!(operation.kind, OperationKind::Flush) {
             self.operations.flushing[replica] -= 1;
-            if outcome == Outcome::Done {
+            let well = outcome == Outcome::Done;
+            self.disks[replica].flushed(flight.submitted, well, &mut self.rng);
+            if well {
                 let begun = &mut self.operations.flushed[replica];
                 *begun = flight.submitted.max(*begun);
             }
@@ -434,11 +470,12 @@ impl World {
     /// Keeps the data of a late write until they land.
     fn postpone(&mut self, flight: &InFlight, range: SectorRange, after: u64) {
         let replica = flight.operation.replica.index();
+        let count = index(u64::from(range.count()));
         let mut landing = Landing {
             replica,
             range,
-            values: [0; REQUEST_SECTORS],
-            landings: [0; REQUEST_SECTORS],
+            values: vec![0; count],
+            landings: vec![0; count],
         };
         for (place, sector) in masked(range, mask_of(range)) {
             landing.landings[place] = self.disks[replica].landings(sector);
@@ -457,7 +494,7 @@ impl World {
 }
 
 /// The sectors of a write that reach the place they were meant for.
-fn landing_mask(fault: Fault, range: SectorRange) -> u32 {
+fn landing_mask(fault: Fault, range: SectorRange) -> u64 {
     match fault {
         Fault::None | Fault::Short | Fault::Garbled { .. } | Fault::Hang => mask_of(range),
         Fault::Errno { landed, .. } | Fault::Torn { landed } => landed,

@@ -9,6 +9,9 @@ use crate::quorum::{BufferId, Buffers, Purpose};
 /// Longest request of the simulated guest, in sectors.
 pub const REQUEST_SECTORS: usize = 16;
 
+/// Longest piece of an extent that is brought into order at once, in sectors.
+const PIECE_SECTORS: usize = 64;
+
 struct Buffer {
     bytes: Vec<u8>,
     taken: bool,
@@ -121,7 +124,11 @@ impl Pool {
 
 impl Buffers for Pool {
     fn take(&mut self, len_bytes: usize, purpose: Purpose) -> Option<BufferId> {
-        if len_bytes > REQUEST_SECTORS * SECTOR_LEN {
+        let most = match purpose {
+            Purpose::Settle => PIECE_SECTORS,
+            Purpose::Guest => REQUEST_SECTORS,
+        };
+        if len_bytes > most * SECTOR_LEN {
             self.misuse
                 .set(Some("a buffer longer than any request was taken"));
         }
@@ -135,6 +142,9 @@ impl Buffers for Pool {
         }
         let id = BufferId(self.free.pop()?);
         let buffer = self.get(id);
+        if buffer.bytes.len() < len_bytes {
+            buffer.bytes.resize(len_bytes, 0xAA);
+        }
         buffer.taken = true;
         buffer.guest = false;
         Some(id)
