@@ -277,6 +277,13 @@ impl Time {
         Self(self.0.saturating_add(nanos))
     }
 
+    /// The point `duration` before; the origin if that would be before it.
+    #[must_use]
+    pub fn before(self, duration: Duration) -> Self {
+        let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        Self(self.0.saturating_sub(nanos))
+    }
+
     /// The time from `earlier` to this point; zero if `earlier` is later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {

@@ -81,6 +81,12 @@ impl FlushGate {
         Join::Wait(gate.run + 1)
     }
 
+    /// Number of the run that is under way, or was last.
+    #[must_use]
+    pub fn run(&self) -> u64 {
+        self.gate.lock().expect("no panic under this lock").run
+    }
+
     /// The run of `lane` has ended.
     pub fn finish(&self, lane: LaneId) -> Finished {
         let mut gate = self.gate.lock().expect("no panic under this lock");

@@ -247,6 +247,16 @@ impl Marks {
             })
     }
 
+    /// Whether `replica` is behind for good in every dirty extent: a look at all words.
+    #[must_use]
+    pub fn is_covered(&self, replica: ReplicaId) -> bool {
+        let dirty = self.map(Bitmap::Dirty).wanted.iter();
+        let behind = self.map(Bitmap::Behind(replica)).durable.iter();
+        dirty
+            .zip(behind)
+            .all(|(d, b)| d.load(Ordering::Acquire) & !b.load(Ordering::Acquire) == 0)
+    }
+
     /// Marks that were asked for so far.
     #[must_use]
     pub fn requested(&self) -> u64 {
@@ -256,7 +266,8 @@ impl Marks {
     /// Whether all marks up to the `number`th are durable, or cleared since.
     #[must_use]
     pub fn is_settled(&self, number: u64) -> bool {
-        self.settled.load(Ordering::Acquire) >= number
+        // Together with the flags of waiting lanes: one of the two sees the other.
+        self.settled.load(Ordering::SeqCst) >= number
     }
 
     /// Whether the record has something to write: a page has changed since it was taken.
@@ -307,7 +318,7 @@ impl Marks {
 
     /// For the record: all marks up to the `number`th are durable.
     pub fn settle(&self, number: u64) {
-        self.settled.fetch_max(number, Ordering::AcqRel);
+        self.settled.fetch_max(number, Ordering::SeqCst);
     }
 
     /// At a start, before anything else: sets the bits that the record holds. They are durable once

@@ -289,6 +289,9 @@ impl Membership {
             complete: true,
             wait: None,
         };
+        if self.marks.is_covered(replica) {
+            return result;
+        }
         for extent in self.marks.iter(Bitmap::Dirty) {
             let behind = self.is_behind(extent, replica);
             if !behind && !self.others_remain(extent, replica) {

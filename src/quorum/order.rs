@@ -343,6 +343,22 @@ impl Order {
         shard.grant(&mut locks, range, woken);
     }
 
+    /// The suspended lock is not wanted any more.
+    pub fn abandon(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let index = position(&locks, lane, ticket);
+        let gone = locks.remove(index);
+        assert!(gone.suspended, "after it was suspended");
+        shard.grant(&mut locks, range, woken);
+    }
+
     /// Runs `act` if nobody holds or waits for any lock in `range`; nobody gets one meanwhile.
     /// `act` must not come back here, and must be short.
     pub fn if_quiet<R>(&self, range: SectorRange, act: impl FnOnce() -> R) -> Option<R> {

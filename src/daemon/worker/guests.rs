@@ -217,7 +217,14 @@ impl Guest {
             Piece::Plain(Request::Discard { range } | Request::WriteZeroes { range, .. }) => {
                 Some(range)
             }
-            Piece::Plain(Request::Flush | Request::Read { .. } | Request::Write { .. }) => None,
+            Piece::Plain(
+                Request::Flush
+                | Request::Read { .. }
+                | Request::Write { .. }
+                | Request::Reconcile { .. }
+                | Request::Check { .. }
+                | Request::Probe { .. },
+            ) => None,
         };
         if let Piece::Read { len, .. } = *piece {
             self.cursor.data_offset += len as u64;

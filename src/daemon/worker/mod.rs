@@ -32,11 +32,11 @@ use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, BufferId, Buffers, Event, Lane, LaneCounters, LaneId, Purpose, Report,
+    Action, BadCause, BufferId, Buffers, Event, KickCause, Lane, LaneCounters, LaneId, Purpose, Report,
     Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
-use crate::units::Time;
+use crate::units::{ReplicaId, Time};
 use guests::{Guests, Piece};
 use queues::Queues;
 
@@ -62,6 +62,15 @@ pub enum Message {
     Queue(QueueCommand),
     /// From another lane.
     Wake(Wakeup),
+    /// To maintenance: marks wait to become durable.
+    Record,
+    /// To maintenance: a lane found that the replica cannot be relied on any more.
+    Kicked {
+        /// Which replica.
+        replica: ReplicaId,
+        /// Why.
+        why: KickCause,
+    },
     /// End when nothing is in flight any more.
     Shutdown,
 }
@@ -319,7 +328,21 @@ impl Worker {
                 self.mailboxes[usize::from(lane.0)].post(Message::Wake(wakeup));
             }
             Action::Report(report) => self.report(report),
+            Action::Record => self.maintenance().post(Message::Record),
+            Action::Kicked { replica, why } => {
+                for (index, mailbox) in self.mailboxes.iter().enumerate() {
+                    if index != self.index {
+                        mailbox.post(Message::Wake(Wakeup::MembersChanged));
+                    }
+                }
+                self.maintenance().post(Message::Kicked { replica, why });
+            }
         }
+    }
+
+    /// The mailbox of the maintenance thread.
+    fn maintenance(&self) -> &Mailbox<Message> {
+        self.mailboxes.last().expect("the last of the mailboxes")
     }
 
     /// Copies what was read to the guest, and notes that the part is done.
@@ -368,9 +391,13 @@ impl Worker {
             Report::Behind { replica, .. } => self.counters.replica(replica).behind.add(1),
             Report::FlushFailed { replica, .. } => self.counters.replica(replica).errors.add(1),
             Report::Repaired { replica, .. } => self.counters.replica(replica).repairs.add(1),
+            Report::Kicked { replica, .. } => self.counters.replica(replica).errors.add(1),
             Report::Failure { .. }
             | Report::Transient { .. }
             | Report::RepairFailed { .. }
+            | Report::Lagging { .. }
+            | Report::Chosen { .. }
+            | Report::RecordLost
             | Report::VerifyFailed { .. } => {}
         }
         self.reports.send(report);

@@ -171,6 +171,9 @@ impl Worker {
             match message {
                 Message::Queue(command) => self.obey(command),
                 Message::Wake(wakeup) => self.tell(Event::Wake(wakeup)),
+                Message::Record | Message::Kicked { .. } => {
+                    unreachable!("for the maintenance thread")
+                }
                 Message::Shutdown => self.shutting_down = true,
             }
         }

@@ -2,31 +2,60 @@
 //! Flushes: one run at a time over all replicas, shared by who waits (rules F1-F3).
 
 use super::super::Buffers;
-use super::super::event::{Action, During, OperationKind, Outcome, Report, Status, Tag, Wakeup};
+use super::super::event::{
+    Action, During, KickCause, OperationKind, Outcome, Report, Status, Tag, Wakeup,
+};
 use super::super::flush_gate::Join;
 use super::super::mutation::broken;
+use super::reconcile::Waiter;
 use super::{Activity, ETIMEDOUT, Lane, SlotId, Turn, errno_of};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange, Time};
 
-/// A guest's flush; it waits for the run that covers it.
+/// Who wants to be covered by a run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum FlushFor {
+    /// A request; its slot is that of the flush request.
+    Request(Tag),
+    /// An extent that was brought into order.
+    Reconcile(SlotId),
+    /// A settlement of sectors in U.
+    Settle(SlotId),
+}
+
+/// Waits for the run that covers it.
 pub(super) struct FlushRequest {
-    tag: Tag,
+    whom: FlushFor,
     run: u64,
 }
 
 /// One flush of every replica, in parallel.
 pub(super) struct FlushRun {
+    run: u64,
     asked: ReplicaSet,
     pending: ReplicaSet,
     done: ReplicaSet,
     errnos: [i32; REPLICAS_MAX],
+    /// c(i) of everybody when the run began.
+    counters: [u32; REPLICAS_MAX],
+    started: Time,
     deadline: Option<Time>,
+    /// All that matter have answered; marks may still be waited for.
     ended: bool,
+    told: bool,
 }
 
 impl FlushRun {
     pub(super) fn is_late(&self, now: Time) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Replicas that have not answered since `since` or longer.
+    pub(super) fn overdue(&self, since: Time) -> ReplicaSet {
+        if self.started <= since {
+            self.pending
+        } else {
+            ReplicaSet::EMPTY
+        }
     }
 }
 
@@ -38,37 +67,74 @@ impl Lane {
         }
     }
 
-    pub(super) fn flush_request<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, tag: Tag) {
-        let join = turn.shared.flushes.join(self.id);
-        let (Join::Start(run) | Join::Wait(run)) = join;
+    /// Waits for a run that begins from now on.
+    pub(super) fn flush_for<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, whom: FlushFor) {
+        let run = self.flush_join(turn);
         let slot = self
             .activities
-            .insert(Activity::FlushRequest(FlushRequest { tag, run }));
+            .insert(Activity::FlushRequest(FlushRequest { whom, run }));
         self.flushes.push(slot);
+    }
+
+    fn flush_join<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) -> u64 {
+        let join = turn.shared.flushes.join(self.id);
+        let (Join::Start(run) | Join::Wait(run)) = join;
         self.run_due |= matches!(join, Join::Start(_));
+        run
+    }
+
+    /// A flush request that waited for replicas to come back.
+    pub(super) fn flush_again<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let joined = self.flush_join(turn);
+        match self.activities.get_mut(slot) {
+            Some(Activity::FlushRequest(request)) => request.run = joined,
+            _ => unreachable!("a flush request lives until it is published"),
+        }
+        self.flushes.push(slot);
+    }
+
+    /// A flush request that waits for replicas to come back is to fail.
+    pub(super) fn flush_refuse<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let whom = match self.activities.get_mut(slot) {
+            Some(Activity::FlushRequest(request)) => request.whom,
+            _ => unreachable!("a flush request lives until it is published"),
+        };
+        if let FlushFor::Request(tag) = whom {
+            self.reply(turn, slot, tag, Status::IoError, None);
+        }
     }
 
     /// Begins the run that is this lane's.
     pub(super) fn flush_begin<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
         let shared = turn.shared;
+        let members = &shared.membership;
+        let run = shared.flushes.run();
+        // Before any flush is submitted: writes that end from here on are not covered.
+        shared.activity.begin_run(run);
         // One flush at a time on each replica: who still works on an earlier one fails this one.
-        let asked = shared
-            .membership
-            .replicas()
-            .minus(shared.flushes.unanswered());
+        let asked = members.up().minus(shared.flushes.unanswered());
+        let mut counters = [0; REPLICAS_MAX];
+        for replica in members.replicas().iter() {
+            counters[replica.index()] = members.counter(replica);
+        }
         let slot = self.activities.insert(Activity::FlushRun(FlushRun {
+            run,
             asked,
             pending: asked,
             done: ReplicaSet::EMPTY,
             errnos: [ETIMEDOUT; REPLICAS_MAX],
+            counters,
+            started: turn.now,
             deadline: None,
             ended: false,
+            told: false,
         }));
         for replica in asked.iter() {
             turn.submit(slot, replica, OperationKind::Flush);
         }
         if asked.is_empty() {
             self.flush_end(turn, slot);
+            self.flush_wind_up(slot);
         }
     }
 
@@ -86,87 +152,125 @@ impl Lane {
             "one answer from each replica flushed"
         );
         run.pending.remove(replica);
-        if run.ended {
+        let (ended, number) = (run.ended, run.run);
+        let fresh = run.counters[replica.index()] == shared.membership.counter(replica)
+            && shared.membership.up().contains(replica);
+        if ended {
             shared.flushes.answered(replica);
-            if let Some(errno) = errno_of(outcome) {
-                // It may be about what was written since the run ended.
-                self.flush_failed(turn, replica, errno);
+        }
+        match errno_of(outcome) {
+            Some(errno) => {
+                run.errnos[replica.index()] = errno;
+                if broken!(shared, FlushErrorForgotten | FailedFlushNotMarked) {
+                    if broken!(shared, FlushErrorForgotten) && !ended {
+                        self.run_mut(slot).done.insert(replica);
+                    }
+                } else if fresh {
+                    // Rule F3: it counts from now on, whatever becomes of the run, also one that
+                    // ended before: it may be about what was written since.
+                    self.flush_failed(turn, replica, errno);
+                }
             }
-            self.flush_wind_up(slot);
-            return;
-        }
-        if let Some(errno) = errno_of(outcome) {
-            run.errnos[replica.index()] = errno;
-            // Rule F3: it counts from now on, whatever becomes of the run.
-            if !broken!(shared, FailedFlushNotMarked) {
-                shared.membership.mark_behind_where_dirty(replica);
+            // A flush from before a kick proves nothing about the replica.
+            None if fresh => {
+                run.done.insert(replica);
+                shared.activity.flushed(replica, number);
             }
-        } else {
-            run.done.insert(replica);
+            None => {}
         }
-        let (pending, done) = (run.pending, run.done);
-        if pending.is_empty() {
-            self.flush_end(turn, slot);
-        } else if done.count() >= shared.policy.threshold && run.deadline.is_none() {
-            run.deadline = Some(turn.now.after(shared.policy.flush_grace));
-            self.arm(turn.now);
-        }
+        self.flush_decide(turn, slot);
         self.flush_wind_up(slot);
     }
 
-    /// Rule F3: a flush error counts at the moment it is seen, whoever asked for the flush. No
-    /// other flush will report it again.
-    pub(super) fn flush_failed<B: Buffers>(
-        &mut self,
-        turn: &mut Turn<'_, B>,
-        replica: ReplicaId,
-        errno: i32,
-    ) {
-        let membership = &turn.shared.membership;
-        if membership.mark_behind_where_dirty(replica).0 > 0 {
-            let extents = membership.behind_extents(replica);
-            turn.report(Report::FlushFailed {
-                replica,
-                errno,
-                extents,
-            });
+    /// Ends the run if nobody is left to wait for.
+    pub(super) fn flush_decide<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let members = &shared.membership;
+        let run = self.run_mut(slot);
+        if run.ended {
+            return;
+        }
+        let enough = run.done.count() >= shared.policy.threshold;
+        let mut awaited = run.pending.intersection(members.up());
+        if enough {
+            // Rule F2: who lags is not waited for.
+            awaited = awaited.minus(members.lagging());
+        }
+        if awaited.is_empty() {
+            self.flush_end(turn, slot);
+        } else if enough && run.deadline.is_none() {
+            run.deadline = Some(turn.now.after(shared.policy.flush_grace));
+            self.arm(turn.now);
         }
     }
 
+    /// Rule F3: a flush error counts at the moment it is seen, and no other flush will report it
+    /// again: the replica is behind in all that is dirty, and opened anew before it is relied on. If
+    /// too few would be left meanwhile it stays, without what may be lost on it.
+    fn flush_failed<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, replica: ReplicaId, errno: i32) {
+        let members = &turn.shared.membership;
+        let mut others = members.up();
+        others.remove(replica);
+        if others.count() >= turn.shared.policy.threshold {
+            self.kick(turn, replica, KickCause::FlushFailed(errno));
+            return;
+        }
+        members.mark_behind_where_dirty(replica);
+        let extents = members.behind_extents(replica);
+        turn.report(Report::FlushFailed {
+            replica,
+            errno,
+            extents,
+        });
+    }
+
     pub(super) fn flush_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        // Rule F2: it had its time.
+        let late = self.run_mut(slot).pending;
+        let up = turn.shared.membership.up();
+        for replica in late.intersection(up).iter() {
+            if !broken!(turn.shared, FailedFlushNotMarked) {
+                self.flush_failed(turn, replica, ETIMEDOUT);
+            }
+        }
         self.flush_end(turn, slot);
         self.flush_wind_up(slot);
     }
 
-    /// The run ends: whoever did not succeed is behind in all that is dirty (rule F2).
+    /// The run ends: whoever did not succeed is behind in all that is dirty (rule F2), and that is
+    /// durable before anybody is told.
     fn flush_end<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let run = self.run_mut(slot);
-        run.ended = true;
-        let (asked, pending, done, errnos) = (run.asked, run.pending, run.done, run.errnos);
+        if !run.ended {
+            run.ended = true;
+            for replica in run.pending.iter() {
+                shared.flushes.leave_unanswered(replica);
+            }
+        }
+        let done = run.done;
         if run.deadline.take().is_some() {
             self.disarm();
         }
         let mut ok = done.count() >= shared.policy.threshold;
+        let mut wait = None;
         for replica in shared.membership.replicas().minus(done).iter() {
-            if pending.contains(replica) {
-                shared.flushes.leave_unanswered(replica);
-            }
             if broken!(shared, FailedFlushNotMarked) {
                 continue;
             }
-            let (_, complete) = shared.membership.mark_behind_where_dirty(replica);
-            ok &= complete;
-            if asked.contains(replica) {
-                let errno = errnos[replica.index()];
-                let extents = shared.membership.behind_extents(replica);
-                turn.report(Report::FlushFailed {
-                    replica,
-                    errno,
-                    extents,
-                });
-            }
+            let marked = shared.membership.mark_behind_where_dirty(replica);
+            ok &= marked.complete;
+            wait = wait.max(marked.wait);
         }
+        if let Some(wait) = wait
+            && ok
+            && !shared.is_record_lost()
+            && !broken!(shared, AcknowledgeBeforeBehind)
+        {
+            self.wait_durable(turn, slot, wait);
+            return;
+        }
+        ok &= wait.is_none() || broken!(shared, AcknowledgeBeforeBehind);
         if !ok {
             let sectors = u32::try_from(shared.geometry.sectors()).unwrap_or(u32::MAX);
             let range = SectorRange::new(0, sectors).expect("a disk is not empty");
@@ -175,7 +279,24 @@ impl Lane {
                 during: During::Flush,
             });
         }
+        self.run_mut(slot).told = true;
         self.flush_publish(turn, ok);
+    }
+
+    /// Marks that the run waited for are durable, or never will be.
+    pub(super) fn flush_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        self.flush_end(turn, slot);
+        self.flush_wind_up(slot);
+    }
+
+    /// A replica went: it is not waited for any more.
+    pub(super) fn flush_members_changed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+    ) {
+        self.flush_decide(turn, slot);
+        self.flush_wind_up(slot);
     }
 
     /// Tells everybody who waits for the run that ended, and has the next one begun.
@@ -201,27 +322,40 @@ impl Lane {
         }
     }
 
-    /// Replies to the requests of this lane that run `run` covers.
+    /// Tells those of this lane whom run `run` covers.
     pub(super) fn flush_answer<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, run: u64, ok: bool) {
-        let status = if ok { Status::Ok } else { Status::IoError };
-        let mut flushes = std::mem::take(&mut self.flushes);
-        flushes.retain(|&slot| {
+        let pause = !ok && self.shall_pause(turn, turn.shared.policy.threshold);
+        for slot in std::mem::take(&mut self.flushes) {
             let Some(Activity::FlushRequest(request)) = self.activities.get_mut(slot) else {
                 unreachable!("a flush request lives until it is published")
             };
             if request.run != run {
-                return true;
+                self.flushes.push(slot);
+                continue;
             }
-            let tag = request.tag;
-            self.reply(turn, slot, tag, status, None);
-            false
-        });
-        self.flushes = flushes;
+            match request.whom {
+                FlushFor::Request(_) if pause => self.paused.push(Waiter::Flush(slot)),
+                FlushFor::Request(tag) => {
+                    let status = if ok { Status::Ok } else { Status::IoError };
+                    self.reply(turn, slot, tag, status, None);
+                }
+                FlushFor::Reconcile(whom) => {
+                    self.activities.remove(slot);
+                    self.reconcile_flushed(turn, whom);
+                }
+                FlushFor::Settle(whom) => {
+                    self.activities.remove(slot);
+                    self.settle_flushed(turn, whom);
+                }
+            }
+        }
     }
 
     fn flush_wind_up(&mut self, slot: SlotId) {
-        let run = self.run_mut(slot);
-        if run.ended && run.pending.is_empty() {
+        let Some(Activity::FlushRun(run)) = self.activities.get_mut(slot) else {
+            return;
+        };
+        if run.told && run.pending.is_empty() {
             self.activities.remove(slot);
         }
     }

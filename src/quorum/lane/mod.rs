@@ -7,6 +7,7 @@
 //! - `read`: ask the current copies, compare, reply at T equal, look at late ballots too.
 //! - `write`: lock, write to all current copies, leave behind who fails or is late, reply.
 //! - `settle`: arbitration under the exclusive lock, repair, resolving of sectors in U.
+//! - `reconcile`: a whole extent brought into order: after a crash, and for replicas behind in it.
 //! - `flush`: flush runs over all replicas.
 //!
 //! Every request and every settlement is an *activity* in a slot. An activity lives until it has
@@ -14,7 +15,9 @@
 //! never given back while somebody may still use it (rule V7).
 
 mod flush;
+mod probe;
 mod read;
+mod reconcile;
 mod settle;
 mod write;
 
@@ -22,16 +25,18 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::event::{
-    Action, BufferId, During, Event, LaneId, LockTicket, OpId, Operation, OperationKind, Outcome,
-    Report, Request, RequestId, Status, Tag, Wakeup,
+    Action, BufferId, During, Event, KickCause, LaneId, LockTicket, OpId, Operation, OperationKind,
+    Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
 };
 use super::shared::Shared;
 use super::slab::{Slab, SlotId};
 use super::{Buffers, LockMode};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange, Time};
 
-use flush::{FlushRequest, FlushRun};
+use flush::{FlushFor, FlushRequest, FlushRun};
+use probe::Probe;
 use read::Read;
+use reconcile::{Reconcile, Waiter};
 use settle::Settle;
 use write::Write;
 
@@ -47,6 +52,10 @@ const REQUESTS_MAX: usize = (ACTIVITIES_MAX as usize - ACTIVITIES_RESERVED) / 2;
 
 /// How often deadlines are looked at while there are any. Deadlines are at least 20 ms away.
 const TICK: Duration = Duration::from_millis(5);
+
+/// How often it is looked whether an operation takes longer than `io-timeout`. The timeout is
+/// seconds.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// A replica with more unanswered reads than this behind replies that were given is not asked
 /// while T others can be; it would only pile up buffers.
@@ -160,8 +169,11 @@ enum Activity {
     Write(Write),
     /// Rare and large, hence on the heap.
     Settle(Box<Settle>),
+    /// As rare.
+    Reconcile(Box<Reconcile>),
     FlushRequest(FlushRequest),
     FlushRun(FlushRun),
+    Probe(Probe),
     /// Replied to without any I/O; waits for its publication.
     Replied,
 }
@@ -185,6 +197,10 @@ pub struct LaneCounters {
     pub settles_dropped: u64,
     /// Reads for which a slow replica was not asked.
     pub reads_without_laggard: u64,
+    /// Extents in which a replica was brought up to date, counted once for each replica.
+    pub resynced_extents: u64,
+    /// Sectors compared on all current copies by checks.
+    pub checked_sectors: u64,
 }
 
 /// One worker's share of the core.
@@ -197,6 +213,20 @@ pub struct Lane {
     settles_starved: VecDeque<SlotId>,
     /// Settlements under way, to notice that one for the same range is already there.
     settles: Vec<SlotId>,
+    /// Extents to be brought into order, being that, or waiting for their lock.
+    reconciles: Vec<SlotId>,
+    /// Those that have their lock and wait for their turn.
+    reconciles_queued: VecDeque<SlotId>,
+    /// Those whose turn it is.
+    reconciling: usize,
+    /// Activities that wait until the marks up to a number are durable; numbers only rise.
+    waits: VecDeque<(u64, SlotId)>,
+    /// Requests that wait for replicas to come back.
+    paused: Vec<Waiter>,
+    /// A replica went or came, and not every activity has been told.
+    members_changed: bool,
+    /// When to look for operations that take too long.
+    next_look: Option<Time>,
     /// Flush requests that wait for a run.
     flushes: Vec<SlotId>,
     /// The next flush run is this lane's to begin.
@@ -228,6 +258,13 @@ impl Lane {
             starved: VecDeque::with_capacity(usize::from(ACTIVITIES_MAX)),
             settles_starved: VecDeque::with_capacity(ACTIVITIES_RESERVED),
             settles: Vec::with_capacity(ACTIVITIES_RESERVED),
+            reconciles: Vec::with_capacity(ACTIVITIES_RESERVED),
+            reconciles_queued: VecDeque::new(),
+            reconciling: 0,
+            waits: VecDeque::with_capacity(ACTIVITIES_RESERVED),
+            paused: Vec::new(),
+            members_changed: false,
+            next_look: None,
             flushes: Vec::with_capacity(ACTIVITIES_RESERVED),
             run_due: false,
             granted: VecDeque::with_capacity(64),
@@ -257,7 +294,13 @@ impl Lane {
     /// When [`Event::Tick`] is owed at the latest.
     #[must_use]
     pub fn deadline(&self) -> Option<Time> {
-        self.next_tick
+        [self.next_tick, self.next_look].into_iter().flatten().min()
+    }
+
+    /// Whether requests wait for replicas to come back. They fail with [`Wakeup::FailPaused`].
+    #[must_use]
+    pub fn has_paused(&self) -> bool {
+        !self.paused.is_empty()
     }
 
     /// What was counted so far.
@@ -314,9 +357,18 @@ impl Lane {
             Event::Wake(Wakeup::Granted(ticket)) => self.granted.push_back(ticket),
             Event::Wake(Wakeup::FlushStart) => self.run_due = true,
             Event::Wake(Wakeup::FlushDone { run, ok }) => self.flush_answer(turn, run, ok),
+            // What they wait for is looked at below.
+            Event::Wake(Wakeup::Durable) => {}
+            Event::Wake(Wakeup::MembersChanged) => self.members_changed = true,
+            Event::Wake(Wakeup::FailPaused) => self.fail_paused(turn),
             Event::Tick => self.tick(turn),
         }
         self.run_ready(turn);
+        if self.activities.is_empty() {
+            self.next_look = None;
+        } else if self.next_look.is_none() {
+            self.next_look = Some(now.after(LOOK));
+        }
     }
 
     fn begin<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, tag: Tag, request: Request) {
@@ -339,7 +391,12 @@ impl Lane {
                 self.write_begin(turn, tag, range, write::Content::Zeroes { unmap: true });
             }
             Request::Discard { .. } => self.reply_at_once(turn, tag, Status::Ok),
-            Request::Flush => self.flush_request(turn, tag),
+            Request::Flush => self.flush_for(turn, FlushFor::Request(tag)),
+            Request::Reconcile { extent } => {
+                self.reconcile_begin(turn, extent, Some(tag));
+            }
+            Request::Check { range } => self.check_begin(turn, tag, range),
+            Request::Probe { replica, range } => self.probe_begin(turn, tag, replica, range),
         }
     }
 
@@ -354,7 +411,8 @@ impl Lane {
             Activity::Write(_) => self.write_completed(turn, slot, replica, outcome),
             Activity::Settle(_) => self.settle_completed(turn, slot, replica, outcome),
             Activity::FlushRun(_) => self.flush_completed(turn, slot, replica, outcome),
-            Activity::FlushRequest(_) | Activity::Replied => {
+            Activity::Probe(_) => self.probe_completed(turn, slot, outcome),
+            Activity::Reconcile(_) | Activity::FlushRequest(_) | Activity::Replied => {
                 unreachable!("activities without operations")
             }
         }
@@ -370,7 +428,10 @@ impl Lane {
             Activity::Write(_) => self.write_published(turn, slot),
             Activity::Settle(_) => self.settle_published(turn, slot),
             Activity::FlushRun(_) => unreachable!("a flush run has no reply"),
-            Activity::FlushRequest(_) | Activity::Replied => {
+            Activity::Probe(_)
+            | Activity::Reconcile(_)
+            | Activity::FlushRequest(_)
+            | Activity::Replied => {
                 self.activities.remove(slot);
             }
         }
@@ -387,12 +448,18 @@ impl Lane {
             // These hold no lock once they are replied to.
             Activity::Read(_)
             | Activity::Settle(_)
+            | Activity::Reconcile(_)
             | Activity::FlushRequest(_)
+            | Activity::Probe(_)
             | Activity::Replied => {}
         }
     }
 
     fn tick<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        if self.next_look.is_some_and(|look| look <= turn.now) {
+            self.next_look = None;
+            self.look_for_hung(turn);
+        }
         let mut swept = std::mem::take(&mut self.swept);
         swept.clear();
         swept.extend(self.activities.ids());
@@ -417,12 +484,129 @@ impl Lane {
         self.next_tick = (self.timed > 0).then(|| turn.now.after(TICK));
     }
 
+    /// Declares replicas not up on which an operation takes longer than `io-timeout`.
+    fn look_for_hung<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        let timeout = turn.shared.policy.io_timeout;
+        if turn.now.since(Time::default()) < timeout {
+            return;
+        }
+        let since = turn.now.before(timeout);
+        let mut overdue = ReplicaSet::EMPTY;
+        let mut swept = std::mem::take(&mut self.swept);
+        swept.clear();
+        swept.extend(self.activities.ids());
+        for &slot in &swept {
+            let late = match self.activities.get_mut(slot) {
+                Some(Activity::Read(read)) => read.overdue(since),
+                Some(Activity::Write(write)) => write.overdue(since),
+                Some(Activity::Settle(settle)) => settle.overdue(since),
+                Some(Activity::FlushRun(run)) => run.overdue(since),
+                Some(Activity::Probe(probe)) => probe.overdue(since),
+                Some(Activity::Reconcile(_) | Activity::FlushRequest(_) | Activity::Replied)
+                | None => ReplicaSet::EMPTY,
+            };
+            overdue = overdue.union(late);
+        }
+        self.swept = swept;
+        for replica in overdue.iter() {
+            self.kick(turn, replica, KickCause::Hung);
+        }
+    }
+
+    /// The replica cannot be relied on any more: everybody is told.
+    fn kick<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, replica: ReplicaId, why: KickCause) {
+        let Some(marked) = turn.shared.membership.kick(replica) else {
+            return;
+        };
+        let extents = marked.extents;
+        turn.report(Report::Kicked {
+            replica,
+            why,
+            extents,
+        });
+        turn.actions.push(Action::Kicked { replica, why });
+        if marked.wait.is_some() {
+            turn.actions.push(Action::Record);
+        }
+        self.members_changed = true;
+    }
+
+    /// Nobody who is not up is waited for any more, and who waited for replicas looks again.
+    fn tell_members_changed<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        let mut swept = std::mem::take(&mut self.swept);
+        swept.clear();
+        swept.extend(self.activities.ids());
+        for &slot in &swept {
+            match self.activities.get_mut(slot) {
+                Some(Activity::Read(_)) => self.read_members_changed(turn, slot),
+                Some(Activity::Write(_)) => self.write_members_changed(turn, slot),
+                Some(Activity::Settle(_)) => self.settle_members_changed(turn, slot),
+                Some(Activity::FlushRun(_)) => self.flush_members_changed(turn, slot),
+                Some(
+                    Activity::Reconcile(_)
+                    | Activity::FlushRequest(_)
+                    | Activity::Probe(_)
+                    | Activity::Replied,
+                )
+                | None => {}
+            }
+        }
+        self.swept = swept;
+        if !self.paused.is_empty()
+            && turn.shared.membership.up().count() >= turn.shared.policy.threshold
+        {
+            self.resume_paused(turn);
+        }
+    }
+
+    /// The activity goes on when the marks up to `number` are durable, or never will be.
+    fn wait_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, number: u64) {
+        self.waits.push_back((number, slot));
+        // Before the next look at what is durable: whoever makes it so sees this, or we see that.
+        turn.shared.wait_for_record(self.id);
+        turn.actions.push(Action::Record);
+    }
+
+    /// The first activity whose marks are durable.
+    fn take_durable<B: Buffers>(&mut self, turn: &Turn<'_, B>) -> Option<SlotId> {
+        let &(number, slot) = self.waits.front()?;
+        let shared = turn.shared;
+        if shared.membership.marks().is_settled(number) || shared.is_record_lost() {
+            self.waits.pop_front();
+            return Some(slot);
+        }
+        // More were made durable, but not these: the next time counts as well.
+        shared.wait_for_record(self.id);
+        None
+    }
+
+    fn run_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        match self
+            .activities
+            .get_mut(slot)
+            .expect("who waits for a mark lives")
+        {
+            Activity::Write(_) => self.write_durable(turn, slot),
+            Activity::Settle(_) => self.settle_durable(turn, slot),
+            Activity::FlushRun(_) => self.flush_durable(turn, slot),
+            Activity::Read(_)
+            | Activity::Reconcile(_)
+            | Activity::FlushRequest(_)
+            | Activity::Probe(_)
+            | Activity::Replied => unreachable!("waits for no mark"),
+        }
+    }
+
     /// Does what became possible: locks granted within the lane, flush runs, reads that waited
     /// for buffers.
     fn run_ready<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
         loop {
             if let Some(ticket) = self.granted.pop_front() {
                 self.lock_granted(turn, SlotId::unpack(ticket.0));
+            } else if let Some(slot) = self.take_durable(turn) {
+                self.run_durable(turn, slot);
+            } else if std::mem::take(&mut self.members_changed) {
+                self.tell_members_changed(turn);
             } else if std::mem::take(&mut self.run_due) {
                 self.flush_begin(turn);
             } else if let Some(&slot) = self.settles_starved.front()
@@ -448,7 +632,11 @@ impl Lane {
             Activity::Read(_) => self.read_ask(turn, slot),
             Activity::Write(_) => self.write_granted(turn, slot),
             Activity::Settle(_) => self.settle_granted(turn, slot),
-            Activity::FlushRequest(_) | Activity::FlushRun(_) | Activity::Replied => {
+            Activity::Reconcile(_) => self.reconcile_granted(turn, slot),
+            Activity::FlushRequest(_)
+            | Activity::FlushRun(_)
+            | Activity::Probe(_)
+            | Activity::Replied => {
                 unreachable!("activities without locks")
             }
         }

@@ -7,6 +7,7 @@ use super::super::order::ReadStamp;
 use super::super::policy::ReadPattern;
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
+use super::reconcile::Waiter;
 use super::settle::Matter;
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
 use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
@@ -30,6 +31,8 @@ pub(super) struct Read {
     tag: Tag,
     range: SectorRange,
     phase: Phase,
+    /// A check: all current copies have to answer, and nobody wants the data (rule Y6).
+    thorough: bool,
     locked: bool,
     published: bool,
     /// Every replica that was asked.
@@ -57,6 +60,15 @@ pub(super) struct Read {
 impl Read {
     pub(super) fn is_late(&self, now: Time) -> bool {
         self.phase == Phase::Asking && self.deadline.is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Replicas that have not answered since `since` or longer.
+    pub(super) fn overdue(&self, since: Time) -> ReplicaSet {
+        if self.asked_at <= since {
+            self.pending
+        } else {
+            ReplicaSet::EMPTY
+        }
     }
 
     /// Asks `others` with the buffer that was taken for one who is not current any more.
@@ -138,10 +150,36 @@ impl Lane {
         tag: Tag,
         range: SectorRange,
     ) {
+        self.read_insert(turn, tag, range, false);
+    }
+
+    /// Compares all current copies of `range` under a shared lock (rule Y6).
+    pub(super) fn check_begin<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        tag: Tag,
+        range: SectorRange,
+    ) {
+        assert!(
+            turn.shared.geometry.admits(range),
+            "check of {range} is not cut right"
+        );
+        self.counters.checked_sectors += u64::from(range.count());
+        self.read_insert(turn, tag, range, true);
+    }
+
+    fn read_insert<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        tag: Tag,
+        range: SectorRange,
+        thorough: bool,
+    ) {
         let slot = self.activities.insert(Activity::Read(Read {
             tag,
             range,
             phase: Phase::Starved,
+            thorough,
             locked: false,
             published: false,
             asked: ReplicaSet::EMPTY,
@@ -169,8 +207,9 @@ impl Lane {
         turn: &mut Turn<'_, B>,
         slot: SlotId,
     ) -> bool {
-        let range = self.read_mut(slot).range;
-        let asked = self.whom_to_ask(turn, range);
+        let read = self.read_mut(slot);
+        let (range, thorough) = (read.range, read.thorough);
+        let asked = self.whom_to_ask(turn, range, thorough);
         let taken = ReplicaBuffers::take(turn.buffers, asked, range.len_bytes(), Purpose::Guest);
         let Some(ballots) = taken else { return false };
         let read = self.read_mut(slot);
@@ -179,7 +218,7 @@ impl Lane {
         read.phase = Phase::Locking;
         // Rule L1: with T equal votes required a read cannot be wrong without a lock.
         let policy = &turn.shared.policy;
-        let lockless = policy.majority() && policy.read_pattern == ReadPattern::Quorum;
+        let lockless = policy.majority() && policy.read_pattern == ReadPattern::Quorum && !thorough;
         if !lockless {
             self.read_mut(slot).locked = true;
             if !self.lock(turn, slot, range, LockMode::Shared) {
@@ -190,7 +229,12 @@ impl Lane {
         true
     }
 
-    fn whom_to_ask<B: Buffers>(&mut self, turn: &Turn<'_, B>, range: SectorRange) -> ReplicaSet {
+    fn whom_to_ask<B: Buffers>(
+        &mut self,
+        turn: &Turn<'_, B>,
+        range: SectorRange,
+        thorough: bool,
+    ) -> ReplicaSet {
         let shared = turn.shared;
         let policy = &shared.policy;
         let mut asked = shared
@@ -198,6 +242,9 @@ impl Lane {
             .current(shared.geometry.extent_of(range.start()));
         if broken!(shared, BehindVotes) {
             asked = shared.membership.replicas();
+        }
+        if thorough {
+            return asked;
         }
         if policy.read_pattern == ReadPattern::Fifo {
             return asked.iter().take(1).collect();
@@ -228,8 +275,16 @@ impl Lane {
             // Somebody may have been marked while this read waited.
             read.asked = read.asked.intersection(current);
         }
-        let fifo = shared.policy.read_pattern == ReadPattern::Fifo;
+        let extent = shared.geometry.extent_of(range.start());
+        let read = self.read_mut(slot);
+        let thorough = read.thorough;
+        let fifo = shared.policy.read_pattern == ReadPattern::Fifo && !thorough;
         let needed = if fifo { 1 } else { shared.policy.threshold };
+        if shared.unresolved.holds_extent(extent) || current.count() < needed {
+            self.read_without_quorum(turn, slot, extent, needed);
+            return;
+        }
+        let read = self.read_mut(slot);
         if fifo && read.asked.is_empty() && !current.is_empty() {
             // The other replica, under the same lock: one queued for anew would come after writes
             // that are published only after this read.
@@ -239,22 +294,13 @@ impl Lane {
         let displaced = read.locked && asked.count() < needed && current.count() >= needed;
         if displaced || shared.unresolved.touches(range) {
             let tag = self.read_drop(turn, slot);
-            let matter = Matter {
-                range,
-                during: During::Read,
-                explained: true,
-            };
+            let matter = Matter::new(range, During::Read, true);
             self.settle_begin(turn, matter, Some(tag));
             return;
         }
-        if asked.count() < needed && current.count() >= needed {
+        if asked.count() < needed {
             // Whoever was to be asked fell behind meanwhile; there are others.
             self.read_start_over(turn, slot);
-            return;
-        }
-        if asked.count() < needed {
-            let tag = self.read_drop(turn, slot);
-            self.refuse(turn, tag, range, During::Read);
             return;
         }
         let read = self.read_mut(slot);
@@ -274,6 +320,31 @@ impl Lane {
                     skip_bytes: 0,
                 },
             );
+        }
+    }
+
+    /// The extent has to be brought into order first, or replicas have to come back (rules V6, Y1).
+    fn read_without_quorum<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        extent: u64,
+        needed: usize,
+    ) {
+        let resolve = turn.shared.unresolved.holds_extent(extent);
+        let read = self.read_mut(slot);
+        let (range, thorough) = (read.range, read.thorough);
+        let tag = self.read_drop(turn, slot);
+        let waiter = Waiter::Read { tag, range };
+        if thorough {
+            // Whoever brings extents into order comes by; a check need not wait for it.
+            self.reply_at_once(turn, tag, Status::IoError);
+        } else if self.shall_pause(turn, needed) {
+            self.paused.push(waiter);
+        } else if resolve || self.can_reconcile(turn, extent, needed) {
+            self.reconcile_for(turn, extent, waiter);
+        } else {
+            self.refuse(turn, tag, range, During::Read);
         }
     }
 
@@ -326,18 +397,22 @@ impl Lane {
     fn read_decide<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let policy = &shared.policy;
-        let fifo = policy.read_pattern == ReadPattern::Fifo;
+        let up = shared.membership.up();
+        let thorough = self.read_mut(slot).thorough;
+        let fifo = policy.read_pattern == ReadPattern::Fifo && !thorough;
         let mut threshold = if fifo { 1 } else { policy.threshold };
         if broken!(shared, EarlyReplyBelowThreshold) {
             threshold = (threshold - 1).max(1);
         }
         let read = self.read_mut(slot);
         // Rule V3: without a majority all must answer and agree; anything else is arbitrated.
-        let early = fifo || policy.majority();
+        let early = (fifo || policy.majority()) && !thorough;
+        let awaited = read.pending.intersection(up);
         let agreed = if early {
             read.agreeing >= threshold
         } else {
-            read.pending.is_empty() && !read.differs && read.agreeing >= threshold
+            let complete = awaited.is_empty() && (!thorough || read.failed.is_empty());
+            complete && !read.differs && read.agreeing >= threshold
         };
         // A verifier does not put sectors together: a difference stops it.
         let mixed = || early && !policy.blkverify;
@@ -350,7 +425,7 @@ impl Lane {
             self.read_reply(turn, slot);
             return;
         }
-        if !read.pending.is_empty() {
+        if !awaited.is_empty() {
             // Two answers that a write came between differ, and the third may never come.
             if early && read.deadline.is_none() && read.good.count() >= threshold {
                 read.deadline = Some(turn.now.after(turn.grace(read.asked_at)));
@@ -362,6 +437,18 @@ impl Lane {
             return;
         }
         self.read_arbitrate(turn, slot);
+    }
+
+    /// A replica went: it is not waited for any more.
+    pub(super) fn read_members_changed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+    ) {
+        if self.read_mut(slot).phase == Phase::Asking {
+            self.read_decide(turn, slot);
+            self.read_wind_up(turn, slot);
+        }
     }
 
     pub(super) fn read_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
@@ -383,11 +470,7 @@ impl Lane {
             return;
         }
         // Rule V5: once more under the exclusive lock before anything is reported.
-        let matter = Matter {
-            range,
-            during: During::Read,
-            explained,
-        };
+        let matter = Matter::new(range, During::Read, explained);
         self.settle_begin(turn, matter, Some(tag));
     }
 
@@ -505,11 +588,7 @@ impl Lane {
         let suspicious = !read.failed.is_empty() || unexplained;
         self.read_drop(turn, slot);
         if suspicious {
-            let matter = Matter {
-                range,
-                during: During::Read,
-                explained: false,
-            };
+            let matter = Matter::new(range, During::Read, false);
             self.settle_in_background(turn, matter);
         }
     }

@@ -3,8 +3,8 @@
 //! Y2), resolving of sectors in U (rule Y1), and the repair of who is wrong (rule Y4).
 //!
 //! ```text
-//! Locking -> Starved -> Reading -> [Writing -> Checking]* -> [Flushing] -> Settled
-//!            (buffers)  (all of Cur)  (each dissenter, run by run)  (U only)
+//! Locking -> Starved -> Reading -> Intent -> [Writing -> Checking]* -> Flushing -> Marking -> Settled
+//!            (buffers)  (all of Cur)   (D*)  (each dissenter, run by run)  (U only)    (B*)
 //! ```
 //!
 //! A replica that cannot read the whole range is read once more block by block: it has no vote
@@ -20,7 +20,8 @@ use super::super::event::{BadCause, BufferId, During, OperationKind, Outcome, St
 use super::super::mutation::broken;
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
-use super::{ACTIVITIES_RESERVED, Activity, EIO, Lane, ReplicaBuffers, SlotId, Turn, errno_of};
+use super::reconcile::{PieceResult, Waiter};
+use super::{ACTIVITIES_RESERVED, Activity, EIO, Lane, ReplicaBuffers, SlotId, Turn};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
 
 /// Settlements of a lane at once. More wait for nothing but buffers.
@@ -34,6 +35,19 @@ pub(super) struct Matter {
     /// A write that was under way explains the difference that was seen: if it is gone, there was
     /// none (I15).
     pub(super) explained: bool,
+    /// The extent was brought into order for it; that is not done a second time.
+    pub(super) reconciled: bool,
+}
+
+impl Matter {
+    pub(super) fn new(range: SectorRange, during: During, explained: bool) -> Self {
+        Self {
+            range,
+            during,
+            explained,
+            reconciled: false,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,8 +55,12 @@ enum Phase {
     Locking,
     Starved,
     Reading,
+    /// Waits until the record says that the extent is dirty (rule W2).
+    Intent,
     Repairing,
     Flushing,
+    /// Waits until the record says who could not be repaired (rule Y4).
+    Marking,
     Settled,
 }
 
@@ -71,6 +89,25 @@ impl Repair {
 /// A settlement in progress.
 pub(super) struct Settle {
     matter: Matter,
+    /// The reconciliation it is a piece of, which holds the lock.
+    parent: Option<SlotId>,
+    /// Replicas that are behind and to be brought up to date: they are read and written, and have
+    /// no vote.
+    targets: ReplicaSet,
+    /// Targets that do not hold the range in the end.
+    lost: ReplicaSet,
+    /// Voters that were rewritten.
+    rewritten: ReplicaSet,
+    /// Who is to be rewritten where it differs.
+    to_repair: ReplicaSet,
+    /// Replicas whose last operation was a write.
+    writing: ReplicaSet,
+    /// Repairs that nobody waits for and that may still land.
+    strays: ReplicaSet,
+    /// Marks up to this number have to be durable before the reply.
+    marks: Option<u64>,
+    /// When the last operation was submitted.
+    asked_at: Time,
     /// The read that waits for the outcome.
     origin: Option<Tag>,
     phase: Phase,
@@ -103,6 +140,19 @@ impl Settle {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
+    /// Replicas that have not answered since `since` or longer.
+    pub(super) fn overdue(&self, since: Time) -> ReplicaSet {
+        if self.asked_at <= since {
+            self.pending
+        } else {
+            ReplicaSet::EMPTY
+        }
+    }
+
+    fn is_stray(&self, replica: ReplicaId) -> bool {
+        self.strays.contains(replica)
+    }
+
     /// Whether a sector of the range is in U (rule Y1).
     fn resolves(&self) -> bool {
         self.open.contains(&true)
@@ -111,7 +161,7 @@ impl Settle {
     /// Elects each sector by `rule`, or by the rule of U where it is in U.
     fn elect<B: Buffers>(&self, buffers: &B, rule: Rule, open_rule: Rule) -> Vec<ReplicaSet> {
         let mut ballots = Ballots::new();
-        for replica in self.good.iter() {
+        for replica in self.good.minus(self.targets).iter() {
             ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
         }
         let rules = self
@@ -122,6 +172,21 @@ impl Settle {
             .enumerate()
             .map(|(index, rule)| ballots.elect_without(index, rule, self.unread[index]))
             .collect()
+    }
+
+    /// The largest group of equal ballots at `index`, without those of `excluded`.
+    fn group_without<B: Buffers>(
+        &self,
+        buffers: &B,
+        index: usize,
+        excluded: ReplicaSet,
+    ) -> ReplicaSet {
+        let mut ballots = Ballots::new();
+        for replica in self.good.minus(self.targets).iter() {
+            ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
+        }
+        let without = self.unread[index].union(excluded);
+        ballots.elect_without(index, Rule::LargestFirst { least: 1 }, without)
     }
 
     /// Runs of sectors of the range for whose index `wanted` holds.
@@ -205,8 +270,47 @@ impl Lane {
         origin: Option<Tag>,
     ) {
         self.counters.arbitrations += 1;
-        let slot = self.activities.insert(Activity::Settle(Box::new(Settle {
+        let slot = self.settle_insert(turn, matter, origin);
+        self.settles.push(slot);
+        if self.lock(turn, slot, matter.range, LockMode::Settle) {
+            self.settle_granted(turn, slot);
+        }
+    }
+
+    /// Settles a piece of an extent whose lock `parent` holds, and brings `targets` up to date in
+    /// it.
+    pub(super) fn settle_piece<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        matter: Matter,
+        parent: SlotId,
+        targets: ReplicaSet,
+    ) {
+        let slot = self.settle_insert(turn, matter, None);
+        let settle = self.settle_mut(slot);
+        settle.locked = false;
+        settle.parent = Some(parent);
+        settle.targets = targets;
+        self.settle_wait_for_buffers(turn, slot);
+    }
+
+    fn settle_insert<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        matter: Matter,
+        origin: Option<Tag>,
+    ) -> SlotId {
+        self.activities.insert(Activity::Settle(Box::new(Settle {
             matter,
+            parent: None,
+            targets: ReplicaSet::EMPTY,
+            lost: ReplicaSet::EMPTY,
+            rewritten: ReplicaSet::EMPTY,
+            to_repair: ReplicaSet::EMPTY,
+            writing: ReplicaSet::EMPTY,
+            strays: ReplicaSet::EMPTY,
+            marks: None,
+            asked_at: turn.now,
             origin,
             phase: Phase::Locking,
             locked: true,
@@ -223,16 +327,49 @@ impl Lane {
             winners: Vec::new(),
             repairs: [Repair::None; REPLICAS_MAX],
             deadline: None,
-        })));
-        self.settles.push(slot);
-        if self.lock(turn, slot, matter.range, LockMode::Settle) {
-            self.settle_granted(turn, slot);
-        }
+        })))
     }
 
     /// The lock first, then buffers: whoever holds buffers for a settlement needs nothing more to
     /// finish, and what is held back from guests is enough for one.
     pub(super) fn settle_granted<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let settle = self.settle_mut(slot);
+        let (matter, origin) = (settle.matter, settle.origin);
+        let extent = shared.geometry.extent_of(matter.range.start());
+        let threshold = shared.policy.threshold;
+        let too_few = shared.membership.current(extent).count() < threshold;
+        let resolve = shared.unresolved.holds_extent(extent);
+        if !matter.reconciled && (too_few || resolve) {
+            // Rules V6, Y1: whole extents first. Whoever asked goes on afterwards.
+            let can = resolve || self.can_reconcile(turn, extent, threshold);
+            let pause = self.shall_pause(turn, threshold);
+            if can || pause {
+                self.settle_cancel(turn, slot);
+                let range = matter.range;
+                if let Some(tag) = origin {
+                    let waiter = Waiter::Read { tag, range };
+                    if pause {
+                        self.paused.push(waiter);
+                    } else {
+                        self.reconcile_for(turn, extent, waiter);
+                    }
+                }
+                return;
+            }
+        }
+        self.settle_wait_for_buffers(turn, slot);
+    }
+
+    /// Ends a settlement that has done nothing but take its lock.
+    fn settle_cancel<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let range = self.settle_mut(slot).matter.range;
+        self.unlock(turn, slot, range);
+        self.activities.remove(slot);
+        self.settles.retain(|&known| known != slot);
+    }
+
+    fn settle_wait_for_buffers<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         self.settle_mut(slot).phase = Phase::Starved;
         if !self.settles_starved.is_empty() || !self.settle_take_buffers(turn, slot) {
             self.settles_starved.push_back(slot);
@@ -252,9 +389,15 @@ impl Lane {
         if broken!(shared, BehindVotes) {
             current = shared.membership.replicas();
         }
+        // A target may have gone, or become current by another settlement's doing, meanwhile.
+        let settle = self.settle_mut(slot);
+        let gone = settle.targets.minus(shared.membership.up());
+        settle.lost = settle.lost.union(gone);
+        settle.targets = settle.targets.minus(gone).minus(current);
+        let asked = current.union(settle.targets);
         let len = range.len_bytes();
         let purpose = Purpose::Settle;
-        let Some(mut ballots) = ReplicaBuffers::take(turn.buffers, current, len, purpose) else {
+        let Some(mut ballots) = ReplicaBuffers::take(turn.buffers, asked, len, purpose) else {
             return false;
         };
         let Some(result) = turn.buffers.take(len, purpose) else {
@@ -267,13 +410,14 @@ impl Lane {
         settle.phase = Phase::Reading;
         settle.ballots = ballots;
         settle.result = Some(result);
-        settle.pending = current;
+        settle.pending = asked;
+        settle.asked_at = turn.now;
         settle.open = sectors_of(range)
             .map(|sector| shared.unresolved.touches(sector))
             .collect();
         settle.unread = vec![ReplicaSet::EMPTY; settle.open.len()];
         settle.deadline = Some(until);
-        for replica in current.iter() {
+        for replica in asked.iter() {
             let buffer = ballots.of(replica);
             let kind = OperationKind::Read {
                 range,
@@ -282,7 +426,7 @@ impl Lane {
             };
             turn.submit(slot, replica, kind);
         }
-        if current.is_empty() {
+        if asked.is_empty() {
             self.settle_decide(turn, slot);
         }
         true
@@ -301,26 +445,89 @@ impl Lane {
             "one operation on a replica at a time"
         );
         settle.pending.remove(replica);
-        match settle.phase {
+        if settle.is_stray(replica) {
+            settle.strays.remove(replica);
+            let extent = turn.shared.geometry.extent_of(settle.matter.range.start());
+            turn.shared.membership.end_stray(extent, replica);
+        }
+        match self.settle_mut(slot).phase {
             Phase::Reading => {
                 self.settle_read_step(turn, slot, replica, outcome);
-                if self.settle_mut(slot).pending.is_empty() {
-                    self.settle_decide(turn, slot);
-                }
+                self.settle_all_read(turn, slot);
             }
             Phase::Repairing => self.settle_repair_step(turn, slot, replica, outcome),
-            Phase::Flushing => {
-                let flushed = settle.repairs[replica.index()] == Repair::Checking;
-                if let Some(errno) = errno_of(outcome)
-                    && flushed
-                {
-                    self.settle_leave_behind(turn, slot, replica);
-                    self.flush_failed(turn, replica, errno);
-                }
-                self.settle_after_flush(turn, slot);
-            }
             // A straggler of a settlement that did not wait for it.
-            Phase::Locking | Phase::Starved | Phase::Settled => {}
+            Phase::Locking
+            | Phase::Starved
+            | Phase::Intent
+            | Phase::Flushing
+            | Phase::Marking
+            | Phase::Settled => {}
+        }
+        self.settle_wind_up(turn, slot);
+    }
+
+    /// Decides once everybody has answered who is still up.
+    fn settle_all_read<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let up = turn.shared.membership.up();
+        let settle = self.settle_mut(slot);
+        if settle.pending.intersection(up).is_empty() {
+            // Whoever was being read block by block has no vote.
+            settle.good = settle.good.minus(settle.pending);
+            settle.lost = settle
+                .lost
+                .union(settle.targets.intersection(settle.pending));
+            self.settle_decide(turn, slot);
+        }
+    }
+
+    /// A replica went: it is not waited for any more.
+    pub(super) fn settle_members_changed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+    ) {
+        let up = turn.shared.membership.up();
+        let settle = self.settle_mut(slot);
+        match settle.phase {
+            Phase::Reading => self.settle_all_read(turn, slot),
+            Phase::Repairing => {
+                let gone = settle.pending.minus(up);
+                for replica in gone.iter() {
+                    if self.settle_mut(slot).repairs[replica.index()].under_way() {
+                        self.settle_leave_behind(turn, slot, replica);
+                    }
+                }
+                self.settle_after_repair(turn, slot);
+            }
+            Phase::Locking
+            | Phase::Starved
+            | Phase::Intent
+            | Phase::Flushing
+            | Phase::Marking
+            | Phase::Settled => {}
+        }
+        self.settle_wind_up(turn, slot);
+    }
+
+    /// Marks that the settlement waited for are durable, or never will be.
+    pub(super) fn settle_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let lost = turn.shared.is_record_lost();
+        let settle = self.settle_mut(slot);
+        match settle.phase {
+            Phase::Intent if lost => {
+                // Rule W2: nothing is written any more. The answer is right all the same.
+                settle.lost = settle.targets;
+                self.settle_conclude(turn, slot);
+            }
+            Phase::Intent => self.settle_repair(turn, slot),
+            Phase::Marking => self.settle_conclude(turn, slot),
+            Phase::Locking
+            | Phase::Starved
+            | Phase::Reading
+            | Phase::Repairing
+            | Phase::Flushing
+            | Phase::Settled => unreachable!("waits for no mark"),
         }
         self.settle_wind_up(turn, slot);
     }
@@ -406,12 +613,15 @@ impl Lane {
                     winners.iter().all(|winner| !winner.is_empty())
                 };
                 if decided {
+                    settle.lost = settle
+                        .lost
+                        .union(settle.targets.intersection(settle.pending));
                     self.settle_decide(turn, slot);
                 } else {
                     settle.good = good;
                 }
             }
-            Phase::Repairing | Phase::Flushing => {
+            Phase::Repairing => {
                 for replica in settle.pending.iter() {
                     if self.settle_mut(slot).repairs[replica.index()].under_way() {
                         self.settle_leave_behind(turn, slot, replica);
@@ -419,15 +629,35 @@ impl Lane {
                 }
                 self.settle_after_repair(turn, slot);
             }
-            Phase::Locking | Phase::Starved | Phase::Settled => {}
+            Phase::Locking
+            | Phase::Starved
+            | Phase::Intent
+            | Phase::Flushing
+            | Phase::Marking
+            | Phase::Settled => {}
         }
         self.settle_wind_up(turn, slot);
     }
 
-    /// The outcome stands: reply, leave U, release the lock.
+    /// The outcome stands: once it is remembered who could not be repaired, reply, leave U, release
+    /// the lock.
     fn settle_conclude<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let settle = self.settle_mut(slot);
+        if settle.phase == Phase::Settled {
+            return;
+        }
+        if let Some(number) = settle.marks.take()
+            && !shared.membership.marks().is_settled(number)
+            && !shared.is_record_lost()
+        {
+            settle.phase = Phase::Marking;
+            if settle.deadline.take().is_some() {
+                self.disarm();
+            }
+            self.wait_durable(turn, slot, number);
+            return;
+        }
         let (range, resolves) = (settle.matter.range, settle.resolves());
         settle.phase = Phase::Settled;
         let current = shared
@@ -445,6 +675,24 @@ impl Lane {
         }
         if resolves && decided && current.count() >= shared.policy.threshold {
             shared.unresolved.remove(range);
+        }
+        let settle = self.settle_mut(slot);
+        if !settle.rewritten.is_empty() || !settle.to_repair.is_empty() {
+            let extent = shared.geometry.extent_of(range.start());
+            shared.activity.note(extent, turn.now);
+        }
+        self.settle_leave_strays(turn, slot);
+        let settle = self.settle_mut(slot);
+        if let Some(parent) = settle.parent {
+            let result = PieceResult {
+                decided,
+                rewritten: settle.rewritten,
+                lost: settle.lost,
+            };
+            // The parent may be done with that, and this slot then used again.
+            self.settle_wind_up(turn, slot);
+            self.reconcile_piece_done(turn, parent, result);
+            return;
         }
         if let Some(tag) = origin {
             let (status, data) = if decided && verified {
@@ -469,8 +717,21 @@ impl Lane {
         self.settle_wind_up(turn, slot);
     }
 
-    fn settle_wind_up<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+    /// Repairs that hang and that nobody waits for.
+    fn settle_leave_strays<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let settle = self.settle_mut(slot);
+        let extent = turn.shared.geometry.extent_of(settle.matter.range.start());
+        let strays = settle.pending.intersection(settle.writing);
+        settle.strays = strays;
+        for replica in strays.iter() {
+            turn.shared.membership.leave_stray(extent, replica);
+        }
+    }
+
+    fn settle_wind_up<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let Some(Activity::Settle(settle)) = self.activities.get_mut(slot) else {
+            return;
+        };
         if settle.phase != Phase::Settled || !settle.published {
             return;
         }

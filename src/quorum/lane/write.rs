@@ -2,10 +2,12 @@
 //! Writes, zeroes and discards: order, intent, all current copies, reply (rules L3, W1-W7).
 
 use super::super::event::{
-    BehindCause, BufferId, During, LockTicket, OperationKind, Outcome, Report, Status, Tag,
+    Action, BehindCause, BufferId, During, LockTicket, OperationKind, Outcome, Report, Status, Tag,
 };
+use super::super::membership::{Intent, Settled};
 use super::super::mutation::broken;
 use super::super::{Buffers, LockMode};
+use super::reconcile::Waiter;
 use super::{Activity, Lane, SlotId, Turn, errno_of};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange, Time};
 
@@ -24,10 +26,21 @@ pub(super) enum Content {
     },
 }
 
+/// ```text
+/// Locking -> Intent -> Writing -> Marking -> Replied
+///    ^         |D*, B*            |B*
+///    +- Suspended (too few current copies: a resync or a replica's return is waited for)
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Locking,
+    /// Has lost its lock for a while, not its place (rule V6).
+    Suspended,
+    /// Waits until the record says that the extent is dirty (rule W2).
+    Intent,
     Writing,
+    /// Waits until the record says who lacks the write (rule W4).
+    Marking,
     Replied,
 }
 
@@ -48,6 +61,8 @@ pub(super) struct Write {
     failed: ReplicaSet,
     errnos: [i32; REPLICAS_MAX],
     repeats: u8,
+    /// Its extent was resynced for it; it is not done a second time.
+    reconciled: bool,
     started: Time,
     /// When those that are late are left behind; set once T copies hold the write (rule W6).
     grace_until: Option<Time>,
@@ -56,6 +71,15 @@ pub(super) struct Write {
 impl Write {
     pub(super) fn is_late(&self, now: Time) -> bool {
         self.phase == Phase::Writing && self.grace_until.is_some_and(|until| until <= now)
+    }
+
+    /// Replicas that have not answered since `since` or longer.
+    pub(super) fn overdue(&self, since: Time) -> ReplicaSet {
+        if self.started <= since {
+            self.pending
+        } else {
+            ReplicaSet::EMPTY
+        }
     }
 
     fn operation(&self) -> OperationKind {
@@ -123,6 +147,7 @@ impl Lane {
             failed: ReplicaSet::EMPTY,
             errnos: [0; REPLICAS_MAX],
             repeats: 0,
+            reconciled: false,
             started: turn.now,
             grace_until: None,
         }));
@@ -138,25 +163,122 @@ impl Lane {
         let shared = turn.shared;
         let range = self.write_mut(slot).range;
         let extent = shared.geometry.extent_of(range.start());
-        let mut current = shared.membership.current(extent);
+        let mut intent = shared.membership.intend(extent);
+        if broken!(shared, WriteBeforeIntent)
+            && let Intent::Wait(_) = intent
+        {
+            turn.actions.push(Action::Record);
+            intent = Intent::Ready(shared.membership.current(extent));
+        }
         if broken!(shared, WriteClearsBehind) {
-            current = shared.membership.replicas();
+            intent = Intent::Ready(shared.membership.replicas());
         }
-        if current.count() < shared.policy.threshold {
-            // Rule W1: before any replica is touched.
-            turn.report(Report::Failure {
-                range,
-                during: During::Write,
-            });
-            self.write_reply(turn, slot, Status::IoError);
-            return;
+        match intent {
+            Intent::TooFew => self.write_without_quorum(turn, slot),
+            // Rule W2: intent before anything is written.
+            Intent::Wait(number) => {
+                self.write_mut(slot).phase = Phase::Intent;
+                self.wait_durable(turn, slot, number);
+            }
+            Intent::Ready(targets) => {
+                let write = self.write_mut(slot);
+                write.phase = Phase::Writing;
+                write.started = turn.now;
+                self.write_submit(turn, slot, targets);
+            }
         }
-        // Rule W2: intent before anything is written.
-        shared.membership.make_dirty(extent);
+    }
+
+    /// Rules W1, V6: before any replica is touched.
+    fn write_without_quorum<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
         let write = self.write_mut(slot);
-        write.phase = Phase::Writing;
-        write.started = turn.now;
-        self.write_submit(turn, slot, current);
+        let (range, reconciled, locked) = (write.range, write.reconciled, write.locked);
+        let extent = shared.geometry.extent_of(range.start());
+        let threshold = shared.policy.threshold;
+        if locked && !reconciled && self.can_reconcile(turn, extent, threshold) {
+            // First this, then the lock: the resync is granted it before anybody else.
+            self.reconcile_for(turn, extent, Waiter::Write(slot));
+            self.write_suspend(turn, slot);
+        } else if locked && self.shall_pause(turn, threshold) {
+            self.paused.push(Waiter::Write(slot));
+            self.write_suspend(turn, slot);
+        } else {
+            self.write_fail(turn, slot);
+        }
+    }
+
+    fn write_suspend<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let write = self.write_mut(slot);
+        write.phase = Phase::Suspended;
+        let (range, ticket) = (write.range, LockTicket(slot.pack()));
+        turn.shared
+            .order
+            .suspend(range, self.id, ticket, &mut self.woken);
+        self.wake(turn.actions);
+    }
+
+    /// What the write was suspended for is over.
+    pub(super) fn write_resume<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        reconciled: bool,
+    ) {
+        let write = self.write_mut(slot);
+        assert!(write.phase == Phase::Suspended, "resumed once");
+        write.phase = Phase::Locking;
+        write.reconciled = reconciled;
+        let (range, ticket) = (write.range, LockTicket(slot.pack()));
+        turn.shared
+            .order
+            .resume(range, self.id, ticket, &mut self.woken);
+        self.wake(turn.actions);
+    }
+
+    /// The write was suspended and is not to be done any more.
+    pub(super) fn write_abandon<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let write = self.write_mut(slot);
+        assert!(write.phase == Phase::Suspended, "nothing was written");
+        write.locked = false;
+        let (range, ticket) = (write.range, LockTicket(slot.pack()));
+        turn.shared
+            .order
+            .abandon(range, self.id, ticket, &mut self.woken);
+        self.wake(turn.actions);
+        self.write_fail(turn, slot);
+    }
+
+    /// Nothing was written, or not enough can be remembered about what was.
+    fn write_fail<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let range = self.write_mut(slot).range;
+        turn.report(Report::Failure {
+            range,
+            during: During::Write,
+        });
+        self.write_reply(turn, slot, Status::IoError);
+    }
+
+    /// Marks that the write waited for are durable, or never will be.
+    pub(super) fn write_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let lost = turn.shared.is_record_lost();
+        let write = self.write_mut(slot);
+        let range = write.range;
+        match write.phase {
+            Phase::Intent if lost => self.write_fail(turn, slot),
+            Phase::Intent => self.write_granted(turn, slot),
+            Phase::Marking if lost => {
+                // T copies hold it, and a restart would not know who does not: old or new, fixed by
+                // the first read.
+                turn.shared.unresolved.insert(range);
+                self.write_fail(turn, slot);
+            }
+            Phase::Marking => self.write_decide(turn, slot, true),
+            Phase::Locking | Phase::Suspended | Phase::Writing | Phase::Replied => {
+                unreachable!("waits for no mark")
+            }
+        }
+        self.write_wind_up(turn, slot);
     }
 
     fn write_submit<B: Buffers>(
@@ -186,6 +308,12 @@ impl Lane {
             "one answer from each replica written to"
         );
         write.pending.remove(replica);
+        if write.phase == Phase::Replied {
+            let range = write.range;
+            let extent = turn.shared.geometry.extent_of(range.start());
+            turn.shared.membership.end_stray(extent, replica);
+        }
+        let write = self.write_mut(slot);
         match errno_of(outcome) {
             None => write.done.insert(replica),
             Some(errno) => {
@@ -204,18 +332,33 @@ impl Lane {
         self.write_wind_up(turn, slot);
     }
 
+    /// A replica went: it is not waited for any more.
+    pub(super) fn write_members_changed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+    ) {
+        if self.write_mut(slot).phase == Phase::Writing {
+            self.write_decide(turn, slot, false);
+            self.write_wind_up(turn, slot);
+        }
+    }
+
     fn write_decide<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, late: bool) {
         let shared = turn.shared;
         let mut threshold = shared.policy.threshold;
         if broken!(shared, AcknowledgeBelowThreshold) {
             threshold = 1;
         }
+        let up = shared.membership.up();
         let write = self.write_mut(slot);
-        if !write.pending.is_empty() {
+        let awaited = write.pending.intersection(up);
+        if !awaited.is_empty() && write.phase == Phase::Writing {
             if write.done.count() < threshold {
                 return;
             }
-            if !late && !broken!(shared, AcknowledgeBelowThreshold) {
+            let lagging = shared.membership.lagging().contains_all(awaited);
+            if !late && !lagging && !broken!(shared, AcknowledgeBelowThreshold) {
                 self.write_arm_grace(turn, slot);
                 return;
             }
@@ -230,34 +373,25 @@ impl Lane {
             holders = done.union(write.pending);
         }
         // Rules W4, W5: everybody else is behind before the guest hears of it.
-        if let Some(marked) = shared.membership.settle_for(extent, holders) {
-            // Every current copy holds it: whatever was undecided here is decided.
-            shared.unresolved.remove(range);
-            let extent = shared.geometry.extent_range(extent);
-            for replica in marked.iter() {
-                let why = self.write_mut(slot).behind_cause(replica);
-                turn.report(Report::Behind {
-                    replica,
-                    extent,
-                    why,
-                });
-            }
-            self.write_reply(turn, slot, Status::Ok);
+        if let Settled::Held { marked, wait } = shared.membership.settle_for(extent, holders) {
+            self.write_held(turn, slot, marked, wait);
             return;
         }
         let write = self.write_mut(slot);
-        if !write.pending.is_empty() {
+        if !awaited.is_empty() && write.phase == Phase::Writing {
             // Too few without the late ones: wait for them (rule W6, last clause).
-            write.grace_until = None;
-            self.disarm();
+            if write.grace_until.take().is_some() {
+                self.disarm();
+            }
             return;
         }
         // Somebody may have fallen behind because of another write in the extent (rule W3).
         let again = failed.intersection(shared.membership.current(extent));
-        if write.repeats < REPEATS_MAX && !again.is_empty() {
+        if write.phase == Phase::Writing && write.repeats < REPEATS_MAX && !again.is_empty() {
             // Rule W7: again, under the same lock.
             write.repeats += 1;
             write.failed = failed.minus(again);
+            write.started = turn.now;
             self.write_submit(turn, slot, again);
             return;
         }
@@ -265,11 +399,49 @@ impl Lane {
         if !broken!(shared, FailedWriteNotUnresolved) {
             shared.unresolved.insert(range);
         }
-        turn.report(Report::Failure {
-            range,
-            during: During::Write,
-        });
-        self.write_reply(turn, slot, Status::IoError);
+        self.write_fail(turn, slot);
+    }
+
+    /// T copies hold the write and everybody else is behind there.
+    fn write_held<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        marked: ReplicaSet,
+        wait: Option<u64>,
+    ) {
+        let shared = turn.shared;
+        let range = self.write_mut(slot).range;
+        let number = shared.geometry.extent_of(range.start());
+        let extent = shared.geometry.extent_range(number);
+        for replica in marked.iter() {
+            let why = self.write_mut(slot).behind_cause(replica);
+            turn.report(Report::Behind {
+                replica,
+                extent,
+                why,
+            });
+            if why == BehindCause::Late && shared.membership.note_late(replica, turn.now) {
+                turn.report(Report::Lagging { replica });
+            }
+        }
+        if let Some(wait) = wait
+            && !broken!(shared, AcknowledgeBeforeBehind)
+        {
+            let write = self.write_mut(slot);
+            write.phase = Phase::Marking;
+            if write.grace_until.take().is_some() {
+                self.disarm();
+            }
+            self.wait_durable(turn, slot, wait);
+            return;
+        }
+        if wait.is_some() {
+            turn.actions.push(Action::Record);
+        }
+        // Every current copy holds it: whatever was undecided here is decided.
+        shared.unresolved.remove(range);
+        self.write_reply(turn, slot, Status::Ok);
     }
 
     fn write_arm_grace<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
@@ -283,10 +455,15 @@ impl Lane {
 
     fn write_reply<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, status: Status) {
         let write = self.write_mut(slot);
-        let (tag, range) = (write.tag, write.range);
+        let (tag, range, pending) = (write.tag, write.range, write.pending);
         write.phase = Phase::Replied;
         if write.grace_until.take().is_some() {
             self.disarm();
+        }
+        let extent = turn.shared.geometry.extent_of(range.start());
+        turn.shared.activity.note(extent, turn.now);
+        for replica in pending.iter() {
+            turn.shared.membership.leave_stray(extent, replica);
         }
         self.reply(turn, slot, tag, status, None);
         if broken!(turn.shared, LockReleasedBeforePublication) {

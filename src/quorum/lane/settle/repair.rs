@@ -2,29 +2,49 @@
 //! The repair that follows from a verdict: whole blocks that differ are rewritten with the winner's
 //! bytes, under the lock of the vote, and read back (rule Y4).
 
-use super::super::super::event::{BehindCause, OperationKind, Outcome, Report};
+use super::super::super::event::{Action, BehindCause, OperationKind, Outcome, Report};
 use super::super::super::mutation::broken;
 use super::super::errno_of;
-use super::{
-    Buffers, Lane, Phase, REPLICAS_MAX, Repair, ReplicaId, ReplicaSet, SECTOR_LEN, SlotId, Turn,
-};
+use super::super::flush::FlushFor;
+use super::{Buffers, Lane, Phase, REPLICAS_MAX, Repair, ReplicaId, SECTOR_LEN, SlotId, Turn};
 
 impl Lane {
-    /// Starts to rewrite what differs from the winner, on all dissenters at once.
-    pub(super) fn settle_repair<B: Buffers>(
-        &mut self,
-        turn: &mut Turn<'_, B>,
-        slot: SlotId,
-        voters: ReplicaSet,
-    ) {
+    /// Starts to rewrite what differs from the winner, on all dissenters and targets at once, when
+    /// it is certain that a crash would not be forgotten meanwhile (rule W2).
+    pub(super) fn settle_repair<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let block_sectors = shared.geometry.block_sectors();
+        let settle = self.settle_mut(slot);
+        let range = settle.matter.range;
+        let to_repair = settle.to_repair;
+        let differs = |replica| settle.next_run(replica, 0, block_sectors).is_some();
+        let any = to_repair.iter().any(differs);
+        let extent = shared.geometry.extent_of(range.start());
+        if any && let Some(number) = shared.membership.intend_repair(extent) {
+            if broken!(shared, WriteBeforeIntent) {
+                turn.actions.push(Action::Record);
+            } else {
+                settle.phase = Phase::Intent;
+                if settle.deadline.take().is_some() {
+                    self.disarm();
+                }
+                self.wait_durable(turn, slot, number);
+                return;
+            }
+        }
         let settle = self.settle_mut(slot);
         settle.phase = Phase::Repairing;
-        let range = settle.matter.range;
-        if broken!(turn.shared, RepairUnlocked) {
-            settle.locked = false;
-            self.unlock(turn, slot, range);
+        if settle.deadline.is_none() {
+            settle.deadline = Some(turn.now.after(shared.policy.write_grace_max));
+            self.arm(turn.now);
         }
-        for replica in voters.iter() {
+        if broken!(shared, RepairUnlocked) {
+            let settle = self.settle_mut(slot);
+            if std::mem::take(&mut settle.locked) {
+                self.unlock(turn, slot, range);
+            }
+        }
+        for replica in to_repair.iter() {
             self.settle_write_run(turn, slot, replica, 0);
         }
         self.settle_after_repair(turn, slot);
@@ -40,7 +60,11 @@ impl Lane {
     ) {
         let shared = turn.shared;
         let settle = self.settle_mut(slot);
-        let range = settle.matter.range;
+        if settle.pending.contains(replica) {
+            // It has not even been read to the end: a write beside that would not be ordered.
+            self.settle_leave_behind(turn, slot, replica);
+            return;
+        }
         let Some((first, end)) = settle.next_run(replica, from, shared.geometry.block_sectors())
         else {
             if from > 0 {
@@ -52,10 +76,8 @@ impl Lane {
         let buffer = settle.result.expect("taken with the ballots");
         settle.repairs[replica.index()] = Repair::Writing { next: end };
         settle.pending.insert(replica);
-        // Rule W2 holds for repairs too.
-        shared
-            .membership
-            .make_dirty(shared.geometry.extent_of(range.start()));
+        settle.writing.insert(replica);
+        settle.asked_at = turn.now;
         // A step of its own gets time of its own: a slow answer before does not count against it.
         settle.deadline = Some(turn.now.after(shared.policy.write_grace_max));
         let skip_bytes = first * u32::try_from(SECTOR_LEN).expect("512");
@@ -77,11 +99,15 @@ impl Lane {
         replica: ReplicaId,
     ) {
         let settle = self.settle_mut(slot);
-        if broken!(turn.shared, RepairNotReadBack) {
+        settle.writing.remove(replica);
+        // A target is checked by the votes and scrubs to come; reading it back would double the
+        // cost of a rebuild.
+        if settle.targets.contains(replica) || broken!(turn.shared, RepairNotReadBack) {
             settle.repairs[replica.index()] = Repair::Right { sectors: 0 };
             return;
         }
         settle.repairs[replica.index()] = Repair::Checking;
+        settle.asked_at = turn.now;
         settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
         settle.pending.insert(replica);
         let (range, buffer) = (settle.matter.range, settle.ballots.of(replica));
@@ -159,13 +185,26 @@ impl Lane {
         let settle = self.settle_mut(slot);
         let range = settle.matter.range;
         let extent = geometry.extent_of(range.start());
+        if settle.targets.contains(replica) {
+            // It is behind, and stays so.
+            settle.lost.insert(replica);
+            settle.repairs[replica.index()] = Repair::Wrong;
+            return;
+        }
+        let gone = !turn.shared.membership.up().contains(replica);
         let marked = turn.shared.membership.mark_behind(extent, replica);
-        if marked.is_none() && settle.pending.contains(replica) {
+        if marked.is_none() && settle.pending.contains(replica) && !gone {
             return;
         }
         settle.repairs[replica.index()] = Repair::Wrong;
         turn.report(Report::RepairFailed { replica, range });
-        if marked == Some(true) {
+        let Some(marked) = marked else { return };
+        let settle = self.settle_mut(slot);
+        settle.marks = settle.marks.max(marked.wait);
+        if marked.wait.is_some() {
+            turn.actions.push(Action::Record);
+        }
+        if marked.new {
             let extent = geometry.extent_range(extent);
             turn.report(Report::Behind {
                 replica,
@@ -178,52 +217,50 @@ impl Lane {
     /// Goes on when no repair is under way any more.
     pub(super) fn settle_after_repair<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let settle = self.settle_mut(slot);
-        if settle.repairs.iter().any(|repair| repair.under_way()) || settle.phase == Phase::Settled
+        if settle.repairs.iter().any(|repair| repair.under_way())
+            || settle.phase != Phase::Repairing
         {
             return;
         }
-        let mut rewritten = ReplicaSet::EMPTY;
         for index in 0..REPLICAS_MAX {
             let replica = ReplicaId::new(index);
             let settle = self.settle_mut(slot);
-            if let Repair::Right { sectors } = settle.repairs[index]
-                && settle.phase == Phase::Repairing
-            {
-                rewritten.insert(replica);
-                let ranges = settle.runs(|index| settle.is_wrong(replica, index));
-                for range in ranges {
-                    turn.report(Report::Repaired { replica, range });
-                }
-                self.counters.repaired_sectors += u64::from(sectors);
+            let Repair::Right { sectors } = settle.repairs[index] else {
+                continue;
+            };
+            if settle.targets.contains(replica) {
+                continue;
             }
+            settle.rewritten.insert(replica);
+            let ranges = settle.runs(|index| settle.is_wrong(replica, index));
+            for range in ranges {
+                turn.report(Report::Repaired { replica, range });
+            }
+            self.counters.repaired_sectors += u64::from(sectors);
         }
         let settle = self.settle_mut(slot);
-        if settle.resolves() && settle.phase == Phase::Repairing {
+        if settle.resolves() && settle.parent.is_none() && !settle.rewritten.is_empty() {
             // Rule Y1: what was rewritten is durable before anybody sees it.
             settle.phase = Phase::Flushing;
-            settle.deadline = Some(turn.now.after(turn.shared.policy.write_grace_max));
-            for replica in rewritten.minus(settle.pending).iter() {
-                let settle = self.settle_mut(slot);
-                settle.pending.insert(replica);
-                settle.repairs[replica.index()] = Repair::Checking;
-                turn.submit(slot, replica, OperationKind::Flush);
+            let range = settle.matter.range;
+            if settle.deadline.take().is_some() {
+                self.disarm();
             }
-            if rewritten.is_empty() {
-                self.settle_conclude(turn, slot);
-            }
+            let extent = turn.shared.geometry.extent_of(range.start());
+            turn.shared.activity.note(extent, turn.now);
+            self.flush_for(turn, FlushFor::Settle(slot));
             return;
         }
         self.settle_conclude(turn, slot);
     }
 
-    pub(super) fn settle_after_flush<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        let settle = self.settle_mut(slot);
-        for replica in (0..REPLICAS_MAX).map(ReplicaId::new) {
-            let repair = &mut settle.repairs[replica.index()];
-            if !settle.pending.contains(replica) && *repair == Repair::Checking {
-                *repair = Repair::Right { sectors: 0 };
-            }
-        }
-        self.settle_after_repair(turn, slot);
+    /// The flush run has ended; who was not flushed in it is behind, or not up.
+    pub(in super::super) fn settle_flushed<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+    ) {
+        self.settle_conclude(turn, slot);
+        self.settle_wind_up(turn, slot);
     }
 }

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Bringing one extent into order under its exclusive lock: resolving it after a crash (rule Y1),
+//! and bringing replicas that are up and behind in it up to date (rules Y5, V6).
+//!
+//! ```text
+//! Locking -> Queued -> Piece -> ... -> Piece -> Flushing -> Done
+//! (extent)   (turn)    a settlement each        a run that begins now
+//! ```
+//!
+//! The work on the data is that of settlements, one for each piece of the extent, under the lock
+//! that this activity holds. It is begun for maintenance, and for requests of the guest that
+//! cannot be served before it is done; these wait here.
+
+use super::super::event::{During, LockTicket, Status, Tag};
+use super::super::mutation::broken;
+use super::super::{Buffers, LockMode};
+use super::flush::FlushFor;
+use super::settle::Matter;
+use super::{Activity, Lane, SlotId, Turn};
+use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange};
+
+/// Extents of a lane that are worked on at once. More wait with their locks held.
+const RECONCILES_MAX: usize = 32;
+
+/// A request that cannot go on before an extent is in order, or before replicas come back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Waiter {
+    /// A suspended write.
+    Write(SlotId),
+    /// A read that holds nothing.
+    Read {
+        /// Its name.
+        tag: Tag,
+        /// What it reads.
+        range: SectorRange,
+    },
+    /// A flush request.
+    Flush(SlotId),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Locking,
+    Queued,
+    Piece,
+    Flushing,
+    Done,
+}
+
+/// An extent being brought into order.
+pub(super) struct Reconcile {
+    /// The request of maintenance it is for.
+    tag: Option<Tag>,
+    extent: u64,
+    range: SectorRange,
+    phase: Phase,
+    /// First sector that no piece has covered.
+    next: u64,
+    /// The extent was in U.
+    resolves: bool,
+    /// Replicas to bring up to date.
+    targets: ReplicaSet,
+    /// Who votes.
+    voters: ReplicaSet,
+    /// c(i) of everybody, from before the first copy was read.
+    counters: [u32; REPLICAS_MAX],
+    /// Everybody who was written to.
+    rewritten: ReplicaSet,
+    waiters: Vec<Waiter>,
+}
+
+/// What became of a piece.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct PieceResult {
+    /// Every sector has a winner, and all voters hold it or are behind.
+    pub(super) decided: bool,
+    /// Voters that were rewritten.
+    pub(super) rewritten: ReplicaSet,
+    /// Targets that do not hold the piece.
+    pub(super) lost: ReplicaSet,
+}
+
+impl Lane {
+    fn reconcile_mut(&mut self, slot: SlotId) -> &mut Reconcile {
+        match self.activities.get_mut(slot) {
+            Some(Activity::Reconcile(reconcile)) => reconcile,
+            _ => unreachable!("the slot holds a reconciliation"),
+        }
+    }
+
+    /// Whether bringing `extent` into order gives a request the `needed` current copies it lacks
+    /// (rule V6). Without any current copy there is nothing to bring it into order from.
+    pub(super) fn can_reconcile<B: Buffers>(
+        &self,
+        turn: &Turn<'_, B>,
+        extent: u64,
+        needed: usize,
+    ) -> bool {
+        let members = &turn.shared.membership;
+        let current = members.current(extent);
+        !current.is_empty() && current.union(members.returning(extent)).count() >= needed
+    }
+
+    /// Whether a request waits for replicas to come back instead of failing.
+    pub(super) fn shall_pause<B: Buffers>(&self, turn: &Turn<'_, B>, needed: usize) -> bool {
+        turn.shared.policy.pause && turn.shared.membership.up().count() < needed
+    }
+
+    /// Brings `extent` into order and then lets `waiter` go on.
+    pub(super) fn reconcile_for<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        extent: u64,
+        waiter: Waiter,
+    ) {
+        let mut known = self.reconciles.clone();
+        known.retain(|&slot| {
+            let reconcile = self.reconcile_mut(slot);
+            // One that has begun may have begun without what this request needs.
+            reconcile.extent == extent && reconcile.phase == Phase::Locking
+        });
+        let slot = match known.first() {
+            Some(&slot) => slot,
+            None => self.reconcile_begin(turn, extent, None),
+        };
+        // Granted at once, and found to have nothing to do.
+        match self.activities.get_mut(slot) {
+            Some(Activity::Reconcile(reconcile)) => reconcile.waiters.push(waiter),
+            _ => unreachable!("it is not looked at before the event is handled"),
+        }
+    }
+
+    /// Starts to bring an extent into order.
+    pub(super) fn reconcile_begin<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        extent: u64,
+        tag: Option<Tag>,
+    ) -> SlotId {
+        let range = turn.shared.geometry.extent_range(extent);
+        let reconcile = Reconcile {
+            tag,
+            extent,
+            range,
+            phase: Phase::Locking,
+            next: range.start(),
+            resolves: false,
+            targets: ReplicaSet::EMPTY,
+            voters: ReplicaSet::EMPTY,
+            counters: [0; REPLICAS_MAX],
+            rewritten: ReplicaSet::EMPTY,
+            waiters: Vec::new(),
+        };
+        let slot = self
+            .activities
+            .insert(Activity::Reconcile(Box::new(reconcile)));
+        self.reconciles.push(slot);
+        if self.lock(turn, slot, range, LockMode::Settle) {
+            // Not here: whoever begins it has something to add.
+            self.granted.push_back(LockTicket(slot.pack()));
+        }
+        slot
+    }
+
+    pub(super) fn reconcile_granted<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        self.reconcile_mut(slot).phase = Phase::Queued;
+        if self.reconciling >= RECONCILES_MAX {
+            self.reconciles_queued.push_back(slot);
+            return;
+        }
+        self.reconciling += 1;
+        self.reconcile_start(turn, slot);
+    }
+
+    /// Looks what there is to do. It is done with the lock held, so nothing is written meanwhile.
+    fn reconcile_start<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let members = &shared.membership;
+        let extent = self.reconcile_mut(slot).extent;
+        let voters = members.current(extent);
+        let mut targets = members.returning(extent);
+        let prompt = targets.minus(members.lagging());
+        if voters.union(prompt).count() >= shared.policy.threshold {
+            targets = prompt;
+        }
+        let free = |&replica: &ReplicaId| !members.has_stray(extent, replica);
+        let targets: ReplicaSet = targets.iter().filter(free).collect();
+        let resolves = shared.unresolved.holds_extent(extent);
+        let reconcile = self.reconcile_mut(slot);
+        reconcile.resolves = resolves;
+        reconcile.targets = targets;
+        reconcile.voters = voters;
+        for replica in members.replicas().iter() {
+            reconcile.counters[replica.index()] = members.counter(replica);
+        }
+        if voters.is_empty() || !resolves && targets.is_empty() {
+            self.reconcile_end(turn, slot);
+            return;
+        }
+        self.reconcile_next_piece(turn, slot);
+    }
+
+    fn reconcile_next_piece<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let geometry = &turn.shared.geometry;
+        let reconcile = self.reconcile_mut(slot);
+        let left = u32::try_from(reconcile.range.end() - reconcile.next).expect("inside an extent");
+        let Some(rest) = SectorRange::new(reconcile.next, left) else {
+            self.reconcile_flush(turn, slot);
+            return;
+        };
+        let piece = geometry.first_piece(rest);
+        reconcile.phase = Phase::Piece;
+        reconcile.next = piece.end();
+        let targets = reconcile.targets;
+        let matter = Matter::new(piece, During::Read, true);
+        self.settle_piece(turn, matter, slot, targets);
+    }
+
+    /// A settlement of this reconciliation has ended.
+    pub(super) fn reconcile_piece_done<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        result: PieceResult,
+    ) {
+        let reconcile = self.reconcile_mut(slot);
+        reconcile.rewritten = reconcile.rewritten.union(result.rewritten);
+        reconcile.targets = reconcile.targets.minus(result.lost);
+        let pointless = !reconcile.resolves && reconcile.targets.is_empty();
+        if !result.decided || pointless {
+            // Nobody knows what the targets should hold, or nobody is left to be told.
+            reconcile.targets = ReplicaSet::EMPTY;
+            reconcile.resolves = false;
+            self.reconcile_end(turn, slot);
+            return;
+        }
+        self.reconcile_next_piece(turn, slot);
+    }
+
+    /// All copies are equal; what was written becomes durable before anybody relies on it.
+    fn reconcile_flush<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let reconcile = self.reconcile_mut(slot);
+        reconcile.phase = Phase::Flushing;
+        let needed = reconcile.targets.union(reconcile.rewritten);
+        let extent = reconcile.extent;
+        if needed.is_empty() || broken!(shared, ResolveNotFlushed | ResyncNotFlushed) {
+            self.reconcile_flushed(turn, slot);
+            return;
+        }
+        shared.activity.note(extent, turn.now);
+        self.flush_for(turn, FlushFor::Reconcile(slot));
+    }
+
+    /// The flush run has ended; who was not flushed in it is behind, or not up.
+    pub(super) fn reconcile_flushed<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let members = &shared.membership;
+        let reconcile = self.reconcile_mut(slot);
+        let (extent, range) = (reconcile.extent, reconcile.range);
+        let stamp = shared.activity.last(extent);
+        let broken = broken!(shared, ResolveNotFlushed | ResyncNotFlushed);
+        let flushed = |replica| broken || shared.activity.is_flushed(replica, stamp);
+        let current = members.current(extent);
+        let durable = reconcile
+            .rewritten
+            .iter()
+            .all(|replica| flushed(replica) || !current.contains(replica));
+        let known = reconcile.voters.contains_all(current);
+        if reconcile.resolves && durable && known {
+            shared.unresolved.remove_extent(extent, range);
+        }
+        let mut returned = ReplicaSet::EMPTY;
+        for replica in reconcile.targets.iter() {
+            let mut counter = reconcile.counters[replica.index()];
+            if broken!(shared, ResyncCounterIgnored) {
+                counter = members.counter(replica);
+            }
+            if flushed(replica)
+                && durable
+                && known
+                && members.clear_behind(extent, replica, counter)
+            {
+                returned.insert(replica);
+            }
+        }
+        self.counters.resynced_extents += u64::try_from(returned.count()).expect("16 at most");
+        self.reconcile_end(turn, slot);
+    }
+
+    /// Whatever became of it: lets others have the extent, and those go on who waited.
+    fn reconcile_end<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let shared = turn.shared;
+        let reconcile = self.reconcile_mut(slot);
+        reconcile.phase = Phase::Done;
+        let (tag, extent, range) = (reconcile.tag, reconcile.extent, reconcile.range);
+        let waiters = std::mem::take(&mut reconcile.waiters);
+        self.reconciles.retain(|&known| known != slot);
+        self.unlock(turn, slot, range);
+        for waiter in waiters {
+            self.go_on(turn, waiter, true);
+        }
+        if let Some(tag) = tag {
+            let members = &shared.membership;
+            let left = members.returning(extent).minus(members.lagging());
+            let done = left.is_empty() && !shared.unresolved.holds_extent(extent);
+            let status = if done { Status::Ok } else { Status::IoError };
+            // Lives on until the reply is taken note of.
+            self.reply(turn, slot, tag, status, None);
+        } else {
+            self.activities.remove(slot);
+        }
+        self.reconciling -= 1;
+        if let Some(next) = self.reconciles_queued.pop_front() {
+            self.reconciling += 1;
+            self.reconcile_start(turn, next);
+        }
+    }
+
+    /// A request that waited goes on.
+    pub(super) fn go_on<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        waiter: Waiter,
+        reconciled: bool,
+    ) {
+        match waiter {
+            Waiter::Write(slot) => self.write_resume(turn, slot, reconciled),
+            // Past all that wait: it may be first in its ring (rule Q3).
+            Waiter::Read { tag, range } => {
+                let mut matter = Matter::new(range, During::Read, true);
+                matter.reconciled = reconciled;
+                self.settle_begin(turn, matter, Some(tag));
+            }
+            Waiter::Flush(slot) => self.flush_again(turn, slot),
+        }
+    }
+
+    /// Replicas went or came: those go on who waited for that.
+    pub(super) fn resume_paused<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        for waiter in std::mem::take(&mut self.paused) {
+            self.go_on(turn, waiter, false);
+        }
+    }
+
+    /// Those who wait for replicas to come back fail (rule Q4).
+    pub(super) fn fail_paused<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        for waiter in std::mem::take(&mut self.paused) {
+            match waiter {
+                Waiter::Write(slot) => self.write_abandon(turn, slot),
+                Waiter::Read { tag, range } => self.refuse(turn, tag, range, During::Read),
+                Waiter::Flush(slot) => self.flush_refuse(turn, slot),
+            }
+        }
+    }
+}
