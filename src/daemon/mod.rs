@@ -78,6 +78,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         disk: config.serial.clone(),
         replicas: config.replica_names(),
         disk_sectors: disk.sectors(),
+        record_copies: Vec::new(),
     };
     let reporter = Reporter::new(names, sink);
     // Last: whoever waits for the socket to appear may connect at once.
