@@ -216,6 +216,10 @@ impl Budget {
         fits
     }
 
+    pub fn is_doomed_everywhere(&self, replica: usize) -> bool {
+        (0..self.tainted.len() as u64).all(|sector| self.is_doomed(sector, replica))
+    }
+
     pub fn is_doomed(&self, sector: u64, replica: usize) -> bool {
         self.doomed[self.extent(index(sector))] & bit(replica) != 0
     }

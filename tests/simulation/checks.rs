@@ -4,7 +4,7 @@
 use crate::budget::index;
 use crate::content::written;
 use crate::guest::{GuestRequest, Kind};
-use crate::quorum::{BadCause, BufferId, ReadPattern, Report, Status, Tag};
+use crate::quorum::{BadCause, BufferId, KickCause, ReadPattern, Report, Status, Tag};
 use crate::trace::{Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
 use crate::world::World;
@@ -169,6 +169,22 @@ impl World {
                 self.tally.count("failed flushes");
                 Ok(())
             }
+            Report::Kicked { replica, why, .. } => {
+                self.tally.count("kicks");
+                if let KickCause::FlushFailed(_) = why {
+                    self.tally.count("failed flushes");
+                }
+                self.check_kick(replica, why)
+            }
+            Report::Lagging { .. } => {
+                self.tally.count("lagging");
+                Ok(())
+            }
+            Report::Chosen { .. } => {
+                self.tally.count("choices");
+                Ok(())
+            }
+            Report::RecordLost => violation("R1", "the record was lost without a fault"),
             Report::VerifyFailed { .. } => {
                 violation("report", format!("{report:?} is impossible here"))
             }
@@ -207,6 +223,15 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Only who met a fault is not relied on any more.
+    fn check_kick(&self, replica: ReplicaId, why: KickCause) -> Verdict {
+        if self.profile.beyond_budget || self.budget.is_doomed_everywhere(replica.index()) {
+            return Ok(());
+        }
+        let what = format!("{replica:?} is kicked ({why:?}) without a fault");
+        violation("I15", what)
     }
 
     /// Only who met a fault falls behind.

@@ -234,10 +234,7 @@ impl World {
     /// Gives a write its version, when its place among all writes is taken.
     pub fn number(&mut self, guest: &mut GuestRequest) {
         if guest.kind == Kind::Write && guest.version == 0 {
-            guest.version = self.model.next_version();
-            if guest.zero {
-                self.model.zeroing(guest.range, guest.version);
-            }
+            guest.version = self.model.next_version(guest.range, guest.zero);
         }
     }
 
@@ -266,6 +263,9 @@ impl World {
         } else {
             block * self.rng.between(1, 2)
         };
+        // Never a whole extent: that is how reconciliations are known.
+        let whole = 1 << geometry.extent_shift();
+        let count = if count < whole { count } else { block };
         let count = count.min(geometry.sectors() - start);
         let count = u32::try_from(count).expect("a short request");
         geometry.first_piece(SectorRange::new(start, count).expect("not empty"))

@@ -66,6 +66,7 @@ mod quorum;
 
 mod broken;
 mod budget;
+mod cache;
 mod checks;
 mod clock;
 mod content;

@@ -10,8 +10,8 @@
 //!
 //! When the daemon is killed, every write in flight has failed in this sense, and nothing else has
 //! happened. When the power is lost, a sector holds the version of the last flush or one that was
-//! sent since. Whatever is shown of the time before is settled, and survives the next loss of power
-//! like something flushed (rule Y1).
+//! sent since. Whatever is shown then is settled, and survives the next loss of power like something
+//! flushed (rule Y1).
 //!
 //! Zeroes do not say which write they are of, so showing them obliges to little. That also leaves
 //! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
@@ -54,6 +54,8 @@ pub struct Model {
     newest: u64,
     /// Versions up to this one are of before the last crash.
     before_crash: u64,
+    /// Versions up to this one are of before the last loss of power.
+    before_loss: u64,
     /// What is not flushed may be lost.
     volatile: bool,
 }
@@ -75,6 +77,7 @@ impl Model {
             dead: BTreeMap::new(),
             newest: 0,
             before_crash: 0,
+            before_loss: 0,
             volatile,
         }
     }
@@ -157,6 +160,9 @@ impl Model {
         self.dead
             .retain(|&(s, version), _| version > sectors[index(s)].durable);
         self.before_crash = self.newest;
+        if power {
+            self.before_loss = self.newest;
+        }
     }
 
     /// The version that `value` stands for, if it is legal in `sector` for a reader that began at
@@ -196,6 +202,7 @@ impl Model {
             ));
         };
         let before_crash = self.before_crash;
+        let durable = !self.volatile || version <= self.before_loss;
         let known = &mut self.sectors[index(sector)];
         let dead = &mut self.dead;
         if value == 0 {
@@ -210,14 +217,14 @@ impl Model {
                     !died && failed > version
                 });
                 known.floor = known.floor.max(version);
-                known.settle(version);
+                known.settle(version, durable);
             }
             return Ok(());
         }
         let failed_meanwhile = |&(failed, when): &(u64, u64)| failed == version && when >= began;
         if !known.failed.iter().any(failed_meanwhile) {
             known.floor = known.floor.max(version);
-            // Sectors of a write that failed are resolved, and what is resolved is flushed.
+            // Sectors of a write that failed are resolved before they are shown.
             let mut resolved = version <= before_crash;
             known.failed.retain(|&(failed, when)| {
                 let died = failed > version && when < began;
@@ -228,7 +235,7 @@ impl Model {
                 !died && failed > version
             });
             if resolved {
-                known.settle(version);
+                known.settle(version, durable);
             }
         }
         Ok(())
@@ -236,10 +243,12 @@ impl Model {
 }
 
 impl Sector {
-    /// The version is there to stay.
-    fn settle(&mut self, version: u64) {
+    /// The version is there to stay, also if the power goes if it is `durable`.
+    fn settle(&mut self, version: u64, durable: bool) {
         self.settled = self.settled.max(version);
-        self.survives(version);
+        if durable {
+            self.survives(version);
+        }
     }
 
     fn survives(&mut self, version: u64) {

@@ -52,6 +52,8 @@ pub struct Operations {
     writes: Vec<Vec<usize>>,
     /// Which activities repair which replica.
     repairing: BTreeSet<(Activity, usize)>,
+    /// Activities that work on a whole extent, as no request of the guest does.
+    reconciling: BTreeSet<Activity>,
     late: Vec<Landing>,
     /// Per replica, when its last successful flush began.
     flushed: Vec<u64>,
@@ -69,6 +71,7 @@ impl Operations {
             parked: Vec::new(),
             writes: vec![Vec::new(); index(extents)],
             repairing: BTreeSet::new(),
+            reconciling: BTreeSet::new(),
             late: Vec::new(),
             flushed: vec![0; replicas],
             flushing: vec![0; replicas],
@@ -168,6 +171,9 @@ impl World {
             }
         }
         if let Some((range, writes)) = target(operation.kind) {
+            if !writes && range == self.extent_around(range) {
+                self.operations.reconciling.insert(activity);
+            }
             if repair {
                 self.budget.repair_begins(range, replica);
             }
@@ -233,6 +239,12 @@ impl World {
         Ok(())
     }
 
+    /// All of the extent that `range` lies in.
+    fn extent_around(&self, range: SectorRange) -> SectorRange {
+        let geometry = self.shape.geometry;
+        geometry.extent_range(geometry.extent_of(range.start()))
+    }
+
     fn note_spoiling(&mut self, fault: Fault, operation: Operation) {
         if let Some((range, _)) = target(operation.kind)
             && fault.is_silent_write()
@@ -259,8 +271,12 @@ impl World {
         {
             return violation("L2", format!("an operation on {range}"));
         }
-        // A repair goes on when its replica falls behind meanwhile.
-        if !repair && self.was_behind(extent, replica) {
+        // A repair goes on when its replica falls behind meanwhile. What is being brought up to date
+        // is read to see where it differs, and a replica that lags to see whether it still does.
+        let exempt = repair
+            || self.operations.reconciling.contains(&activity)
+            || self.shared.membership.lagging().contains(replica);
+        if !exempt && self.was_behind(extent, replica) {
             let rule = if writes { "W3" } else { "I6" };
             let what = format!("{replica:?} is behind in extent {extent} and is asked for {range}");
             return violation(rule, what);

@@ -300,6 +300,8 @@ impl Profile {
         policy.write_grace_min = Duration::from_millis(20);
         policy.write_grace_max = Duration::from_millis(100);
         policy.flush_grace = Duration::from_millis(200);
+        // Operations hang for the rest of the run, and cost no more than what they are meant to.
+        policy.io_timeout = Duration::from_secs(3600);
         let block_sectors = rng.pick(&[1, 1, 8]);
         let sectors = rng.pick(&[64, 128, 256, 512]);
         let extent_shift = rng.pick(&[4, 5, 6]);

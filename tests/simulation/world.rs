@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::operations::{Landing, Operations, REMEMBERED};
 use crate::pool::Pool;
 use crate::profile::{Ailment, Profile, Shape};
-use crate::quorum::{Action, Event, Lane, LaneId, Mutation, Request, Shared};
+use crate::quorum::{Action, Event, Lane, LaneId, Mutation, Request, Shared, Wakeup};
 use crate::rings::{Planned, Rings};
 use crate::rng::Rng;
 use crate::trace::{Line, Tally, Trace, Verdict, violation};
@@ -104,8 +104,8 @@ impl World {
             plan: Plan::new(profile.rates),
             operations: Operations::new(replicas, geometry.extents()),
             guests: Guests::new(shape.lanes, requests, geometry.extents()),
-            model: Model::new(sectors),
-            disks: (0..replicas).map(|_| Disk::new(sectors)).collect(),
+            model: Model::new(sectors, false),
+            disks: (0..replicas).map(|_| Disk::new(sectors, false)).collect(),
             spoiled_at: vec![[0; REPLICAS]; index(sectors)],
             repaired_at: vec![[0; REPLICAS]; index(sectors)],
             profile,
@@ -260,6 +260,20 @@ impl World {
                         .after(delay, Happening::Wake { lane: to, wakeup });
                 }
                 Action::Report(report) => self.check_report(report)?,
+                Action::Record => {
+                    return violation("record", "there is none");
+                }
+                Action::Kicked { .. } => {
+                    for other in (0..self.workers.len()).filter(|&other| other != lane) {
+                        let delay = self.rng.below(200_000);
+                        let wakeup = Wakeup::MembersChanged;
+                        let wake = Happening::Wake {
+                            lane: other,
+                            wakeup,
+                        };
+                        self.clock.after(delay, wake);
+                    }
+                }
             }
         }
         Ok(())
@@ -297,7 +311,7 @@ impl World {
 
     /// A write that was called complete long ago reaches the medium, on top of what is there.
     fn land_late(&mut self, late: usize) {
-        let Landing { replica, range, .. } = *self.operations.landing(late);
+        let &Landing { replica, range, .. } = self.operations.landing(late);
         if !self.budget.admits_landing(range, replica) {
             self.clock.after(MS, Happening::Land { late });
             return;
@@ -306,7 +320,7 @@ impl World {
             let landing = self.operations.landing(late);
             let (value, seen) = (landing.values[place], landing.landings[place]);
             let overtaken = self.disks[replica].landings(sector) != seen;
-            self.put_on_medium(replica, sector, value);
+            self.put_on_medium(replica, sector, value, u64::MAX);
             self.spoiled_at[index(sector)][replica] = self.step;
             if overtaken {
                 self.budget.taint(sector, replica);
@@ -314,6 +328,7 @@ impl World {
                 self.budget.cleanse(sector, replica);
             }
         }
+        self.disks[replica].ended(range, u64::MAX, self.step);
         // Who has read what was there before may still speak of it.
         let forget = Happening::Forget { replica, range };
         self.clock.after(REMEMBERED, forget);
