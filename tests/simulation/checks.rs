@@ -91,6 +91,11 @@ impl World {
                 }
             }
         }
+        let extent = self.shape.geometry.extent_of(request.range.start());
+        if !self.is_dirty_for_good(extent) || !self.are_behind_for_good(extent, &current) {
+            let what = "acknowledged before it is remembered who lacks the write";
+            return violation("I2", format!("{}: {what}", request.range));
+        }
         self.model.acknowledged(request.range, request.version);
         Ok(())
     }

@@ -107,6 +107,13 @@ impl Disk {
         cache.flat_map(move |cache| cache.unflushed(step))
     }
 
+    /// The sector can be read again. Returns whether it could not before.
+    pub fn mend(&mut self, sector: u64) -> bool {
+        let was_unreadable = std::mem::take(&mut self.unreadable[index(sector)]);
+        self.unreadable_count -= usize::from(was_unreadable);
+        was_unreadable
+    }
+
     pub fn make_unreadable(&mut self, sector: u64) {
         let s = index(sector);
         self.unreadable_count += usize::from(!self.unreadable[s]);

@@ -102,6 +102,15 @@ impl Operations {
         self.outstanding[replica] == 0
     }
 
+    /// Replicas that are being written in the extent.
+    pub fn written_in(&self, extent: u64) -> impl Iterator<Item = ReplicaId> + '_ {
+        let writes = self.writes[index(extent)].iter();
+        writes.map(|&slot| {
+            let flight = self.slots[slot].as_ref().expect("in flight");
+            flight.operation.replica
+        })
+    }
+
     /// What is in flight, by slot.
     pub fn in_flight(&self) -> Vec<usize> {
         let slots = self.slots.iter().enumerate();
@@ -284,10 +293,10 @@ impl World {
         if !writes {
             return Ok(());
         }
-        if !self.shared.membership.is_dirty(extent) {
+        if !self.is_dirty_for_good(extent) {
             return violation(
                 "I3",
-                format!("a write to {range}, whose extent is not dirty"),
+                format!("a write to {range}, whose extent is not dirty for good"),
             );
         }
         for &slot in &self.operations.writes[index(extent)] {
