@@ -74,6 +74,7 @@ fn image(folder: &Path, name: &str, cache: Cache) -> RawOptions {
 
 fn measure(options: &[RawOptions], len: u32, depth: usize, cache: Cache) {
     let replicas = open_set(options).expect("the images open");
+    let replicas: Vec<_> = replicas.into_iter().map(Some).collect();
     if cache == Cache::Buffered {
         for one in options {
             std::fs::read(&one.path).expect("the page cache is filled");

@@ -5,6 +5,8 @@
 //! docs/interop/vhost-user): options without a subcommand, and `--print-capabilities`, which
 //! beats everything else on the line.
 
+mod record;
+
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
@@ -12,6 +14,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use thiserror::Error;
 
 use crate::config::{self, ByteSize, Config, ConfigError, FileError, Settings};
+use record::RecordLine;
+pub use record::{RecordCommand, RecordTarget};
 
 /// What `--print-capabilities` prints (the schema is QEMU's docs/interop/vhost-user.json).
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -57,6 +61,11 @@ Examples:
   The same from a file; flags win over what it says:
     quorum-blk serve --config disk.toml --read-only
 
+  An image with a system on it, and two new disks that become copies of it:
+    quorum-blk serve --socket-path /run/disk.sock --adopt-from one \\
+        --replica /mnt/1/disk.img,name=one \\
+        --replica /dev/sdb,name=two --replica /dev/sdc,name=three
+
   QEMU (guest memory must be shared):
     qemu-system-x86_64 -machine q35,accel=kvm,memory-backend=mem -m 2G \\
         -object memory-backend-memfd,id=mem,size=2G,share=on \\
@@ -69,7 +78,7 @@ Examples:
 
 Signals:
   SIGTERM, SIGINT  finish what the guest has asked for, then exit with status 0
-  SIGUSR1          write the counters to the log
+  SIGUSR1          write states, progress and counters to the log
   SIGHUP           open the file of --events again (after it was rotated)
 
 Exit status:
@@ -91,6 +100,9 @@ enum CliCommand {
     Serve(Box<ServeArgs>),
     /// Show in some seconds what voting does: serve three replicas, spoil them, check every byte
     Demo(DemoArgs),
+    /// Show, make or remove the state record: what a disk remembers of itself
+    #[command(subcommand)]
+    Record(RecordLine),
 }
 
 #[derive(Debug, Args)]
@@ -150,6 +162,8 @@ pub enum Command {
     Serve(Box<Config>),
     /// Show what voting does.
     Demo(DemoArgs),
+    /// Do something with a state record.
+    Record(RecordCommand),
     /// Print [`CAPABILITIES`].
     PrintCapabilities,
 }
@@ -166,6 +180,9 @@ pub enum UsageError {
     /// The settings do not fit together.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A record of a disk that is to have none.
+    #[error("the disk is configured with `record = \"none\"`: it has no state record")]
+    NoRecord,
 }
 
 /// Reads the command line; `arguments` begins with the name of the program.
@@ -184,6 +201,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
     }
     match Cli::try_parse_from(arguments)?.command {
         CliCommand::Demo(demo) => Ok(Command::Demo(demo)),
+        CliCommand::Record(line) => Ok(Command::Record(line.command()?)),
         CliCommand::Serve(serve) => {
             let settings = match &serve.config {
                 None => serve.settings,
@@ -301,6 +319,33 @@ mod tests {
         fields.sort_unstable();
         flags.sort_unstable();
         assert_eq!(fields, flags);
+    }
+
+    #[test]
+    fn record_reads_its_commands() {
+        let Ok(Command::Record(RecordCommand::Show { target, json })) =
+            line(&["record", "show", "--json", "a.qrec", "b.qrec"])
+        else {
+            panic!("no show")
+        };
+        assert!(json && matches!(target, RecordTarget::Files(files) if files.len() == 2));
+        let show = ["record", "show", "--replica", "/a", "--record-dir", "/r"];
+        let Ok(Command::Record(RecordCommand::Show { target, .. })) = line(&show) else {
+            panic!("no show")
+        };
+        assert!(matches!(target, RecordTarget::Disk(config) if config.replicas.len() == 1));
+        let create = ["record", "create", "--assume-clean", "--replica", "/a"];
+        let Ok(Command::Record(RecordCommand::Create(config))) = line(&create) else {
+            panic!("no create")
+        };
+        assert_eq!(config.first_use, config::FirstUse::AssumeClean);
+        let forget = ["record", "forget", "--replica", "/a"];
+        assert!(matches!(
+            line(&forget),
+            Ok(Command::Record(RecordCommand::Forget { yes: false, .. }))
+        ));
+        assert!(line(&["record", "show"]).is_err());
+        assert!(line(&["record", "show", "a.qrec", "--replica", "/a"]).is_err());
     }
 
     #[test]

@@ -60,6 +60,7 @@ impl Drop for Loop {
 
 fn executor(options: &RawOptions) -> Executor {
     let replicas = open_set(std::slice::from_ref(options)).unwrap();
+    let replicas: Vec<_> = replicas.into_iter().map(Some).collect();
     Executor::new(&replicas, ExecutorConfig::default()).unwrap()
 }
 
@@ -92,10 +93,10 @@ fn open_of_a_device_finds_length_alignment_and_zeroing() {
         assert_eq!(replica.length_bytes(), IMAGE_BYTES);
         assert_eq!(replica.direct_alignment_bytes(), block_bytes);
         assert!(replica.can_zero_exactly());
-        let set = [Arc::new(Replica::Raw(replica))];
-        let shape = check_set(&set, 1, None).unwrap();
+        let set = [Some(Arc::new(Replica::Raw(replica)))];
+        let shape = check_set(&set, 1, None, None).unwrap();
         assert_eq!(shape.block_bytes, block_bytes);
-        let asked = check_set(&set, 1, Some(512));
+        let asked = check_set(&set, 1, Some(512), None);
         assert_eq!(
             matches!(
                 asked,

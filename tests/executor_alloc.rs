@@ -108,7 +108,8 @@ fn a_warm_executor_does_not_allocate() {
         ring_entries: 16,
         ..ExecutorConfig::default()
     };
-    let mut executor = Executor::new(&open_set(&options).unwrap(), config).unwrap();
+    let replicas: Vec<_> = open_set(&options).unwrap().into_iter().map(Some).collect();
+    let mut executor = Executor::new(&replicas, config).unwrap();
     let epoll = Epoll::new().unwrap();
     let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
     let wake = executor.wake_fd().as_raw_fd();

@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::record::{FirstUse, RecordConfig, RecordPlaceError};
 use super::settings::Settings;
+use super::upkeep::{Patience, Upkeep};
 use super::values::{
-    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, ReadPatternName, Record,
+    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, ReadPatternName,
 };
 use crate::quorum::{Policy, PolicyError, ReadPattern};
 use crate::units::REPLICAS_MAX;
@@ -84,7 +86,15 @@ pub struct Config {
     /// What is logged.
     pub log_level: LogLevel,
     /// Where the disk remembers who missed what.
-    pub record: Record,
+    pub record: RecordConfig,
+    /// What images without a record are taken for (rule S5).
+    pub first_use: FirstUse,
+    /// Whether a minority of the record copies or replicas is enough to start (rule S6).
+    pub force: bool,
+    /// How long replicas are waited for.
+    pub patience: Patience,
+    /// How replicas are looked after.
+    pub upkeep: Upkeep,
 }
 
 /// Where the front-end comes from.
@@ -193,6 +203,101 @@ pub enum ConfigError {
         /// N.
         replicas: usize,
     },
+    /// Something that needs a record, without one.
+    #[error(
+        "--record none and {other} exclude each other: without a state record nothing is \
+         remembered; leave one of them out"
+    )]
+    NoRecord {
+        /// What needs a record.
+        other: &'static str,
+    },
+    /// A folder without a name.
+    #[error("--record-dir is empty; give the folder for the copies of the state record")]
+    EmptyRecordDir,
+    /// A folder for all copies and paths for some.
+    #[error(
+        "--record-dir and record= of a replica exclude each other; give the folder, or 1, 3 or 5 \
+         paths"
+    )]
+    TwoRecordPlaces,
+    /// Half of an even number of copies could be newer than the other.
+    #[error(
+        "record= is given for {0} replicas; more than half of the copies must always be readable, \
+         so give it for 1, 3 or 5"
+    )]
+    RecordCopies(usize),
+    /// There is no place for the record.
+    #[error(transparent)]
+    RecordPlace(#[from] RecordPlaceError),
+    /// The images cannot be equal and different.
+    #[error(
+        "--assume-clean (all replicas are equal) and --adopt-from (one is right) exclude each \
+         other; give one of them"
+    )]
+    TwoFirstUses,
+    /// Nobody of that name.
+    #[error("--adopt-from `{name}` is no replica; the names are: {known}")]
+    AdoptFromUnknown {
+        /// What was given.
+        name: String,
+        /// The names of the replicas.
+        known: String,
+    },
+    /// A timeout out of range.
+    #[error("--io-timeout {given} is not possible; give 1 to {most} seconds")]
+    IoTimeout {
+        /// What was given, in seconds.
+        given: u16,
+        /// The longest, in seconds.
+        most: u16,
+    },
+    /// A grace out of range.
+    #[error("--write-grace {given} is not possible; give {least} to {most} milliseconds")]
+    WriteGrace {
+        /// What was given, in milliseconds.
+        given: u32,
+        /// The shortest, in milliseconds.
+        least: u32,
+        /// The longest, in milliseconds.
+        most: u32,
+    },
+    /// No grace for flushes.
+    #[error(
+        "--flush-grace 0 is not possible: a replica that is only a little slower would be lost at \
+         every flush; give at least 1 second"
+    )]
+    FlushGrace,
+    /// A grace that would never end.
+    #[error(
+        "{flag} is longer than --io-timeout {io_timeout_s} (seconds), which ends any wait; give \
+         less, or a longer --io-timeout"
+    )]
+    GraceBeyondTimeout {
+        /// Which grace.
+        flag: &'static str,
+        /// The timeout, in seconds.
+        io_timeout_s: u16,
+    },
+    /// A rate at which nothing gets done.
+    #[error("{flag} {given} is too slow to get anywhere; give at least {least} per second")]
+    Rate {
+        /// Which rate.
+        flag: &'static str,
+        /// What was given, per second.
+        given: ByteSize,
+        /// The slowest, per second.
+        least: ByteSize,
+    },
+    /// A scrub compares what `fifo` does not.
+    #[error(
+        "--scrub-interval needs --read-pattern quorum: with fifo replicas are not compared; leave \
+         one of them out"
+    )]
+    ScrubWithoutVotes,
+    /// A scrub that repairs where nothing may be repaired.
+    #[error("--scrub repair needs --repair on; give --scrub check, or --repair on")]
+    ScrubWithoutRepair,
     /// More memory than requests in flight can fill.
     #[error("--buffer-memory {0} is too much; give at most {BUFFER_MEMORY_MAX}")]
     BufferMemoryTooLarge(ByteSize),
@@ -204,7 +309,20 @@ impl Config {
     /// # Errors
     /// The first thing that does not fit, by the name of its flag, and the cure.
     pub fn from_settings(settings: Settings) -> Result<Self, ConfigError> {
-        let front_end = front_end(settings.socket_path, settings.fd)?;
+        let front_end = front_end(settings.socket_path.clone(), settings.fd)?;
+        Self::with_front_end(front_end, settings)
+    }
+
+    /// The same for a disk that is looked at and not served: what the settings say about the
+    /// front-end does not matter, and the [`FrontEnd`] is a descriptor that nobody has.
+    ///
+    /// # Errors
+    /// As [`Config::from_settings`].
+    pub fn without_front_end(settings: Settings) -> Result<Self, ConfigError> {
+        Self::with_front_end(FrontEnd::Fd(-1), settings)
+    }
+
+    fn with_front_end(front_end: FrontEnd, settings: Settings) -> Result<Self, ConfigError> {
         let replicas = replicas(&settings.replica, settings.cache.unwrap_or_default())?;
         let policy = Policy::new(replicas.len());
         let num_queues = settings.num_queues.unwrap_or(NUM_QUEUES_DEFAULT);
@@ -219,7 +337,14 @@ impl Config {
         let workers = workers(settings.workers, num_queues)?;
         let buffer_memory_bytes = buffer_memory(settings.buffer_memory, workers, replicas.len())?;
         let read_only = settings.read_only.unwrap_or(false);
+        let repair = settings.repair.map_or(!read_only, |repair| repair.is_on());
+        let votes = settings.read_pattern != Some(ReadPatternName::Fifo);
         let config = Self {
+            record: RecordConfig::from_settings(&settings, &replicas)?,
+            first_use: FirstUse::from_settings(&settings, &replicas)?,
+            force: settings.force.unwrap_or(false),
+            patience: Patience::from_settings(&settings)?,
+            upkeep: Upkeep::from_settings(&settings, repair, votes)?,
             front_end,
             threshold: settings.threshold.map_or(policy.threshold, usize::from),
             allow_minority_threshold: settings.allow_minority_threshold.unwrap_or(false),
@@ -227,7 +352,7 @@ impl Config {
                 ReadPatternName::Quorum => ReadPattern::Quorum,
                 ReadPatternName::Fifo => ReadPattern::Fifo,
             },
-            repair: settings.repair.map_or(!read_only, |repair| repair.is_on()),
+            repair,
             blkverify: settings.blkverify.unwrap_or(false),
             read_only,
             serial: serial(settings.serial, &replicas)?,
@@ -241,7 +366,6 @@ impl Config {
             events: settings.events,
             log_format: settings.log_format.unwrap_or_default(),
             log_level: settings.log_level.unwrap_or_default(),
-            record: settings.record.unwrap_or_default(),
         };
         config.policy().validate().map_err(policy_error)?;
         Ok(config)
@@ -257,6 +381,12 @@ impl Config {
             read_pattern: self.read_pattern,
             repair: self.repair,
             blkverify: self.blkverify,
+            write_grace_min: self.patience.write_grace_min,
+            write_grace_max: self.patience.write_grace_max,
+            flush_grace: self.patience.flush_grace,
+            io_timeout: self.patience.io_timeout,
+            pause: self.patience.pause,
+            crash_tie_error: self.upkeep.crash_tie_error,
             ..Policy::new(self.replicas.len())
         }
     }
@@ -388,7 +518,7 @@ fn serial_of(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{OnOff, ReplicaArgument};
+    use super::super::{CrashTie, OnLostQuorum, OnOff, RecordMode, ReplicaArgument};
     use super::*;
 
     fn settings(replicas: usize) -> Settings {
@@ -442,7 +572,34 @@ mod tests {
     #[test]
     fn config_that_does_not_fit_names_flag_and_cure() {
         type Change = fn(&mut Settings);
-        let cases: [(&str, Change); 19] = [
+        let cases: [(&str, Change); 25] = [
+            ("--record none and --record-dir exclude each other", |s| {
+                s.record = Some(RecordMode::None);
+                s.record_dir = Some("/r".into());
+            }),
+            ("--record none and --force exclude each other", |s| {
+                s.record = Some(RecordMode::None);
+                s.force = Some(true);
+            }),
+            ("--record-dir and record= of a replica exclude", |s| {
+                s.replica[0].record = Some("/r".into());
+                s.record_dir = Some("/r".into());
+            }),
+            ("record= is given for 2 replicas", |s| {
+                s.replica[0].record = Some("/x".into());
+                s.replica[1].record = Some("/y".into());
+            }),
+            (
+                "--adopt-from `x` is no replica; the names are: replica0, replica1, replica2",
+                |s| s.adopt_from = Some("x".to_owned()),
+            ),
+            (
+                "--assume-clean (all replicas are equal) and --adopt-from",
+                |s| {
+                    s.adopt_from = Some("replica0".to_owned());
+                    s.assume_clean = Some(true);
+                },
+            ),
             ("give --socket-path PATH, or --fd N", |s| {
                 s.socket_path = None
             }),
@@ -527,11 +684,14 @@ mod tests {
         file.threshold = Some(3);
         file.repair = Some(OnOff::Off);
         file.read_only = Some(true);
+        file.record = Some(RecordMode::None);
+        file.assume_clean = Some(false);
         let flags = Settings {
             fd: Some(7),
             replica: vec![ReplicaArgument::from_path("/x".into())],
             read_only: Some(false),
             threshold: Some(1),
+            record_dir: Some("/v".into()),
             ..Settings::default()
         };
         let config = Config::from_settings(flags.over(file)).unwrap();
@@ -539,5 +699,21 @@ mod tests {
         assert_eq!(config.replicas.len(), 1);
         assert_eq!(config.threshold, 1);
         assert!(!config.repair && !config.read_only);
+        assert_eq!(config.record, RecordConfig::Folder("/v".into()));
+    }
+
+    #[test]
+    fn policy_has_what_was_asked_for() {
+        let mut settings = settings(3);
+        settings.write_grace = Some(50);
+        settings.flush_grace = Some(2);
+        settings.io_timeout = Some(7);
+        settings.on_lost_quorum = Some(OnLostQuorum::Pause);
+        settings.crash_tie = Some(CrashTie::Error);
+        let policy = Config::from_settings(settings).unwrap().policy();
+        assert_eq!(policy.write_grace_max, Duration::from_millis(50));
+        assert_eq!(policy.flush_grace, Duration::from_secs(2));
+        assert_eq!(policy.io_timeout, Duration::from_secs(7));
+        assert!(policy.pause && policy.crash_tie_error);
     }
 }

@@ -100,6 +100,10 @@ fn explained(message: &str, line: Option<&str>) -> String {
         ("expected u8", "expected a whole number from 0 to 255"),
         ("expected u16", "expected a whole number from 0 to 65535"),
         (
+            "expected u32",
+            "expected a whole number from 0 to 4294967295",
+        ),
+        (
             "expected i32",
             "expected a whole number from 0 to 2147483647",
         ),
@@ -126,6 +130,8 @@ fn position(text: &str, offset: usize) -> (usize, usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::super::values::*;
@@ -142,10 +148,26 @@ mod tests {
 socket-path = "/run/disk.sock"
 replica = [
     "a.img,name=left",
-    { path = "b,c.img", name = "right", cache = "buffered", format = "raw" },
+    { path = "b,c.img", name = "right", cache = "buffered", format = "raw", record = "b.qrec" },
 ]
 cache = "direct"
 record = "none"
+record-dir = "records"
+force = true
+assume-clean = true
+adopt-from = "left"
+write-grace = 250
+flush-grace = 3
+io-timeout = 20
+on-lost-quorum = "pause"
+crash-tie = "error"
+resync-rate = "256M"
+scrub-rate = "32M"
+scrub-interval = "7d"
+scrub = "check"
+max-write-errors = 1
+max-kicks = 2
+max-repairs = 0
 threshold = 2
 allow-minority-threshold = false
 read-pattern = "fifo"
@@ -171,13 +193,30 @@ log-level = "warn"
             name: Some("right".to_owned()),
             cache: Some(Cache::Buffered),
             format: Some(Format::Raw),
+            record: Some("b.qrec".into()),
         };
         let expected = Settings {
             socket_path: Some("/run/disk.sock".into()),
             fd: None,
             replica: vec![left, right],
             cache: Some(Cache::Direct),
-            record: Some(Record::None),
+            record: Some(RecordMode::None),
+            record_dir: Some("records".into()),
+            force: Some(true),
+            assume_clean: Some(true),
+            adopt_from: Some("left".to_owned()),
+            write_grace: Some(250),
+            flush_grace: Some(3),
+            io_timeout: Some(20),
+            on_lost_quorum: Some(OnLostQuorum::Pause),
+            crash_tie: Some(CrashTie::Error),
+            resync_rate: Some(ByteSize(256 << 20)),
+            scrub_rate: Some(ByteSize(32 << 20)),
+            scrub_interval: Some(Interval(Some(Duration::from_secs(7 * 86_400)))),
+            scrub: Some(ScrubMode::Check),
+            max_write_errors: Some(1),
+            max_kicks: Some(2),
+            max_repairs: Some(0),
             threshold: Some(2),
             allow_minority_threshold: Some(false),
             read_pattern: Some(ReadPatternName::Fifo),
@@ -252,6 +291,12 @@ log-level = "warn"
             ),
             ("buffer-memory = \"64MB\"", "`64MB` is no size"),
             ("buffer-memory = -1", "`-1` is no size"),
+            ("scrub-interval = \"7\"", "`7` is no interval"),
+            ("scrub-interval = 7", "expected \"off\" or a text such as"),
+            (
+                "max-repairs = -1",
+                "expected a whole number from 0 to 4294967295",
+            ),
             ("events = -1", "expected a path or the number"),
             (
                 "replica = [\"a,cash=x\"]",
@@ -287,12 +332,16 @@ log-level = "warn"
     fn file_paths_are_relative_to_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk.toml");
-        let text = "socket-path = \"s\"\nevents = \"e\"\nreplica = [\"a\", \"/b\"]";
+        let text = "socket-path = \"s\"\nevents = \"e\"\nrecord-dir = \"r\"\n\
+                    replica = [\"a,record=a.qrec\", \"/b\"]";
         std::fs::write(&path, text).unwrap();
         let settings = read_file(&path).unwrap();
         assert_eq!(settings.socket_path, Some(folder.path().join("s")));
         assert_eq!(settings.replica[0].path, folder.path().join("a"));
         assert_eq!(settings.replica[1].path, Path::new("/b"));
+        let record = folder.path().join("a.qrec");
+        assert_eq!(settings.replica[0].record, Some(record));
+        assert_eq!(settings.record_dir, Some(folder.path().join("r")));
         let events = EventsTarget::Path(folder.path().join("e"));
         assert_eq!(settings.events, Some(events));
     }

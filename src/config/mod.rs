@@ -9,21 +9,27 @@
 //! - `file`: the TOML file;
 //! - `replica_argument`: `PATH,name=...,cache=...`;
 //! - `values`: the types of single values;
+//! - `record`: where the state record is kept;
+//! - `upkeep`: how long a replica is waited for, and how it is looked after;
 //! - `disk`: the checked whole.
 
 mod disk;
 mod file;
 #[doc(hidden)]
 pub mod fuzzing;
+mod record;
 mod replica_argument;
 mod settings;
+mod upkeep;
 mod values;
 
 pub use disk::{Config, ConfigError, FrontEnd, Replica};
 pub use file::{FileError, parse_file, read_file};
+pub use record::{FirstUse, RECORD_EXTENSION, RecordConfig, RecordPlaceError, RecordPlaces};
 pub use replica_argument::{OPTIONS, ReplicaArgument, ReplicaArgumentError};
 pub use settings::Settings;
+pub use upkeep::{Patience, Upkeep};
 pub use values::{
-    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, OnOff, ReadPatternName,
-    Record, ValueError,
+    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, Interval, LogFormat, LogLevel,
+    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
 };

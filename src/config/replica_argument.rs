@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The replica argument: `PATH` or `PATH,name=...,cache=...,format=...`.
+//! The replica argument: `PATH` or `PATH,name=...,cache=...,format=...,record=...`.
 //!
 //! A comma that belongs to the path or to a value is written `,,`, as in QEMU. What comes first
 //! is always the path, so that `a=b.img` is a file and not an option.
@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::values::{Cache, Format};
 
 /// The options of a replica argument, for messages and help.
-pub const OPTIONS: &[&str] = &["name", "cache", "format"];
+pub const OPTIONS: &[&str] = &["name", "cache", "format", "record"];
 
 /// The longest name of a replica, in bytes.
 const NAME_LEN_MAX: usize = 32;
@@ -34,6 +34,8 @@ pub struct ReplicaArgument {
     pub cache: Option<Cache>,
     /// The format of the image.
     pub format: Option<Format>,
+    /// Where a copy of the state record is kept on account of this replica.
+    pub record: Option<PathBuf>,
 }
 
 /// A replica argument that cannot be read.
@@ -41,7 +43,8 @@ pub struct ReplicaArgument {
 pub enum ReplicaArgumentError {
     /// Nothing before the first comma.
     #[error(
-        "the replica has no path; write PATH or PATH,name=NAME,cache=direct|buffered,format=raw"
+        "the replica has no path; write PATH or \
+         PATH,name=NAME,cache=direct|buffered,format=raw,record=PATH"
     )]
     NoPath,
     /// Something after a comma that is no option.
@@ -78,6 +81,11 @@ pub enum ReplicaArgumentError {
     /// A NUL byte, which no path can have.
     #[error("the path of a replica has a NUL byte in it")]
     NulInPath,
+    /// A path of a record copy that is empty or has a NUL byte.
+    #[error(
+        "the option `record` of a replica needs the path of a file, as in record=/var/lib/a.qrec"
+    )]
+    BadRecord,
 }
 
 impl ReplicaArgument {
@@ -89,6 +97,7 @@ impl ReplicaArgument {
             name: None,
             cache: None,
             format: None,
+            record: None,
         }
     }
 
@@ -110,12 +119,7 @@ impl ReplicaArgument {
     #[must_use]
     pub fn to_argument(&self) -> OsString {
         let mut bytes = Vec::new();
-        for &byte in self.path.as_os_str().as_bytes() {
-            bytes.push(byte);
-            if byte == b',' {
-                bytes.push(b',');
-            }
-        }
+        push_path(&mut bytes, &self.path);
         let cache = self.cache.map(possible_name);
         let format = self.format.map(possible_name);
         for (option, value) in [("name", &self.name), ("cache", &cache), ("format", &format)] {
@@ -123,11 +127,20 @@ impl ReplicaArgument {
                 bytes.extend_from_slice(format!(",{option}={value}").as_bytes());
             }
         }
+        if let Some(record) = &self.record {
+            bytes.extend_from_slice(b",record=");
+            push_path(&mut bytes, record);
+        }
         OsString::from_vec(bytes)
     }
 
     /// Takes one `OPTION=VALUE`.
     fn set(&mut self, part: &[u8]) -> Result<(), ReplicaArgumentError> {
+        // The value of this one is a path, which need not be text.
+        if let Some(path) = part.strip_prefix(b"record=") {
+            let path = PathBuf::from(OsString::from_vec(path.to_vec()));
+            return set_once(&mut self.record, "record", path);
+        }
         let text = String::from_utf8_lossy(part);
         let (option, value) = match text.split_once('=') {
             Some((option, value)) => (option, Some(value)),
@@ -140,6 +153,7 @@ impl ReplicaArgument {
         match option {
             "name" => set_once(&mut self.name, option, value.to_owned()),
             "cache" => set_once(&mut self.cache, option, choose(option, value)?),
+            // `record=` was taken above; without `=` it has no value.
             _ => set_once(&mut self.format, option, choose(option, value)?),
         }
     }
@@ -156,11 +170,33 @@ impl ReplicaArgument {
             let address = self.path.to_string_lossy().into_owned();
             return Err(ReplicaArgumentError::Address(address));
         }
+        if self
+            .record
+            .as_deref()
+            .is_some_and(|path| !is_record_path(path))
+        {
+            return Err(ReplicaArgumentError::BadRecord);
+        }
         match self.name {
             Some(name) if !is_name(&name) => Err(ReplicaArgumentError::BadName(name)),
             _ => Ok(self),
         }
     }
+}
+
+/// Appends a path with its commas doubled.
+fn push_path(bytes: &mut Vec<u8>, path: &Path) {
+    for &byte in path.as_os_str().as_bytes() {
+        bytes.push(byte);
+        if byte == b',' {
+            bytes.push(b',');
+        }
+    }
+}
+
+/// Whether a copy of the record can be at `path`, as far as its name goes.
+fn is_record_path(path: &Path) -> bool {
+    path.file_name().is_some() && !path.as_os_str().as_bytes().contains(&0)
 }
 
 /// Cuts at single commas; a double one is a comma of the part. As in QEMU, pairs are taken from
@@ -241,6 +277,7 @@ impl<'de> Deserialize<'de> for ReplicaArgument {
             name: Option<String>,
             cache: Option<Cache>,
             format: Option<Format>,
+            record: Option<PathBuf>,
         }
 
         struct ReplicaVisitor;
@@ -263,6 +300,7 @@ impl<'de> Deserialize<'de> for ReplicaArgument {
                     name: table.name,
                     cache: table.cache,
                     format: table.format,
+                    record: table.record,
                 }
                 .checked()
                 .map_err(de::Error::custom)
@@ -296,8 +334,11 @@ mod tests {
                 name: Some("left".to_owned()),
                 cache: Some(Cache::Buffered),
                 format: Some(Format::Raw),
+                record: None,
             })
         );
+        let record = parse("a,record=/x,,y.qrec,name=a").unwrap().record;
+        assert_eq!(record.as_deref(), Some(Path::new("/x,y.qrec")));
         let commas = [
             ("a,,b.img", "a,b.img"),
             ("a,,,,b", "a,,b"),
@@ -318,7 +359,14 @@ mod tests {
             (",name=a", "has no path"),
             (
                 "a,b.img",
-                "`b.img` is no option of a replica; known: name, cache, format",
+                "`b.img` is no option of a replica; known: name, cache, format, record",
+            ),
+            ("a,record", "needs a value: record=VALUE"),
+            ("a,record=", "needs the path of a file"),
+            ("a,record=x/..", "needs the path of a file"),
+            (
+                "a,record=x,record=x",
+                "`record` of a replica is given twice",
             ),
             ("a,", "`` is no option"),
             ("a,Name=x", "`Name` is no option"),
@@ -363,10 +411,13 @@ mod tests {
             name in proptest::option::of("[A-Za-z0-9._-]{1,32}"),
             cache in proptest::option::of(prop_oneof![Just(Cache::Direct), Just(Cache::Buffered)]),
             format in proptest::option::of(Just(Format::Raw)),
+            record in proptest::option::of(proptest::collection::vec(1u8..=255, 1..40)),
         ) {
             let path = PathBuf::from(OsString::from_vec(path));
             prop_assume!(!is_address(&path));
-            let replica = ReplicaArgument { path, name, cache, format };
+            let record = record.map(|bytes| PathBuf::from(OsString::from_vec(bytes)));
+            prop_assume!(record.as_deref().is_none_or(is_record_path));
+            let replica = ReplicaArgument { path, name, cache, format, record };
             prop_assert_eq!(ReplicaArgument::parse(&replica.to_argument()), Ok(replica));
         }
 

@@ -8,8 +8,8 @@ use serde::Deserialize;
 
 use super::replica_argument::ReplicaArgument;
 use super::values::{
-    BlockSize, ByteSize, Cache, EventsTarget, LogFormat, LogLevel, OnOff, ReadPatternName, Record,
-    whole_number,
+    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Interval, LogFormat, LogLevel,
+    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, whole_number,
 };
 
 /// Every setting of a disk, none of them decided. The comments are the help of the flags.
@@ -33,7 +33,8 @@ pub struct Settings {
     ///
     /// Options follow the path: name=NAME (in log and events; default replica0, replica1, ...
     /// in the order given), cache=direct|buffered (instead of --cache), format=raw (says that an
-    /// image that looks like qcow2 is meant to be raw all the same). A comma in the path is
+    /// image that looks like qcow2 is meant to be raw all the same), record=PATH (a copy of the
+    /// state record is kept in that file; give it for 1, 3 or 5 replicas). A comma in a path is
     /// written `,,`.
     #[arg(
         long,
@@ -54,12 +55,120 @@ pub struct Settings {
     )]
     pub cache: Option<Cache>,
 
-    /// Where the disk remembers which replica missed what [default: none]
+    /// Whether the disk remembers which replica missed what [default: auto]
     ///
-    /// Only `none` is possible: after a restart every replica votes again, also one that missed
-    /// writes.
-    #[arg(long, value_name = "WHERE", help_heading = "Replicas")]
-    pub record: Option<Record>,
+    /// The state record is a small file of which 3 copies are kept, named IMAGE.qrec, beside the
+    /// first three replicas that are files; 1 copy beside the first one if there are fewer. It
+    /// is made when plain images are served for the first time. `quorum-blk record show` prints
+    /// it.
+    #[arg(long, value_name = "MODE", help_heading = "State record")]
+    pub record: Option<RecordMode>,
+
+    /// Keep the copies of the state record in this folder, as NAME.qrec by the replicas' names
+    ///
+    /// Needed when no replica is a file. The folder must exist and outlive a restart of the host;
+    /// put it on another disk than the replicas. All copies in one folder are lost with it: where
+    /// that matters give record=PATH with the replicas instead.
+    #[arg(long, value_name = "FOLDER", help_heading = "State record")]
+    pub record_dir: Option<PathBuf>,
+
+    /// Start although only a minority of the record copies, or of the replicas, is there
+    ///
+    /// Dangerous: what the missing ones hold may be newer and is given up; when they come back
+    /// they are overwritten whole. Give it for one start, when the others are lost for good.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(
+        require_equals = true,
+        hide_possible_values = true,
+        help_heading = "State record"
+    )]
+    pub force: Option<bool>,
+
+    /// First use of plain images: take them for equal, without comparing them in the background
+    ///
+    /// For images just made (all zero) or copied from one another. Ignored when there is a
+    /// record.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(
+        require_equals = true,
+        hide_possible_values = true,
+        help_heading = "State record"
+    )]
+    pub assume_clean: Option<bool>,
+
+    /// First use of plain images: this replica is right, the others are overwritten with it
+    ///
+    /// For one image with a system on it and others of the same size with anything. Until they
+    /// are copied only this replica votes. Ignored when there is a record.
+    #[arg(long, value_name = "NAME", help_heading = "State record")]
+    pub adopt_from: Option<String>,
+
+    /// Longest a write waits for the rest once enough replicas hold it, in ms [default: 1000]
+    ///
+    /// The others get four times as long as the slowest of those took, at least 20 ms and at
+    /// most this; who needs more is left behind there and brought up to date later. 20 to 60000.
+    #[arg(long, value_name = "MS", help_heading = "Slow and lost replicas")]
+    #[arg(value_parser = whole_number::<u32>)]
+    pub write_grace: Option<u32>,
+
+    /// Seconds a flush waits for the rest once enough replicas are flushed [default: 5]
+    ///
+    /// Who needs longer is taken out of the set, opened again and brought up to date.
+    #[arg(long, value_name = "SECONDS", help_heading = "Slow and lost replicas")]
+    #[arg(value_parser = whole_number::<u16>)]
+    pub flush_grace: Option<u16>,
+
+    /// Seconds an operation may take before its replica is taken out of the set [default: 30]
+    #[arg(long, value_name = "SECONDS", help_heading = "Slow and lost replicas")]
+    #[arg(value_parser = whole_number::<u16>)]
+    pub io_timeout: Option<u16>,
+
+    /// What requests get while fewer replicas are up than must agree [default: error]
+    #[arg(long, value_name = "WHAT", help_heading = "Slow and lost replicas")]
+    pub on_lost_quorum: Option<OnLostQuorum>,
+
+    /// Take a replica out for good after this many failed writes in 60 s; 0 = never [default: 16]
+    ///
+    /// Half as many make it suspect: it votes, but never decides a tie.
+    #[arg(long, value_name = "COUNT", help_heading = "Slow and lost replicas")]
+    #[arg(value_parser = whole_number::<u32>)]
+    pub max_write_errors: Option<u32>,
+
+    /// Take a replica out for good when it was lost this often in 60 s; 0 = never [default: 4]
+    #[arg(long, value_name = "COUNT", help_heading = "Slow and lost replicas")]
+    #[arg(value_parser = whole_number::<u32>)]
+    pub max_kicks: Option<u32>,
+
+    /// Take a replica out for good after this many repaired sectors in 24 h; 0 = never [default: 256]
+    #[arg(long, value_name = "SECTORS", help_heading = "Slow and lost replicas")]
+    #[arg(value_parser = whole_number::<u32>)]
+    pub max_repairs: Option<u32>,
+
+    /// What to do with sectors that nobody agrees on after a power loss [default: choose]
+    #[arg(long, value_name = "WHAT", help_heading = "Resync and scrub")]
+    pub crash_tie: Option<CrashTie>,
+
+    /// Bytes per second copied to a replica that is behind while the guest works [default: 128M]
+    ///
+    /// At least 1M. Beside an idle guest there is no limit.
+    #[arg(long, value_name = "SIZE", help_heading = "Resync and scrub")]
+    pub resync_rate: Option<ByteSize>,
+
+    /// How often all replicas are read and compared whole, as in 7d or 12h, or off [default: 30d]
+    ///
+    /// It goes on where it was after a restart. With --read-pattern fifo it is off.
+    #[arg(long, value_name = "INTERVAL", help_heading = "Resync and scrub")]
+    pub scrub_interval: Option<Interval>,
+
+    /// Bytes per second a scrub, or the first comparison, reads of each replica [default: 64M]
+    ///
+    /// At least 1M; less while the guest is busy.
+    #[arg(long, value_name = "SIZE", help_heading = "Resync and scrub")]
+    pub scrub_rate: Option<ByteSize>,
+
+    /// What a scrub does about a difference [default: repair; check with --repair off]
+    #[arg(long, value_name = "WHAT", help_heading = "Resync and scrub")]
+    pub scrub: Option<ScrubMode>,
 
     /// How many equal sectors make a winner [default: floor(N/2)+1]
     #[arg(long, value_name = "T", help_heading = "Voting")]
@@ -164,8 +273,9 @@ pub struct Settings {
 impl Settings {
     /// These settings, and `beneath` where they say nothing. Flags are laid over the file.
     ///
-    /// A list of replicas replaces the other one whole, and so does the choice between socket
-    /// path and descriptor.
+    /// A list of replicas replaces the other one whole, and so do the choices between socket path
+    /// and descriptor, between a folder for the record and none, and of what the first use of
+    /// plain images means.
     #[must_use]
     pub fn over(self, beneath: Self) -> Self {
         let front_end_given = self.socket_path.is_some() || self.fd.is_some();
@@ -173,6 +283,18 @@ impl Settings {
             (self.socket_path, self.fd)
         } else {
             (beneath.socket_path, beneath.fd)
+        };
+        let record_given = self.record.is_some() || self.record_dir.is_some();
+        let (record, record_dir) = if record_given {
+            (self.record, self.record_dir)
+        } else {
+            (beneath.record, beneath.record_dir)
+        };
+        let first_use_given = self.assume_clean.is_some() || self.adopt_from.is_some();
+        let (assume_clean, adopt_from) = if first_use_given {
+            (self.assume_clean, self.adopt_from)
+        } else {
+            (beneath.assume_clean, beneath.adopt_from)
         };
         Self {
             socket_path,
@@ -183,7 +305,23 @@ impl Settings {
                 self.replica
             },
             cache: self.cache.or(beneath.cache),
-            record: self.record.or(beneath.record),
+            record,
+            record_dir,
+            force: self.force.or(beneath.force),
+            assume_clean,
+            adopt_from,
+            write_grace: self.write_grace.or(beneath.write_grace),
+            flush_grace: self.flush_grace.or(beneath.flush_grace),
+            io_timeout: self.io_timeout.or(beneath.io_timeout),
+            on_lost_quorum: self.on_lost_quorum.or(beneath.on_lost_quorum),
+            max_write_errors: self.max_write_errors.or(beneath.max_write_errors),
+            max_kicks: self.max_kicks.or(beneath.max_kicks),
+            max_repairs: self.max_repairs.or(beneath.max_repairs),
+            crash_tie: self.crash_tie.or(beneath.crash_tie),
+            resync_rate: self.resync_rate.or(beneath.resync_rate),
+            scrub_interval: self.scrub_interval.or(beneath.scrub_interval),
+            scrub_rate: self.scrub_rate.or(beneath.scrub_rate),
+            scrub: self.scrub.or(beneath.scrub),
             threshold: self.threshold.or(beneath.threshold),
             allow_minority_threshold: self
                 .allow_minority_threshold
@@ -214,6 +352,12 @@ impl Settings {
         }
         for replica in &mut self.replica {
             replica.path = folder.join(&replica.path);
+            if let Some(record) = &mut replica.record {
+                *record = folder.join(&*record);
+            }
+        }
+        if let Some(path) = &mut self.record_dir {
+            *path = folder.join(&*path);
         }
         if let Some(EventsTarget::Path(path)) = &mut self.events {
             *path = folder.join(&*path);

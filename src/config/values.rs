@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Deserialize;
@@ -30,6 +31,12 @@ pub enum ValueError {
         /// The largest the setting has room for.
         most: u64,
     },
+    /// Not a stretch of time.
+    #[error(
+        "`{0}` is no interval; write `off`, or a whole number with s, m, h, d or w, as in 12h or \
+         7d, from 1m to 520w"
+    )]
+    Interval(String),
     /// No place for events.
     #[error("the events target is empty; give a path or the number of an open descriptor")]
     EventsTarget,
@@ -47,6 +54,10 @@ impl Whole for u8 {
 
 impl Whole for u16 {
     const MOST: u64 = 0xffff;
+}
+
+impl Whole for u32 {
+    const MOST: u64 = 0xffff_ffff;
 }
 
 impl Whole for i32 {
@@ -95,13 +106,47 @@ pub enum ReadPatternName {
     Fifo,
 }
 
-/// Where the disk remembers which replica missed what.
+/// Whether the disk remembers which replica missed what.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum Record {
-    /// Nowhere: it is forgotten when the process ends.
+pub enum RecordMode {
+    /// In a state record: beside the images, or where --record-dir or `record=` say.
     #[default]
+    Auto,
+    /// Dangerous: nowhere. After a restart a replica that missed writes votes with old data.
     None,
+}
+
+/// What requests get when fewer replicas are up than the threshold asks for (rule V6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnLostQuorum {
+    /// An I/O error, at once.
+    #[default]
+    Error,
+    /// Nothing until enough replicas are back: the guest waits.
+    Pause,
+}
+
+/// What becomes of sectors that no two replicas agree on after a power loss (rule Y3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum CrashTie {
+    /// Take the version most replicas have; each is one the guest wrote and had not flushed.
+    #[default]
+    Choose,
+    /// An I/O error until the guest writes them again.
+    Error,
+}
+
+/// What a scrub does about a difference (rule Y6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubMode {
+    /// Report it.
+    Check,
+    /// Report it and rewrite the replica that was outvoted.
+    Repair,
 }
 
 /// How the log is written.
@@ -288,6 +333,72 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
+/// How often something is done on its own: `off`, or a time of at least a minute such as `7d`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Interval(pub Option<Duration>);
+
+impl Interval {
+    /// Shorter ones would be no pause.
+    const LEAST: Duration = Duration::from_secs(60);
+    /// Ten years: longer ones are a slip of the pen, and sums of them stay far from overflow.
+    const MOST: Duration = Duration::from_secs(520 * 7 * 24 * 3600);
+}
+
+impl FromStr for Interval {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        let refuse = || ValueError::Interval(text.to_owned());
+        let digits_end = text.find(|c: char| !c.is_ascii_digit());
+        let (digits, unit) = text.split_at(digits_end.ok_or_else(refuse)?);
+        let unit_seconds = match unit {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 24 * 3600,
+            "w" => 7 * 24 * 3600,
+            _ => return Err(refuse()),
+        };
+        let number: u64 = digits.parse().map_err(|_| refuse())?;
+        let seconds = number.checked_mul(unit_seconds).ok_or_else(refuse)?;
+        let interval = Duration::from_secs(seconds);
+        if !(Self::LEAST..=Self::MOST).contains(&interval) {
+            return Err(refuse());
+        }
+        Ok(Self(Some(interval)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Interval {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct IntervalVisitor;
+
+        impl Visitor<'_> for IntervalVisitor {
+            type Value = Interval;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"off\" or a text such as \"7d\"")
+            }
+
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<Interval, E> {
+                if on {
+                    return Err(E::invalid_value(de::Unexpected::Bool(on), &self));
+                }
+                Ok(Interval(None))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Interval, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(IntervalVisitor)
+    }
+}
+
 /// Where events go. A number is a descriptor the parent left open; a file of that name is
 /// written `./3`.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -387,6 +498,40 @@ mod tests {
         assert_eq!(ByteSize((64 << 20) + 1024).to_string(), "65537 KiB");
         assert_eq!(ByteSize(513).to_string(), "513 bytes");
         assert_eq!(ByteSize(0).to_string(), "0 bytes");
+    }
+
+    #[test]
+    fn interval_reads_units_and_refuses_the_rest() {
+        let good = [
+            ("off", None),
+            ("60s", Some(60)),
+            ("1m", Some(60)),
+            ("12h", Some(43_200)),
+            ("7d", Some(604_800)),
+            ("520w", Some(314_496_000)),
+        ];
+        for (text, seconds) in good {
+            let expected = Interval(seconds.map(Duration::from_secs));
+            assert_eq!(text.parse(), Ok(expected), "{text}");
+        }
+        for text in [
+            "",
+            "7",
+            "d",
+            "59s",
+            "0d",
+            "521w",
+            "7 d",
+            "1.5h",
+            "-1d",
+            "9999999999999999w",
+        ] {
+            assert_eq!(
+                text.parse::<Interval>(),
+                Err(ValueError::Interval(text.to_owned())),
+                "{text}"
+            );
+        }
     }
 
     #[test]

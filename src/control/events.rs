@@ -4,14 +4,14 @@
 //! An event is one line of JSON: `{"event": NAME, "data": {...}, "timestamp": {"seconds": ...,
 //! "microseconds": ...}}`. QUORUM_REPORT_BAD and QUORUM_FAILURE have QEMU's name and fields
 //! (QEMU, qapi/block-core.json) and some more of ours; the other names begin with QUORUM_BLK_.
-//! `docs/events.md` describes them for people; keep both in step.
+//! `docs/events.md` describes them for people; keep both in step. How they are written is in
+//! `event_line` (JSON) and `event_text` (the log).
 
 use std::io;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use serde::Serialize;
-
-use crate::quorum::{BadCause, BehindCause, During, Report};
+use crate::quorum::{During, Report};
 use crate::units::{ReplicaId, SectorRange};
 
 /// Something that happened to the disk, and when.
@@ -30,6 +30,13 @@ pub struct Event {
 pub enum EventData {
     /// What a lane reported.
     Report(Report),
+    /// A copy of the state record cannot be written and is not used any more (rule R1).
+    RecordCopyLost {
+        /// Which copy, from 0.
+        copy: u8,
+        /// Positive errno value; `ETIMEDOUT` if a write did not end in time.
+        errno: i32,
+    },
     /// Reports that did not fit in the way from the workers to the control thread.
     ReportsLost {
         /// How many.
@@ -50,6 +57,8 @@ pub struct EventKey {
     /// Faults of different kinds of operations do not hide each other.
     during: &'static str,
     replica: Option<ReplicaId>,
+    /// A copy of the record.
+    copy: Option<u8>,
 }
 
 /// What the names in an event mean.
@@ -59,6 +68,8 @@ pub struct Names {
     pub disk: String,
     /// The replicas, by slot.
     pub replicas: Vec<String>,
+    /// The files of the record's copies.
+    pub record_copies: Vec<PathBuf>,
     /// Sectors of the disk: QEMU reports a failed flush for all of them.
     pub disk_sectors: u64,
 }
@@ -70,6 +81,13 @@ impl Names {
         self.replicas
             .get(replica.index())
             .map_or("unknown", String::as_str)
+    }
+
+    /// The file of a copy of the record.
+    #[must_use]
+    pub fn record_copy(&self, copy: u8) -> &Path {
+        let path = self.record_copies.get(usize::from(copy));
+        path.map_or(Path::new("unknown"), PathBuf::as_path)
     }
 }
 
@@ -85,8 +103,13 @@ impl EventData {
                 Report::Repaired { .. } => "QUORUM_BLK_REPAIRED",
                 Report::RepairFailed { .. } => "QUORUM_BLK_REPAIR_FAILED",
                 Report::Behind { .. } => "QUORUM_BLK_REPLICA_BEHIND",
+                Report::Kicked { .. } => "QUORUM_BLK_REPLICA_KICKED",
+                Report::Lagging { .. } => "QUORUM_BLK_REPLICA_LAGGING",
+                Report::Chosen { .. } => "QUORUM_BLK_CHOSEN",
+                Report::RecordLost => "QUORUM_BLK_RECORD_LOST",
                 Report::VerifyFailed { .. } => "QUORUM_BLK_VERIFY_FAILED",
             },
+            Self::RecordCopyLost { .. } => "QUORUM_BLK_RECORD_COPY_LOST",
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
             Self::EventsLost { .. } => "QUORUM_BLK_EVENTS_LOST",
         }
@@ -104,15 +127,27 @@ impl EventData {
                 Report::Failure { during, .. } => (during_name(during), None),
                 Report::Repaired { replica, .. }
                 | Report::RepairFailed { replica, .. }
-                | Report::Behind { replica, .. } => ("", Some(replica)),
-                Report::Transient { .. } | Report::VerifyFailed { .. } => ("", None),
+                | Report::Behind { replica, .. }
+                | Report::Kicked { replica, .. }
+                | Report::Lagging { replica }
+                | Report::Chosen { replica, .. } => ("", Some(replica)),
+                Report::Transient { .. } | Report::VerifyFailed { .. } | Report::RecordLost => {
+                    ("", None)
+                }
             },
-            Self::ReportsLost { .. } | Self::EventsLost { .. } => ("", None),
+            Self::RecordCopyLost { .. } | Self::ReportsLost { .. } | Self::EventsLost { .. } => {
+                ("", None)
+            }
+        };
+        let copy = match *self {
+            Self::RecordCopyLost { copy, .. } => Some(copy),
+            Self::Report(_) | Self::ReportsLost { .. } | Self::EventsLost { .. } => None,
         };
         EventKey {
             name: self.name(),
             during,
             replica,
+            copy,
         }
     }
 
@@ -139,9 +174,13 @@ fn range_of(report: &Report) -> Option<SectorRange> {
         | Report::Transient { range }
         | Report::Repaired { range, .. }
         | Report::RepairFailed { range, .. }
+        | Report::Chosen { range, .. }
         | Report::VerifyFailed { range } => Some(range),
         Report::Behind { extent, .. } => Some(extent),
-        Report::FlushFailed { .. } => None,
+        Report::FlushFailed { .. }
+        | Report::Kicked { .. }
+        | Report::Lagging { .. }
+        | Report::RecordLost => None,
     }
 }
 
@@ -152,9 +191,13 @@ fn with_range(mut report: Report, new: SectorRange) -> Report {
         | Report::Transient { range }
         | Report::Repaired { range, .. }
         | Report::RepairFailed { range, .. }
+        | Report::Chosen { range, .. }
         | Report::VerifyFailed { range }
         | Report::Behind { extent: range, .. } => *range = new,
-        Report::FlushFailed { .. } => {}
+        Report::FlushFailed { .. }
+        | Report::Kicked { .. }
+        | Report::Lagging { .. }
+        | Report::RecordLost => {}
     }
     report
 }
@@ -169,7 +212,8 @@ fn joined(a: SectorRange, b: SectorRange) -> Option<SectorRange> {
     SectorRange::new(start, count)
 }
 
-fn during_name(during: During) -> &'static str {
+/// How a kind of operation is written in events, and in the log.
+pub(super) fn during_name(during: During) -> &'static str {
     match during {
         During::Read => "read",
         During::Write => "write",
@@ -193,289 +237,15 @@ impl Event {
             suppressed: 0,
         }
     }
-
-    /// The event as one line of JSON with the newline.
-    #[must_use]
-    pub fn to_line(&self, names: &Names) -> String {
-        let since_epoch = self.at.duration_since(UNIX_EPOCH);
-        let since_epoch = since_epoch.unwrap_or(Duration::ZERO);
-        let mut data = self.fields(names);
-        data.suppressed = (self.suppressed > 0).then_some(self.suppressed);
-        let line = Line {
-            event: self.data.name(),
-            data,
-            timestamp: Timestamp {
-                seconds: since_epoch.as_secs(),
-                microseconds: since_epoch.subsec_micros(),
-            },
-        };
-        let mut text = serde_json::to_string(&line).expect("an event has only texts and numbers");
-        text.push('\n');
-        text
-    }
-
-    fn fields<'a>(&self, names: &'a Names) -> Fields<'a> {
-        let report = match self.data {
-            EventData::Report(report) => report,
-            EventData::ReportsLost { count } | EventData::EventsLost { count } => {
-                return Fields {
-                    count: Some(count),
-                    ..Fields::of_disk(names)
-                };
-            }
-        };
-        match report {
-            Report::Bad {
-                replica,
-                range,
-                cause,
-                during,
-            } => Fields {
-                kind: Some(during_name(during)),
-                error: bad_error(cause),
-                cause: Some(bad_cause(cause)),
-                errno: bad_errno(cause),
-                node_name: Some(names.replica(replica)),
-                ..Fields::of_replica(names, replica, range)
-            },
-            Report::Failure { range, during } => Fields {
-                kind: Some(during_name(during)),
-                ..Fields::of_range(names, range)
-            },
-            Report::Transient { range } | Report::VerifyFailed { range } => {
-                Fields::of_range(names, range)
-            }
-            Report::Repaired { replica, range } | Report::RepairFailed { replica, range } => {
-                Fields::of_replica(names, replica, range)
-            }
-            Report::Behind {
-                replica,
-                extent,
-                why,
-            } => Fields {
-                cause: Some(behind_cause(why)),
-                error: behind_errno(why).map(errno_text),
-                errno: behind_errno(why),
-                ..Fields::of_replica(names, replica, extent)
-            },
-            Report::FlushFailed {
-                replica,
-                errno,
-                extents,
-            } => Fields {
-                kind: Some("flush"),
-                error: Some(errno_text(errno)),
-                cause: Some("error"),
-                errno: Some(errno),
-                node_name: Some(names.replica(replica)),
-                replica: Some(names.replica(replica)),
-                sector_num: Some(0),
-                sectors_count: Some(names.disk_sectors),
-                behind_extents: Some(extents),
-                ..Fields::of_disk(names)
-            },
-        }
-    }
-}
-
-fn bad_error(cause: BadCause) -> Option<String> {
-    match cause {
-        BadCause::Differs => None,
-        BadCause::Error(errno) => Some(errno_text(errno)),
-        BadCause::Short => Some("fewer bytes than asked for".to_owned()),
-    }
-}
-
-fn bad_errno(cause: BadCause) -> Option<i32> {
-    match cause {
-        BadCause::Error(errno) => Some(errno),
-        BadCause::Differs | BadCause::Short => None,
-    }
-}
-
-fn bad_cause(cause: BadCause) -> &'static str {
-    match cause {
-        BadCause::Differs => "differs",
-        BadCause::Error(_) => "error",
-        BadCause::Short => "short",
-    }
-}
-
-fn behind_errno(why: BehindCause) -> Option<i32> {
-    match why {
-        BehindCause::WriteFailed(errno) => Some(errno),
-        BehindCause::Late | BehindCause::RepairFailed => None,
-    }
-}
-
-fn behind_cause(why: BehindCause) -> &'static str {
-    match why {
-        BehindCause::WriteFailed(_) => "write-failed",
-        BehindCause::Late => "late",
-        BehindCause::RepairFailed => "repair-failed",
-    }
-}
-
-#[derive(Serialize)]
-struct Line<'a> {
-    event: &'static str,
-    data: Fields<'a>,
-    timestamp: Timestamp,
-}
-
-#[derive(Serialize)]
-struct Timestamp {
-    seconds: u64,
-    microseconds: u32,
-}
-
-/// All fields any event has, in the order they are written; what is `None` is left out.
-#[derive(Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
-struct Fields<'a> {
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    node_name: Option<&'a str>,
-    reference: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    replica: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sector_num: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sectors_count: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cause: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    errno: Option<i32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    behind_extents: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    count: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    suppressed: Option<u64>,
-}
-
-impl<'a> Fields<'a> {
-    fn of_disk(names: &'a Names) -> Self {
-        Self {
-            reference: &names.disk,
-            ..Self::default()
-        }
-    }
-
-    fn of_range(names: &'a Names, range: SectorRange) -> Self {
-        Self {
-            sector_num: Some(range.start()),
-            sectors_count: Some(u64::from(range.count())),
-            ..Self::of_disk(names)
-        }
-    }
-
-    fn of_replica(names: &'a Names, replica: ReplicaId, range: SectorRange) -> Self {
-        Self {
-            replica: Some(names.replica(replica)),
-            ..Self::of_range(names, range)
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
-
     use super::*;
-
-    fn names() -> Names {
-        Names {
-            disk: "disk-1".to_owned(),
-            replicas: vec!["left".to_owned(), "right".to_owned()],
-            disk_sectors: 4096,
-        }
-    }
+    use crate::quorum::BadCause;
 
     fn range(start: u64, count: u32) -> SectorRange {
         SectorRange::new(start, count).unwrap()
-    }
-
-    fn written(report: Report, suppressed: u64) -> Value {
-        let at = UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
-        let event = Event {
-            suppressed,
-            ..Event::new(EventData::Report(report), at)
-        };
-        let line = event.to_line(&names());
-        assert!(line.ends_with("}\n") && line.matches('\n').count() == 1);
-        serde_json::from_str(&line).unwrap()
-    }
-
-    #[test]
-    fn report_bad_has_the_fields_of_qemu_and_ours() {
-        let report = Report::Bad {
-            replica: ReplicaId::new(1),
-            range: range(8, 3),
-            cause: BadCause::Error(libc::EIO),
-            during: During::Read,
-        };
-        let expected = json!({
-            "event": "QUORUM_REPORT_BAD",
-            "data": {
-                "type": "read", "error": "Input/output error (os error 5)",
-                "node-name": "right", "sector-num": 8, "sectors-count": 3,
-                "reference": "disk-1", "replica": "right", "cause": "error", "errno": 5,
-                "suppressed": 7,
-            },
-            "timestamp": {"seconds": 1_700_000_000, "microseconds": 123_456},
-        });
-        assert_eq!(written(report, 7), expected);
-    }
-
-    #[test]
-    fn report_bad_of_a_difference_has_no_error_as_in_qemu() {
-        let report = Report::Bad {
-            replica: ReplicaId::new(0),
-            range: range(0, 1),
-            cause: BadCause::Differs,
-            during: During::Read,
-        };
-        let value = written(report, 0);
-        assert_eq!(value["data"]["cause"], "differs");
-        assert!(value["data"].get("error").is_none());
-        assert!(value["data"].get("suppressed").is_none());
-    }
-
-    #[test]
-    fn flush_failure_is_a_report_bad_over_the_whole_disk_as_in_qemu() {
-        let value = written(
-            Report::FlushFailed {
-                replica: ReplicaId::new(0),
-                errno: libc::EIO,
-                extents: 2,
-            },
-            0,
-        );
-        assert_eq!(value["event"], "QUORUM_REPORT_BAD");
-        assert_eq!(value["data"]["type"], "flush");
-        assert_eq!(value["data"]["sectors-count"], 4096);
-        assert_eq!(value["data"]["behind-extents"], 2);
-    }
-
-    #[test]
-    fn failure_names_the_disk() {
-        let value = written(
-            Report::Failure {
-                range: range(5, 2),
-                during: During::Write,
-            },
-            0,
-        );
-        assert_eq!(value["event"], "QUORUM_FAILURE");
-        assert_eq!(
-            value["data"],
-            json!({"type": "write", "reference": "disk-1", "sector-num": 5, "sectors-count": 2})
-        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Nothing here takes part in the data path. Workers hand reports over without waiting and count
 //! in memory of their own; the control thread does the rest.
 //!
-//! - [`events`]: every event there is, and how it is written;
+//! - [`events`]: every event there is; `event_line`, `event_text`: how they are written;
 //! - [`rate_limit`]: how often one may be written;
 //! - [`sink`]: where they are written to;
 //! - [`report_channel`]: from the workers to the control thread;
@@ -13,6 +13,8 @@
 //! - [`logging`]: the log itself.
 
 pub mod counters;
+mod event_line;
+mod event_text;
 pub mod events;
 pub mod logging;
 pub mod rate_limit;

@@ -3,13 +3,14 @@
 
 use std::time::SystemTime;
 
-use tracing::{error, info, warn};
+use tracing::warn;
 
-use super::events::{Event, EventData, Names, errno_text};
+use super::event_text;
+use super::events::{Event, EventData, Names};
 use super::rate_limit::RateLimiter;
 use super::sink::{EventSink, SinkError};
-use crate::quorum::{BadCause, BehindCause, During, Report};
-use crate::units::{SectorRange, Time};
+use crate::quorum::Report;
+use crate::units::Time;
 
 /// Tells people and programs what happened. Lives on the control thread.
 #[derive(Debug)]
@@ -36,6 +37,11 @@ impl Reporter {
     /// Takes a report; `now` is for the rate limit, the event carries the wall clock.
     pub fn report(&mut self, now: Time, report: Report) {
         self.offer(now, EventData::Report(report));
+    }
+
+    /// Takes note that a copy of the state record is not used any more, for this errno.
+    pub fn record_copy_lost(&mut self, now: Time, copy: u8, errno: i32) {
+        self.offer(now, EventData::RecordCopyLost { copy, errno });
     }
 
     /// Takes note that `count` reports were lost on their way here. Nothing for zero.
@@ -92,7 +98,7 @@ impl Reporter {
     }
 
     fn tell(&mut self, event: &Event) {
-        self.log(event);
+        event_text::log(event, &self.names);
         let Some(sink) = &mut self.sink else {
             return;
         };
@@ -109,154 +115,6 @@ impl Reporter {
         }
         sink.write(&event.to_line(&self.names));
     }
-
-    fn log(&self, event: &Event) {
-        let more = Suppressed(event.suppressed);
-        let report = match event.data {
-            EventData::Report(report) => report,
-            EventData::ReportsLost { count } => {
-                warn!("{count} reports of workers were lost: there were too many at once");
-                return;
-            }
-            EventData::EventsLost { .. } => return,
-        };
-        match report {
-            Report::Bad {
-                replica,
-                range,
-                cause,
-                during,
-            } => {
-                let name = self.names.replica(replica);
-                let what = bad_text(cause, during);
-                warn!(
-                    replica = name,
-                    "replica {name} {what} {}{more}",
-                    Sectors(range)
-                );
-            }
-            Report::Failure { range, during } => match during {
-                During::Read => {
-                    error!(
-                        "no quorum for {}: the guest gets an I/O error{more}",
-                        Sectors(range)
-                    )
-                }
-                During::Write | During::Flush => error!(
-                    "too few replicas took a {} of {}: the guest gets an I/O error{more}",
-                    during_text(during),
-                    Sectors(range)
-                ),
-            },
-            Report::Transient { range } => info!(
-                "a difference in {} was gone when all replicas were read again{more}",
-                Sectors(range)
-            ),
-            Report::Repaired { replica, range } => {
-                let name = self.names.replica(replica);
-                info!(
-                    replica = name,
-                    "replica {name} was repaired in {}{more}",
-                    Sectors(range)
-                );
-            }
-            Report::RepairFailed { replica, range } => {
-                let name = self.names.replica(replica);
-                warn!(
-                    replica = name,
-                    "replica {name} could not be repaired in {}{more}",
-                    Sectors(range)
-                );
-            }
-            Report::Behind {
-                replica,
-                extent,
-                why,
-            } => {
-                let name = self.names.replica(replica);
-                let why = behind_text(why);
-                warn!(
-                    replica = name,
-                    "replica {name} is behind in {}, where it does not vote any more: {why}{more}",
-                    Sectors(extent)
-                );
-            }
-            Report::FlushFailed {
-                replica,
-                errno,
-                extents,
-            } => {
-                let name = self.names.replica(replica);
-                let text = errno_text(errno);
-                warn!(
-                    replica = name,
-                    "replica {name} failed a flush ({text}) and is behind in {extents} extents{more}"
-                );
-            }
-            Report::VerifyFailed { range } => {
-                error!(
-                    "the two replicas differ in {} (--blkverify)",
-                    Sectors(range)
-                );
-            }
-        }
-    }
-}
-
-/// Sectors for people.
-struct Sectors(SectorRange);
-
-impl std::fmt::Display for Sectors {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (start, count) = (self.0.start(), self.0.count());
-        if count == 1 {
-            write!(f, "sector {start}")
-        } else {
-            write!(f, "sectors {start} to {} ({count})", self.0.end() - 1)
-        }
-    }
-}
-
-/// How many lines are missing, for people.
-struct Suppressed(u64);
-
-impl std::fmt::Display for Suppressed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            0 => Ok(()),
-            count => write!(f, " (and {count} more such reports)"),
-        }
-    }
-}
-
-fn bad_text(cause: BadCause, during: During) -> String {
-    match cause {
-        BadCause::Differs => "differs from the others in".to_owned(),
-        BadCause::Error(errno) => {
-            format!(
-                "failed a {} ({}) of",
-                during_text(during),
-                errno_text(errno)
-            )
-        }
-        BadCause::Short => format!("ended early in a {} of", during_text(during)),
-    }
-}
-
-fn during_text(during: During) -> &'static str {
-    match during {
-        During::Read => "read",
-        During::Write => "write",
-        During::Flush => "flush",
-    }
-}
-
-fn behind_text(why: BehindCause) -> String {
-    match why {
-        BehindCause::WriteFailed(errno) => format!("a write failed ({})", errno_text(errno)),
-        BehindCause::Late => "a write was not done in time".to_owned(),
-        BehindCause::RepairFailed => "a repair failed".to_owned(),
-    }
 }
 
 #[cfg(test)]
@@ -268,12 +126,13 @@ mod tests {
 
     use super::*;
     use crate::config::EventsTarget;
-    use crate::units::ReplicaId;
+    use crate::units::{ReplicaId, SectorRange};
 
     fn names() -> Names {
         Names {
             disk: "disk".to_owned(),
             replicas: vec!["left".to_owned()],
+            record_copies: Vec::new(),
             disk_sectors: 100,
         }
     }

@@ -242,6 +242,7 @@ mod tests {
         let names = Names {
             disk: "disk".to_owned(),
             replicas: Vec::new(),
+            record_copies: Vec::new(),
             disk_sectors: 1,
         };
         let (sender, receiver) = report_channel(16).unwrap();

@@ -79,7 +79,8 @@ impl Disk {
             .collect();
         let replicas = open_when_free(&options, config.lock_timeout)?;
         let block_bytes = config.block_size.map(|size| size.bytes());
-        let shape = check_set(&replicas, config.threshold, block_bytes)?;
+        let replicas: Vec<Option<Arc<Replica>>> = replicas.into_iter().map(Some).collect();
+        let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
         describe(&replicas, &shape, config.read_only);
         let policy = Policy {
             discard_zeroes: shape.can_zero_exactly,
@@ -210,11 +211,11 @@ fn executor_config(config: &Config, replicas: usize) -> ExecutorConfig {
     }
 }
 
-fn describe(replicas: &[Arc<Replica>], shape: &SetShape, guest_is_reader: bool) {
+fn describe(replicas: &[Option<Arc<Replica>>], shape: &SetShape, guest_is_reader: bool) {
     for note in &shape.notes {
         warn!("{note}");
     }
-    for replica in replicas {
+    for replica in replicas.iter().flatten() {
         info!(
             replica = replica.name(),
             path = %replica.path().display(),

@@ -6,13 +6,16 @@
 //! - [`event_loop`]: waiting for many descriptors;
 //! - [`control_loop`]: what the control thread waits for;
 //! - [`clock`]: the time all threads agree on;
+//! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
 pub mod control_loop;
 mod disk;
 pub mod event_loop;
+pub mod file_lock;
 pub mod listener;
+pub mod record_files;
 pub mod signals;
 mod worker;
 
@@ -22,7 +25,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::config::{Config, FrontEnd, LogFormat, Record};
+use crate::config::{Config, FrontEnd, LogFormat, RecordConfig};
 use crate::control::events::Names;
 use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{Counters, EventSink, Reporter, SinkError, logging, report_channel};
@@ -73,7 +76,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
     let counters = Counters::new(usize::from(config.workers), config.replica_names());
     let disk = Disk::start(&config, &sender, &counters, clock)?;
-    warn_of_record(config.record);
+    warn_of_record(&config.record);
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),
@@ -148,13 +151,13 @@ fn serve(
 
 /// Says what a disk without a record cannot do. An operator must not learn it from a guest that
 /// reads old data.
-fn warn_of_record(record: Record) {
-    match record {
-        Record::None => warn!(
-            "running without a state record: nothing remembers across a restart which replica \
-             missed writes, so one that was behind votes again after a restart; before you \
-             restart with a replica that failed, rewrite it from a good one"
-        ),
+fn warn_of_record(record: &RecordConfig) {
+    if *record == RecordConfig::None {
+        warn!(
+            "DANGEROUS: running without a state record (--record none): nothing remembers across \
+             a restart which replica missed writes, so one that was behind votes again after a \
+             restart; before you restart with a replica that failed, rewrite it from a good one"
+        );
     }
 }
 

@@ -6,14 +6,17 @@
 //! - [`Pool`]: one mapping cut into buffers, last in first out; the [`Buffers`](crate::quorum::Buffers)
 //!   of a lane.
 //! - [`Ring`]: io_uring, one system call a batch.
+//! - [`BlockWriter`]: blocks on their way to files, for the state record.
 //! - [`zeroes`]: memory that is zero and stays zero.
 
 mod arena;
+mod block_writer;
 mod buddy;
 mod pool;
 mod ring;
 pub mod zeroes;
 
+pub use block_writer::{BlockWriter, WRITER_BLOCK_BYTES, Written};
 pub use buddy::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN};
 pub use pool::{Access, Pool, PoolError};
 pub use ring::{Completion, Ring, RingError};

@@ -16,6 +16,10 @@ use vmm_sys_util::eventfd::EventFd;
 /// to empty an overflowed queue, few enough that new submissions are not starved.
 const REAP_ROUNDS: usize = 4;
 
+/// Threads that the kernel may keep waiting for operations, for each submission entry: as many as
+/// there are completion entries.
+const BLOCKED_PER_ENTRY: u32 = 4;
+
 /// How long to wait before submissions that the kernel refused for want of memory are tried again.
 const RETRY_AFTER: Duration = Duration::from_millis(1);
 
@@ -45,6 +49,15 @@ pub enum RingError {
     Files {
         /// How many.
         count: usize,
+        /// From `io_uring_register`.
+        #[source]
+        source: io::Error,
+    },
+    /// A registered file could not be exchanged.
+    #[error("cannot change registered file {index} of io_uring")]
+    Exchange {
+        /// Its place in the table.
+        index: u32,
         /// From `io_uring_register`.
         #[source]
         source: io::Error,
@@ -120,6 +133,7 @@ impl Ring {
             .submitter()
             .register_eventfd(wake.as_raw_fd())
             .map_err(RingError::Wake)?;
+        allow_blocked(&uring, entries.saturating_mul(BLOCKED_PER_ENTRY));
         let mut ring = Self {
             uring,
             wake,
@@ -142,19 +156,44 @@ impl Ring {
         unsafe { BorrowedFd::borrow_raw(self.wake.as_raw_fd()) }
     }
 
-    /// Registers files; submissions name them by their place in `files`. The kernel keeps them
-    /// open as long as the ring exists, whatever happens to the descriptors.
+    /// Registers files; submissions name them by their place in `files`, where `None` keeps a
+    /// place free for [`Ring::exchange_file`]. The kernel keeps them open as long as the ring
+    /// exists or until they are exchanged, whatever happens to the descriptors.
     ///
     /// # Errors
     /// [`RingError::Files`].
-    pub fn register_files(&mut self, files: &[RawFd]) -> Result<(), RingError> {
+    pub fn register_files(&mut self, files: &[Option<BorrowedFd<'_>>]) -> Result<(), RingError> {
+        let files: Vec<RawFd> = files.iter().copied().map(raw).collect();
         self.uring
             .submitter()
-            .register_files(files)
+            .register_files(&files)
             .map_err(|source| RingError::Files {
                 count: files.len(),
                 source,
             })
+    }
+
+    /// Puts another file, or none, into place `index` of the registered files.
+    ///
+    /// The kernel lets go of the file that was there once no operation uses it any more; before
+    /// Linux 6.13 also not before the operations on *other* files that were submitted earlier on
+    /// this ring have ended.
+    ///
+    /// # Errors
+    /// [`RingError::Exchange`]: nothing has changed.
+    pub fn exchange_file(
+        &mut self,
+        index: u32,
+        file: Option<BorrowedFd<'_>>,
+    ) -> Result<(), RingError> {
+        let changed = self
+            .uring
+            .submitter()
+            .register_files_update(index, &[raw(file)]);
+        match changed {
+            Ok(_) => Ok(()),
+            Err(source) => Err(RingError::Exchange { index, source }),
+        }
     }
 
     /// Registers memory for `ReadFixed` and `WriteFixed`, each piece at most 1 GiB.
@@ -360,6 +399,28 @@ impl Drop for Ring {
         if self.outstanding == 0 {
             let _ = self.uring.submitter().unregister_files();
         }
+    }
+}
+
+/// The descriptor as the kernel wants it: -1 for none.
+fn raw(file: Option<BorrowedFd<'_>>) -> RawFd {
+    file.map_or(-1, |file| file.as_raw_fd())
+}
+
+/// Lets `count` operations of this thread block in the kernel at the same time.
+///
+/// What cannot be done without waiting (every flush and zeroing, and all I/O on file systems such
+/// as FUSE) runs on threads that the kernel keeps for us, by default no more than four for each
+/// processor. A replica that hangs would soon hold all of them, and the flushes of the healthy
+/// replicas would wait behind it for ever. Threads are made only while others are blocked.
+fn allow_blocked(uring: &IoUring, count: u32) {
+    // Zero leaves the other kind of thread, for what is not a file, as it is.
+    if let Err(error) = uring.submitter().register_iowq_max_workers(&mut [count, 0]) {
+        tracing::info!(
+            %error,
+            "io_uring cannot have more threads (Linux 5.15 is needed): \
+             a replica that hangs may delay the others"
+        );
     }
 }
 

@@ -5,7 +5,7 @@
     reason = "hands addresses of pinned buffers to the kernel"
 )]
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -16,13 +16,20 @@ use crate::io::zeroes::{ZEROES_BYTES, zeroes};
 use crate::io::{Access, Completion, Pool, PoolError, Ring, RingError};
 use crate::quorum::{BufferId, OpId, Operation, Outcome};
 use crate::replica::Replica;
-use crate::replica::flight::{Flight, Flights, Next, Work, ZeroMethod, ZeroMethods};
+use crate::replica::flight::{Flight, Flights, Next, Work, ZeroMethod};
+use crate::replica::slot::Slot;
+use crate::units::ReplicaId;
 
 /// The kernel registers at most this much memory as one piece.
 const PIECE_BYTES: usize = 1 << 30;
 
 /// Operations that can be in flight for each ring entry before a table grows.
 const FLIGHTS_PER_ENTRY: u32 = 4;
+
+/// What becomes of operations on a slot without a replica.
+const NO_REPLICA: Outcome = Outcome::Failed {
+    errno: libc::ENODEV,
+};
 
 /// What an executor is made with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -66,40 +73,41 @@ pub enum ExecutorError {
 /// Made and used on the worker's thread. A loop around it is: [`Executor::reap`], hand the
 /// outcomes to the lane, [`Executor::start`] what it asks for, [`Executor::submit`], and, with
 /// nothing left to do, wait on [`Executor::wake_fd`] for at most [`Executor::wait_limit`].
+///
+/// The number of slots is fixed; the replicas in them come and go with [`Executor::attach`] and
+/// [`Executor::detach`]. Everybody who has an [`Arc`] of a replica keeps its open file description
+/// and with it the locks; the executor gives its own away only when the last operation has landed
+/// (rule K2), so the file closes when the last worker is done with it.
 #[derive(Debug)]
 pub struct Executor {
     // The order of the fields is the order of their end: first the ring, then the memory that
     // it uses, then the files.
     ring: Ring,
     pool: Pool,
-    replicas: Box<[Member]>,
+    slots: Box<[Slot]>,
     flights: Flights,
+    /// Operations on slots without a replica, which end with the next [`Executor::reap`].
+    refused: Vec<OpId>,
     completions: Vec<Completion>,
     zeroes: &'static [u8],
     /// Whether the buffers are registered with the ring.
     registered: bool,
 }
 
-/// What the executor knows of a replica.
-#[derive(Debug)]
-struct Member {
-    /// Keeps the files open.
-    replica: Arc<Replica>,
-    alignment_bytes: u32,
-    zero_methods: ZeroMethods,
-}
-
 impl Executor {
-    /// An executor for `replicas`, in the order of their slots.
+    /// An executor for `replicas`, in the order of their slots; `None` where one is missing.
     ///
     /// # Errors
     /// [`ExecutorError`] if the kernel refuses the ring or the memory.
-    pub fn new(replicas: &[Arc<Replica>], config: ExecutorConfig) -> Result<Self, ExecutorError> {
+    pub fn new(
+        replicas: &[Option<Arc<Replica>>],
+        config: ExecutorConfig,
+    ) -> Result<Self, ExecutorError> {
         let pool = Pool::new(config.pool_budget_bytes, config.reserve_bytes)?;
         let mut ring = Ring::new(config.ring_entries)?;
-        let files: Vec<RawFd> = replicas
+        let files: Vec<Option<BorrowedFd<'_>>> = replicas
             .iter()
-            .map(|replica| replica.data_fd().as_raw_fd())
+            .map(|replica| replica.as_ref().map(|replica| replica.data_fd()))
             .collect();
         ring.register_files(&files)?;
         // SAFETY: the pool is dropped after the ring, and keeps its memory mapped for ever if
@@ -120,43 +128,39 @@ impl Executor {
                 false
             }
         };
-        let members = replicas.iter().map(|replica| Member {
-            replica: Arc::clone(replica),
-            alignment_bytes: replica.direct_alignment_bytes(),
-            zero_methods: ZeroMethods {
-                punch: replica.can_zero_exactly(),
-                zero_range: true,
-            },
-        });
+        let in_flight_max = config.ring_entries.saturating_mul(FLIGHTS_PER_ENTRY);
         Ok(Self {
             ring,
             pool,
-            replicas: members.collect(),
-            flights: Flights::new(config.ring_entries.saturating_mul(FLIGHTS_PER_ENTRY)),
-            completions: Vec::with_capacity(
-                config.ring_entries.saturating_mul(FLIGHTS_PER_ENTRY) as usize
-            ),
+            slots: replicas.iter().cloned().map(Slot::new).collect(),
+            flights: Flights::new(in_flight_max),
+            refused: Vec::with_capacity(in_flight_max as usize),
+            completions: Vec::with_capacity(in_flight_max as usize),
             zeroes: zeroes().map_err(ExecutorError::Zeroes)?,
             registered,
         })
     }
 
     /// Queues an operation for the next [`Executor::submit`]. Its completion comes from
-    /// [`Executor::reap`], always, once.
+    /// [`Executor::reap`], always, once. On a slot that has no replica, or whose replica is being
+    /// detached, it ends with the next reap, with `ENODEV` and without touching its buffer.
     ///
     /// # Panics
     /// If the buffer was not handed out by this executor's pool, is too short, or is used by
-    /// another operation in a conflicting way; if there is no such replica.
+    /// another operation in a conflicting way; if there is no such slot.
     pub fn start(&mut self, operation: &Operation) {
-        let methods = self.replicas[operation.replica.index()].zero_methods;
+        let Some(methods) = self.slots[operation.replica.index()].begin() else {
+            self.refused.push(operation.op);
+            return;
+        };
         let flight = Flight::new(operation, methods);
         match flight.work {
             Work::Read { buffer, .. } => self.pool.pin(buffer, Access::KernelWrites),
             Work::Write { buffer, .. } => self.pool.pin(buffer, Access::KernelReads),
             Work::Zero { .. } | Work::Flush => {}
         }
-        let slot = self.flights.insert(flight);
-        self.push(slot);
+        let number = self.flights.insert(flight);
+        self.push(number);
     }
 
     /// Hands all queued operations to the kernel in one system call; none if nothing is queued.
@@ -167,16 +171,62 @@ impl Executor {
         self.ring.submit()
     }
 
+    /// Starts nothing on `replica` any more. What is in flight there stays so, its buffers pinned,
+    /// until the kernel lets it end; of a transfer that was cut short the rest is not submitted,
+    /// it ends with `ENODEV`. With the last of them the executor unregisters the file and drops
+    /// its [`Arc`]: [`Executor::is_detached`] tells. A slot without a replica stays as it is.
+    ///
+    /// # Errors
+    /// [`RingError::Exchange`]: the ring is of no use any more.
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    pub fn detach(&mut self, replica: ReplicaId) -> Result<(), RingError> {
+        self.slots[replica.index()].leave();
+        self.vacate_if_done(replica)
+    }
+
+    /// Whether the slot has no replica: nothing is in flight, the file is not registered and the
+    /// executor has no [`Arc`].
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    #[must_use]
+    pub fn is_detached(&self, replica: ReplicaId) -> bool {
+        self.slots[replica.index()].is_empty()
+    }
+
+    /// Puts a replica into a slot that has none. Operations may be started on it at once.
+    ///
+    /// # Errors
+    /// [`RingError::Exchange`]: the slot has no replica still; trying again later makes sense.
+    ///
+    /// # Panics
+    /// If there is no such slot or it is not [detached](Executor::is_detached): an operation of
+    /// the earlier replica could be taken for one of this (section 10 of the consistency rules).
+    pub fn attach(&mut self, replica: ReplicaId, opened: Arc<Replica>) -> Result<(), RingError> {
+        assert!(
+            self.is_detached(replica),
+            "{replica:?} is attached while its slot is in use"
+        );
+        let file = Some(opened.data_fd());
+        self.ring.exchange_file(file_index(replica), file)?;
+        self.slots[replica.index()] = Slot::new(Some(opened));
+        Ok(())
+    }
+
     /// Appends what has ended since the last call to `out`. Transfers that were cut short are
     /// continued with the next [`Executor::submit`].
     ///
     /// # Errors
-    /// [`RingError::Enter`]: the ring is of no use any more.
+    /// [`RingError::Enter`], [`RingError::Exchange`]: the ring is of no use any more.
     pub fn reap(&mut self, out: &mut Vec<(OpId, Outcome)>) -> Result<(), RingError> {
+        let refused = self.refused.drain(..);
+        out.extend(refused.map(|op| (op, NO_REPLICA)));
         let mut completions = std::mem::take(&mut self.completions);
-        let result = self.ring.reap(&mut completions);
+        let mut result = self.ring.reap(&mut completions);
         for completion in completions.drain(..) {
-            self.settle(completion, out);
+            result = result.and(self.settle(completion, out));
         }
         self.completions = completions;
         result
@@ -195,6 +245,9 @@ impl Executor {
     /// # Errors
     /// [`RingError::Enter`]: the ring is of no use any more.
     pub fn wait_limit(&mut self) -> Result<Option<Duration>, RingError> {
+        if !self.refused.is_empty() {
+            return Ok(Some(Duration::ZERO));
+        }
         self.ring.wait_limit()
     }
 
@@ -215,53 +268,89 @@ impl Executor {
         self.ring.enters()
     }
 
-    /// Operations that were started and have not ended.
+    /// Operations that were started and whose end was not reaped yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.flights.len()
+        self.flights.len() + self.refused.len()
     }
 
-    /// The replicas, in the order of their slots.
-    pub fn replicas(&self) -> impl Iterator<Item = &Replica> {
-        self.replicas.iter().map(|member| &*member.replica)
+    /// Operations that the kernel has, or is about to be handed, for one replica: zero as soon as
+    /// it is [detached](Executor::is_detached).
+    ///
+    /// # Panics
+    /// If there is no such slot.
+    #[must_use]
+    pub fn in_flight_on(&self, replica: ReplicaId) -> u32 {
+        self.slots[replica.index()].in_flight()
     }
 
-    fn settle(&mut self, completion: Completion, out: &mut Vec<(OpId, Outcome)>) {
-        let slot = u32::try_from(completion.user_data).expect("user data is a slot");
-        let flight = self.flights.get_mut(slot);
-        let member = &mut self.replicas[flight.replica.index()];
+    /// The slots in order; those being detached still have their replica.
+    pub fn replicas(&self) -> impl Iterator<Item = Option<&Arc<Replica>>> {
+        self.slots.iter().map(Slot::replica)
+    }
+
+    fn settle(
+        &mut self,
+        completion: Completion,
+        out: &mut Vec<(OpId, Outcome)>,
+    ) -> Result<(), RingError> {
+        let number = u32::try_from(completion.user_data).expect("user data is a flight's number");
+        let flight = self.flights.get_mut(number);
+        let replica = flight.replica;
+        let slot = &mut self.slots[replica.index()];
         let next = flight.advance(
             completion.result,
-            member.alignment_bytes,
-            &mut member.zero_methods,
+            slot.alignment_bytes,
+            &mut slot.zero_methods,
         );
         let Flight { op, work, .. } = *flight;
         match next {
-            Next::Again => self.push(slot),
-            Next::Ended(outcome) => {
-                self.flights.remove(slot);
+            Next::Again if slot.is_attached() => {
+                self.push(number);
+                Ok(())
+            }
+            Next::Again | Next::Ended(_) => {
+                self.flights.remove(number);
+                slot.end();
                 match work {
                     Work::Read { buffer, .. } => self.pool.unpin(buffer, Access::KernelWrites),
                     Work::Write { buffer, .. } => self.pool.unpin(buffer, Access::KernelReads),
                     Work::Zero { .. } | Work::Flush => {}
                 }
-                out.push((op, outcome));
+                out.push(match next {
+                    Next::Ended(outcome) => (op, outcome),
+                    // The rest would be a new operation on a replica that is being detached.
+                    Next::Again => (op, NO_REPLICA),
+                });
+                self.vacate_if_done(replica)
             }
         }
     }
 
-    /// Queues what is left of the operation in `slot`.
-    fn push(&mut self, slot: u32) {
-        let flight = *self.flights.get_mut(slot);
-        let entry = self.entry(&flight).user_data(u64::from(slot));
+    /// Gives away a replica that is being detached if its last operation has ended.
+    fn vacate_if_done(&mut self, replica: ReplicaId) -> Result<(), RingError> {
+        let slot = &mut self.slots[replica.index()];
+        if !slot.is_done() {
+            return Ok(());
+        }
+        // The ring first: if ours is the last `Arc`, dropping it closes the file and ends the
+        // locks now and here, not when the kernel gets round to it.
+        self.ring.exchange_file(file_index(replica), None)?;
+        *slot = Slot::new(None);
+        Ok(())
+    }
+
+    /// Queues what is left of an operation.
+    fn push(&mut self, number: u32) {
+        let flight = *self.flights.get_mut(number);
+        let entry = self.entry(&flight).user_data(u64::from(number));
         // SAFETY: the entry points to a buffer that stays pinned, and so mapped and unused by
         // others, until the completion is settled; or to the zeroes, which live for ever.
         unsafe { self.ring.push(entry) };
     }
 
     fn entry(&self, flight: &Flight) -> squeue::Entry {
-        let file = u32::try_from(flight.replica.index()).expect("at most 16 replicas");
-        let file = types::Fixed(file);
+        let file = types::Fixed(file_index(flight.replica));
         let offset = flight.rest_offset();
         let len = flight.rest_bytes();
         match flight.work {
@@ -318,6 +407,11 @@ impl Executor {
         let piece = self.pool.piece_of(buffer, PIECE_BYTES);
         u16::try_from(piece).expect("the kernel registers at most 16384 pieces")
     }
+}
+
+/// Where a replica's file is registered: by slot.
+fn file_index(replica: ReplicaId) -> u32 {
+    u32::try_from(replica.index()).expect("at most 16 replicas")
 }
 
 #[cfg(test)]

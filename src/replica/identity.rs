@@ -3,6 +3,7 @@
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 
 /// The storage of a replica. Two paths, links or bind mounts to one file have one identity.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -74,6 +75,20 @@ impl Identity {
         }
     }
 
+    /// Whether `now`, to which a path leads, can be what was opened there earlier as this. A loop
+    /// device can be given another file without its number changing; where the file cannot be
+    /// found out, the number counts.
+    pub(super) fn may_be(&self, now: &Self) -> bool {
+        if self.device_number() != now.device_number() {
+            return false;
+        }
+        match (self.inode(), now.inode()) {
+            (Some(then), Some(now)) => then == now,
+            (None, None) => true,
+            _ => self.device_number().is_some(),
+        }
+    }
+
     /// The file in which the bytes end up, as far as one can tell.
     fn inode(&self) -> Option<Inode> {
         match self {
@@ -93,9 +108,14 @@ pub fn sysfs_directory(number: u64) -> String {
 /// The file behind a loop device. A file that was deleted, or lies in another mount namespace, is
 /// not found: the check is a help, not a fence (that is what the locks are for).
 fn loop_backing(number: u64) -> Option<Inode> {
-    let path = fs::read_to_string(sysfs_directory(number) + "/loop/backing_file").ok()?;
-    let metadata = fs::metadata(path.trim_end_matches('\n')).ok()?;
+    let metadata = fs::metadata(backing_file(number)?).ok()?;
     metadata.is_file().then(|| Inode::of(&metadata))
+}
+
+/// The path of the file behind a loop device, as it was when the two were joined.
+pub(super) fn backing_file(number: u64) -> Option<PathBuf> {
+    let text = fs::read_to_string(sysfs_directory(number) + "/loop/backing_file").ok()?;
+    Some(PathBuf::from(text.trim_end_matches('\n')))
 }
 
 #[cfg(test)]
@@ -127,6 +147,22 @@ mod tests {
         for (one, other, same) in cases {
             assert_eq!(one.same_storage(&other), same, "{one:?} {other:?}");
             assert_eq!(other.same_storage(&one), same, "{other:?} {one:?}");
+        }
+    }
+
+    #[test]
+    fn may_be_table() {
+        let cases = [
+            (file(1, 2), file(1, 2), true),
+            (file(1, 2), file(1, 3), false),
+            (file(1, 2), device(5, Some((1, 2))), false),
+            (device(5, Some((1, 2))), device(5, Some((1, 2))), true),
+            (device(5, Some((1, 2))), device(5, Some((1, 3))), false),
+            (device(5, Some((1, 2))), device(5, None), true),
+            (device(5, None), device(6, None), false),
+        ];
+        for (then, now, expected) in cases {
+            assert_eq!(then.may_be(&now), expected, "{then:?} {now:?}");
         }
     }
 

@@ -5,25 +5,36 @@
 //!
 //! - [`RawReplica`]: a raw file or block device, with [`OpenError`] for what can be wrong with it;
 //!   its locks (rule K1), identity (rule V8) and alignment are found out in modules of their own.
+//! - [`Fingerprint`] and [`Presence`]: by what a replica is known again, and whether it vanished.
+//! - [`open_each`] and [`open_one_beside`]: opening a set as far as it goes, and one of it again.
 //! - [`check_set`]: whether several replicas together make a disk, and which.
-//! - [`Executor`]: the operations of one worker, in flight on its ring.
+//! - [`Executor`]: the operations of one worker, in flight on its ring, on the replicas that are
+//!   attached to it.
 
 mod executor;
+mod fault;
+mod fingerprint;
 mod flight;
 mod identity;
 mod locks;
+mod opening;
 mod probe;
 mod raw;
 mod set;
+mod slot;
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 pub use executor::{Executor, ExecutorConfig, ExecutorError};
+pub use fault::{OpenError, OpenFault};
+pub use fingerprint::{Fingerprint, Presence};
 pub use identity::{Identity, Inode};
 pub use locks::Holder;
-pub use raw::{Cache, Format, OpenError, OpenFault, RawOptions, RawReplica};
-pub use set::{SetError, SetNote, SetShape, check_set, open_set};
+pub use opening::{ReopenError, open_each, open_one_beside, open_set};
+pub use raw::{Cache, Format, RawOptions, RawReplica};
+pub use set::{SetError, SetNote, SetShape, Unfit, check_member, check_set};
 
 /// One full copy of the disk, of whatever kind.
 #[derive(Debug)]
@@ -87,6 +98,44 @@ impl Replica {
     pub fn identity(&self) -> &Identity {
         match self {
             Self::Raw(raw) => raw.identity(),
+        }
+    }
+
+    /// Its fingerprint when it was opened; see [`RawReplica::found`].
+    #[must_use]
+    pub fn found(&self) -> Fingerprint {
+        match self {
+            Self::Raw(raw) => raw.found(),
+        }
+    }
+
+    /// By what it is known again; see [`RawReplica::fingerprint`].
+    ///
+    /// # Errors
+    /// Of the system calls that look at it.
+    pub fn fingerprint(&self) -> io::Result<Fingerprint> {
+        match self {
+            Self::Raw(raw) => raw.fingerprint(),
+        }
+    }
+
+    /// The same after making it stable; see [`RawReplica::durable_fingerprint`].
+    ///
+    /// # Errors
+    /// Of the flush, or of the system calls that look at it.
+    pub fn durable_fingerprint(&self) -> io::Result<Fingerprint> {
+        match self {
+            Self::Raw(raw) => raw.durable_fingerprint(),
+        }
+    }
+
+    /// Whether it is still where it was opened; see [`RawReplica::is_still_there`].
+    ///
+    /// # Errors
+    /// If that cannot be found out.
+    pub fn is_still_there(&self) -> io::Result<Presence> {
+        match self {
+            Self::Raw(raw) => raw.is_still_there(),
         }
     }
 

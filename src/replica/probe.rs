@@ -91,11 +91,22 @@ fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// Whether an exact range can be zeroed without writing the zeroes. A regular file is asked to
-/// punch a hole after its end, which changes nothing; a block device says so in sysfs.
+/// punch a hole after its end, which changes nothing in it; a block device says so in sysfs.
 pub(super) fn can_zero_exactly(file: &File, identity: &Identity, length_bytes: u64) -> bool {
     match identity.device_number() {
         Some(number) => device_zeroes(number),
-        None => punch(file, length_bytes.next_multiple_of(1 << 20)),
+        None => {
+            let before = file.metadata().and_then(|metadata| metadata.modified());
+            let can = punch(file, length_bytes.next_multiple_of(1 << 20));
+            // The time of the last change moves even so. It is what tells at the next start
+            // whether somebody changed the replica (rule S3), and a start may fail after this.
+            if let Ok(time) = before
+                && let Err(error) = file.set_modified(time)
+            {
+                tracing::debug!(%error, "the time of the last change cannot be set back");
+            }
+            can
+        }
     }
 }
 
@@ -117,16 +128,18 @@ fn device_zeroes(number: u64) -> bool {
     limit.is_some_and(|text| text.trim().parse::<u64>().is_ok_and(|bytes| bytes > 0))
 }
 
-/// Drops the clean cached pages of `file`, so that the next reads ask the medium (rule F4).
+/// Writes back and drops the cached pages of `file`, so that the next reads ask the medium (rule
+/// F4); see [`RawReplica::drop_caches`](super::RawReplica::drop_caches) for what stays.
 ///
 /// # Errors
-/// Of `posix_fadvise`.
+/// Of `fdatasync`, after which the pages were dropped all the same, or of `posix_fadvise`.
 pub(super) fn drop_caches(file: &File) -> io::Result<()> {
+    // The advice begins to write dirty pages back, but neither waits for them nor drops them.
+    let written = file.sync_data();
     // SAFETY: the descriptor is open; the advice changes no data.
     let errno = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    if errno == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::from_raw_os_error(errno))
+    if errno != 0 {
+        return Err(io::Error::from_raw_os_error(errno));
     }
+    written
 }

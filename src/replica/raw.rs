@@ -7,10 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use thiserror::Error;
-
+use crate::replica::fault::{OpenError, OpenFault};
+use crate::replica::fingerprint::{self, Fingerprint, Presence};
 use crate::replica::identity::Identity;
-use crate::replica::locks::{self, Holder, LockError};
+use crate::replica::locks::{self, LockError};
 use crate::replica::probe::{self, ALIGNMENT_BYTES_MAX, FirstPage};
 use crate::units::SECTOR_BYTES;
 
@@ -64,114 +64,6 @@ impl RawOptions {
     }
 }
 
-/// A replica that cannot be opened. Every message begins with the replica's name and path.
-#[derive(Debug, Error)]
-#[error("replica '{name}' ({}): {fault}", path.display())]
-pub struct OpenError {
-    /// The replica's name.
-    pub name: String,
-    /// Where it is, as configured.
-    pub path: PathBuf,
-    /// What is wrong with it.
-    pub fault: OpenFault,
-}
-
-impl OpenError {
-    /// Whether somebody else has the replica now, so that trying again later makes sense: a
-    /// daemon that was killed keeps its locks until its last operation has landed (rule K2).
-    #[must_use]
-    pub fn is_in_use(&self) -> bool {
-        matches!(self.fault, OpenFault::InUse { .. } | OpenFault::DeviceBusy)
-    }
-}
-
-/// What is wrong with a replica that cannot be opened.
-#[derive(Debug, Error)]
-pub enum OpenFault {
-    /// A system call failed.
-    #[error("cannot {action}: {error}")]
-    System {
-        /// What was tried.
-        action: &'static str,
-        /// Its errno.
-        error: io::Error,
-    },
-    /// Nothing has that name.
-    #[error("cannot open: {0}; correct the path, or create the file with the size of the disk")]
-    NotFound(io::Error),
-    /// Not permitted to write.
-    #[error("cannot open for writing: {0}; correct its permissions or serve with --read-only")]
-    NotWritable(io::Error),
-    /// Neither a regular file nor a block device.
-    #[error("is a {kind}; a replica is a regular file or a block device")]
-    WrongKind {
-        /// What it is.
-        kind: &'static str,
-    },
-    /// The path led to something else between two looks.
-    #[error("was replaced while it was being opened; try again")]
-    Replaced,
-    /// The same storage as an earlier replica (rule V8).
-    #[error("is the same storage as replica '{other}'; every replica needs its own")]
-    Duplicate {
-        /// The earlier replica.
-        other: String,
-    },
-    /// QEMU or another daemon has it (rule K1).
-    #[error(
-        "in use by {} {holder}; stop that VM, tool or daemon first",
-        Process(*pid)
-    )]
-    InUse {
-        /// What the other one does with it.
-        holder: Holder,
-        /// The other process, if the kernel says.
-        pid: Option<i32>,
-    },
-    /// A block device that is mounted or opened exclusively by somebody else.
-    #[error("the device is mounted or in use; unmount it or stop what uses it")]
-    DeviceBusy,
-    /// O_DIRECT is refused.
-    #[error(
-        "the file system does not support O_DIRECT; \
-         give cache=buffered for this replica to use the page cache"
-    )]
-    DirectRefused,
-    /// O_DIRECT in units larger than a page.
-    #[error(
-        "O_DIRECT needs multiples of {alignment_bytes} bytes, more than 4096; \
-         give cache=buffered for this replica"
-    )]
-    Alignment {
-        /// What the kernel says.
-        alignment_bytes: u32,
-    },
-    /// A qcow2 image.
-    #[error(
-        "is a qcow2 image; raw access would show the guest its metadata. Convert it with \
-         'qemu-img convert -O raw', or give format=raw if the guest is meant to see these bytes"
-    )]
-    Qcow2,
-    /// Shorter than a sector.
-    #[error("has {length_bytes} bytes, less than one sector; create it with the size of the disk")]
-    Empty {
-        /// Its length.
-        length_bytes: u64,
-    },
-}
-
-/// "another process", with its number if there is one.
-struct Process(Option<i32>);
-
-impl std::fmt::Display for Process {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
-            Some(pid) => write!(f, "process {pid}"),
-            None => f.write_str("another process"),
-        }
-    }
-}
-
 /// An open, locked raw file or block device.
 #[derive(Debug)]
 pub struct RawReplica {
@@ -183,6 +75,7 @@ pub struct RawReplica {
     direct_alignment_bytes: u32,
     can_zero_exactly: bool,
     read_only: bool,
+    found: Fingerprint,
 }
 
 impl RawReplica {
@@ -259,11 +152,65 @@ impl RawReplica {
         self.file.as_fd()
     }
 
-    /// Drops its clean cached pages, so that the next reads ask the medium (rule F4). Done once
-    /// when a replica is opened with [`Cache::Buffered`].
+    /// Its fingerprint as it was found: locked, and before anything was tried on it. This is what
+    /// is to be compared with that of the last clean stop (rule S3): finding out whether holes can
+    /// be punched moves the time of the last change, which only the owner of the file can set
+    /// back.
+    #[must_use]
+    pub fn found(&self) -> Fingerprint {
+        self.found
+    }
+
+    /// By what it is known again: its size, time of last change and place at this moment.
+    ///
+    /// The time also changes with our own writes, so this says most after the last operation has
+    /// landed and before the file is closed (rule S3); see
+    /// [`RawReplica::durable_fingerprint`] for one that is to survive a power loss.
     ///
     /// # Errors
-    /// Of `posix_fadvise`.
+    /// Of `fstat`, or of reading the size of a device that is not there any more.
+    pub fn fingerprint(&self) -> io::Result<Fingerprint> {
+        Fingerprint::of_file(&self.file)
+    }
+
+    /// Makes everything about it stable and returns the fingerprint it will then have after a
+    /// power loss too (rule R8). A flush alone leaves the time of the last change in memory:
+    /// after a power loss an older one would come back, and the replica would be taken for one
+    /// that somebody changed.
+    ///
+    /// Takes as long as the storage does, for ever if it hangs.
+    ///
+    /// # Errors
+    /// Of `fsync`, and of [`RawReplica::fingerprint`].
+    pub fn durable_fingerprint(&self) -> io::Result<Fingerprint> {
+        self.file.sync_all()?;
+        self.fingerprint()
+    }
+
+    /// Whether the configured path still leads to what is open here, in its full length. What is
+    /// [`Presence::Gone`] takes writes without an error and loses them all when it is closed.
+    ///
+    /// Takes as long as the storage does, for ever if it hangs.
+    ///
+    /// # Errors
+    /// If it cannot be found out, for want of a permission or of memory; that says nothing about
+    /// the replica.
+    pub fn is_still_there(&self) -> io::Result<Presence> {
+        fingerprint::presence(&self.file, &self.path, &self.identity, self.length_bytes)
+    }
+
+    /// Writes back and drops its cached pages, so that the next reads ask the medium (rule F4).
+    /// Done when a replica is opened with [`Cache::Buffered`], a file or a device alike.
+    ///
+    /// Only clean pages can be dropped, so the dirty ones are written back first. What stays:
+    /// pages that became dirty meanwhile, pages that another process has mapped or locked in
+    /// memory, everything on a file system without a medium (tmpfs), and caches below the
+    /// kernel's, in a controller, a server or the host of a virtual machine. A page whose write
+    /// back failed counts as clean and is dropped with the data that never reached the medium:
+    /// that is meant, for a vote must not count what is not there.
+    ///
+    /// # Errors
+    /// Of `fdatasync`, in which case the pages were dropped all the same, or of `posix_fadvise`.
     pub fn drop_caches(&self) -> io::Result<()> {
         probe::drop_caches(&self.file)
     }
@@ -286,6 +233,7 @@ fn open<'a>(
         return Err(OpenFault::Replaced);
     }
     lock(&file, options)?;
+    let found = Fingerprint::of_file(&file).map_err(system("examine"))?;
     let length_bytes = file
         .seek(SeekFrom::End(0))
         .map_err(system("find the length"))?;
@@ -314,14 +262,24 @@ fn open<'a>(
         length_bytes,
         direct_alignment_bytes,
         read_only: options.read_only,
+        found,
     };
-    if options.cache == Cache::Buffered {
-        replica.drop_caches().map_err(system("drop cached pages"))?;
+    if options.cache == Cache::Buffered
+        && let Err(error) = replica.drop_caches()
+    {
+        // Whose writes those were does not matter: what they left on the medium is now to be
+        // seen, and ours are dirty in the state record until a flush of ours succeeds.
+        tracing::warn!(
+            replica = options.name,
+            %error,
+            "writes made before it was opened could not be brought to the medium"
+        );
     }
     Ok(replica)
 }
 
-fn identify(path: &Path) -> Result<Identity, OpenFault> {
+/// What `path` leads to, without opening it.
+pub(super) fn identify(path: &Path) -> Result<Identity, OpenFault> {
     use std::os::unix::fs::FileTypeExt;
 
     let metadata = fs::metadata(path).map_err(|error| match error.kind() {

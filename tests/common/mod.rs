@@ -2,8 +2,13 @@
 //! What the integration tests share: the real daemon on images in a folder of its own, looked at
 //! from outside, with a limit on every wait. A daemon whose test fails has its log printed.
 
-#![allow(dead_code, reason = "every test binary uses its own part of this")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "every test binary uses its own part of this"
+)]
 
+mod faulty;
 mod process;
 mod random;
 
@@ -17,6 +22,7 @@ use std::time::{Duration, Instant};
 use quorum_blk::front_end::{FrontEnd, FrontEndError, Options};
 use serde_json::Value;
 
+pub use faulty::FaultyFile;
 pub use process::{Process, Signal};
 pub use random::Random;
 

@@ -32,8 +32,8 @@ use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, BufferId, Buffers, Event, KickCause, Lane, LaneCounters, LaneId, Purpose, Report,
-    Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BadCause, BufferId, Buffers, Event, KickCause, Lane, LaneCounters, LaneId, Purpose,
+    Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, Time};
@@ -87,8 +87,8 @@ pub struct WorkerSetup {
     pub index: u8,
     /// What the lanes share.
     pub shared: Arc<Shared>,
-    /// The replicas, in the order of their slots.
-    pub replicas: Vec<Arc<Replica>>,
+    /// The replicas, in the order of their slots; `None` where one is missing.
+    pub replicas: Vec<Option<Arc<Replica>>>,
     /// Ring and buffers.
     pub executor: ExecutorConfig,
     /// The mailboxes of all workers, this one's at `index`.

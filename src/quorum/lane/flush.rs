@@ -31,7 +31,6 @@ pub(super) struct FlushRequest {
 /// One flush of every replica, in parallel.
 pub(super) struct FlushRun {
     run: u64,
-    asked: ReplicaSet,
     pending: ReplicaSet,
     done: ReplicaSet,
     errnos: [i32; REPLICAS_MAX],
@@ -119,7 +118,6 @@ impl Lane {
         }
         let slot = self.activities.insert(Activity::FlushRun(FlushRun {
             run,
-            asked,
             pending: asked,
             done: ReplicaSet::EMPTY,
             errnos: [ETIMEDOUT; REPLICAS_MAX],

@@ -72,8 +72,10 @@ pub(super) struct Reconcile {
 /// What became of a piece.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct PieceResult {
-    /// Every sector has a winner, and all voters hold it or are behind.
+    /// Every sector has a winner.
     pub(super) decided: bool,
+    /// All current copies hold the winners.
+    pub(super) complete: bool,
     /// Voters that were rewritten.
     pub(super) rewritten: ReplicaSet,
     /// Targets that do not hold the piece.
@@ -226,11 +228,13 @@ impl Lane {
         let reconcile = self.reconcile_mut(slot);
         reconcile.rewritten = reconcile.rewritten.union(result.rewritten);
         reconcile.targets = reconcile.targets.minus(result.lost);
-        let pointless = !reconcile.resolves && reconcile.targets.is_empty();
-        if !result.decided || pointless {
-            // Nobody knows what the targets should hold, or nobody is left to be told.
+        // What is not equal on all current copies stays in U; the targets are served all the same.
+        reconcile.resolves &= result.complete;
+        if !result.decided {
+            // Nobody knows what the targets should hold.
             reconcile.targets = ReplicaSet::EMPTY;
-            reconcile.resolves = false;
+        }
+        if !reconcile.resolves && reconcile.targets.is_empty() {
             self.reconcile_end(turn, slot);
             return;
         }

@@ -149,6 +149,13 @@ impl Settle {
         }
     }
 
+    /// Whether the replica holds the winner of every sector now.
+    fn is_right(&self, replica: ReplicaId) -> bool {
+        let read = self.good.contains(replica)
+            && self.winners.iter().all(|winner| winner.contains(replica));
+        read || matches!(self.repairs[replica.index()], Repair::Right { .. })
+    }
+
     fn is_stray(&self, replica: ReplicaId) -> bool {
         self.strays.contains(replica)
     }
@@ -669,11 +676,13 @@ impl Lane {
                 .winners
                 .iter()
                 .all(|winner| winner.contains_all(settle.good));
+        // Nobody may hold anything else in what is to leave U.
+        let complete = decided && current.iter().all(|replica| settle.is_right(replica));
         let (origin, result) = (settle.origin, settle.result);
         if settle.deadline.take().is_some() {
             self.disarm();
         }
-        if resolves && decided && current.count() >= shared.policy.threshold {
+        if resolves && complete && current.count() >= shared.policy.threshold {
             shared.unresolved.remove(range);
         }
         let settle = self.settle_mut(slot);
@@ -686,6 +695,7 @@ impl Lane {
         if let Some(parent) = settle.parent {
             let result = PieceResult {
                 decided,
+                complete,
                 rewritten: settle.rewritten,
                 lost: settle.lost,
             };

@@ -2,6 +2,7 @@
 //! The executor on real files.
 
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -10,6 +11,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::*;
 use crate::quorum::{Buffers, OperationKind, Purpose};
+use crate::replica::flight::ZeroMethods;
 use crate::replica::{Cache, RawOptions, open_set};
 use crate::units::{ReplicaId, SectorRange};
 
@@ -38,7 +40,8 @@ fn executor(options: &[RawOptions]) -> Executor {
         reserve_bytes: 0,
         ring_entries: 8,
     };
-    Executor::new(&open_set(options).unwrap(), config).unwrap()
+    let replicas: Vec<_> = open_set(options).unwrap().into_iter().map(Some).collect();
+    Executor::new(&replicas, config).unwrap()
 }
 
 fn range(start: u64, count: u32) -> SectorRange {
@@ -229,8 +232,8 @@ fn write_zeroes_where_it_is_not_supported_writes_zeroes() {
     // tmpfs punches holes but has no ZERO_RANGE.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let executor = zeroing(directory.path(), Cache::Buffered, false);
-    assert!(!executor.replicas[0].zero_methods.zero_range);
-    assert!(executor.replicas[0].zero_methods.punch);
+    assert!(!executor.slots[0].zero_methods.zero_range);
+    assert!(executor.slots[0].zero_methods.punch);
 }
 
 #[test]
@@ -239,7 +242,7 @@ fn write_zeroes_by_writing_more_than_the_zeroes_there_are() {
     let path = directory.path().join("a");
     fs::write(&path, vec![7; 3 << 20]).unwrap();
     let mut executor = executor(&[RawOptions::new("a", &path)]);
-    executor.replicas[0].zero_methods = ZeroMethods {
+    executor.slots[0].zero_methods = ZeroMethods {
         punch: false,
         zero_range: false,
     };
@@ -419,4 +422,149 @@ fn an_unregistered_pool_works_the_same() {
     };
     assert_eq!(run_one(&mut executor, kind), Outcome::Done);
     assert!(executor.pool().bytes(buffer) == content);
+}
+
+/// Two replicas of which the second is missing.
+fn executor_with_a_gap(directory: &Path) -> (Executor, RawOptions) {
+    let set = [
+        options(directory, "a", Cache::Direct),
+        options(directory, "b", Cache::Direct),
+    ];
+    let a = open_set(&set[..1]).unwrap().remove(0);
+    let config = ExecutorConfig {
+        pool_budget_bytes: 4 << 20,
+        reserve_bytes: 0,
+        ring_entries: 8,
+    };
+    let [_, b] = set;
+    (Executor::new(&[Some(a), None], config).unwrap(), b)
+}
+
+fn reopen(options: &RawOptions) -> Arc<Replica> {
+    open_set(std::slice::from_ref(options)).unwrap().remove(0)
+}
+
+#[test]
+fn start_on_a_missing_replica_ends_at_once_and_leaves_the_buffer_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut executor, _) = executor_with_a_gap(directory.path());
+    let gap = ReplicaId::new(1);
+    assert!(executor.is_detached(gap) && !executor.is_detached(ReplicaId::new(0)));
+    let buffer = taken(&mut executor, &[0; 4096]);
+    let range = range(0, 8);
+    let read = OperationKind::Read {
+        range,
+        buffer,
+        skip_bytes: 0,
+    };
+    // The same buffer twice: neither uses it.
+    executor.start(&operation(1, 1, read));
+    executor.start(&operation(2, 1, read));
+    assert_eq!((executor.in_flight(), executor.in_flight_on(gap)), (2, 0));
+    assert_eq!(executor.wait_limit().unwrap(), Some(Duration::ZERO));
+    let mut ended = Vec::new();
+    executor.reap(&mut ended).unwrap();
+    assert_eq!(ended, [(OpId(1), NO_REPLICA), (OpId(2), NO_REPLICA)]);
+    assert_eq!(executor.in_flight(), 0);
+    assert_eq!(executor.ring_enters(), 0);
+    assert_eq!(executor.wait_limit().unwrap(), None);
+    assert_eq!(
+        run(&mut executor, &[operation(3, 0, read)]),
+        [Outcome::Done]
+    );
+}
+
+#[test]
+fn attach_fills_a_gap_and_detach_makes_one_as_often_as_asked() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut executor, b) = executor_with_a_gap(directory.path());
+    let gap = ReplicaId::new(1);
+    for round in 0..20 {
+        let replica = reopen(&b);
+        executor.attach(gap, Arc::clone(&replica)).unwrap();
+        assert_eq!(executor.replicas().flatten().count(), 2);
+        let content = pattern(4096, round);
+        let buffer = taken(&mut executor, &content);
+        let range = range(8, 8);
+        let write = OperationKind::Write {
+            range,
+            buffer,
+            skip_bytes: 0,
+        };
+        let outcomes = run(
+            &mut executor,
+            &[operation(1, 0, write), operation(2, 1, write)],
+        );
+        assert_eq!(outcomes, [Outcome::Done; 2]);
+        executor.pool_mut().give(buffer);
+        assert!(fs::read(&b.path).unwrap()[4096..8192] == content);
+        executor.detach(gap).unwrap();
+        executor.detach(gap).unwrap();
+        assert!(executor.is_detached(gap));
+        assert_eq!(Arc::strong_count(&replica), 1);
+        let flush = [
+            operation(3, 0, OperationKind::Flush),
+            operation(4, 1, OperationKind::Flush),
+        ];
+        assert_eq!(run(&mut executor, &flush), [Outcome::Done, NO_REPLICA]);
+        // Closed here; the next round could not open it otherwise.
+    }
+}
+
+#[test]
+fn detach_by_one_worker_leaves_the_locks_to_the_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let set = [options(directory.path(), "a", Cache::Direct)];
+    let replica = reopen(&set[0]);
+    let only = ReplicaId::new(0);
+    let mut workers: Vec<Executor> = (0..2)
+        .map(|_| {
+            let config = ExecutorConfig::default();
+            Executor::new(&[Some(Arc::clone(&replica))], config).unwrap()
+        })
+        .collect();
+    drop(replica);
+    workers[0].detach(only).unwrap();
+    assert!(open_set(&set).unwrap_err().is_in_use());
+    assert_eq!(
+        run_one(&mut workers[1], OperationKind::Flush),
+        Outcome::Done
+    );
+    workers[1].detach(only).unwrap();
+    drop(open_set(&set).unwrap());
+}
+
+#[test]
+fn detach_does_not_submit_the_rest_of_a_transfer() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a");
+    fs::write(&path, vec![7; 3 << 20]).unwrap();
+    let mut executor = executor(&[RawOptions::new("a", &path)]);
+    executor.slots[0].zero_methods = ZeroMethods {
+        punch: false,
+        zero_range: false,
+    };
+    let only = ReplicaId::new(0);
+    executor.start(&operation(1, 0, write_zeroes(0, 4096, true)));
+    executor.submit().unwrap();
+    executor.detach(only).unwrap();
+    assert!(!executor.is_detached(only));
+    let mut ended = Vec::new();
+    while ended.is_empty() {
+        executor.submit().unwrap();
+        executor.reap(&mut ended).unwrap();
+    }
+    assert_eq!(ended, [(OpId(1), NO_REPLICA)]);
+    assert!(executor.is_detached(only));
+    let content = fs::read(&path).unwrap();
+    let zeroed = content.iter().take_while(|&&byte| byte == 0).count();
+    assert_eq!(zeroed, ZEROES_BYTES as usize);
+}
+
+#[test]
+#[should_panic(expected = "r0 is attached while its slot is in use")]
+fn attach_to_a_slot_in_use_is_a_mistake_of_ours() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut executor, b) = executor_with_a_gap(directory.path());
+    let _ = executor.attach(ReplicaId::new(0), reopen(&b));
 }

@@ -60,11 +60,10 @@ impl Lane {
     ) {
         let shared = turn.shared;
         let settle = self.settle_mut(slot);
-        if settle.pending.contains(replica) {
-            // It has not even been read to the end: a write beside that would not be ordered.
-            self.settle_leave_behind(turn, slot, replica);
-            return;
-        }
+        assert!(
+            !settle.pending.contains(replica),
+            "one operation on a replica at a time"
+        );
         let Some((first, end)) = settle.next_run(replica, from, shared.geometry.block_sectors())
         else {
             if from > 0 {
