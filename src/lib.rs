@@ -6,6 +6,7 @@
 //!
 //! - [`units`]: sectors, ranges, replicas, time.
 //! - [`quorum`]: the voting core, a state machine without I/O.
+//! - [`record`]: what the disk remembers of itself: on-disk format, opening, updates.
 //! - [`io`], [`replica`]: the ring, the buffers, and how an operation becomes I/O on a replica.
 //! - [`device`]: the virtio-blk and vhost-user side: descriptor chains, config space, connections.
 //! - [`config`]: what the user asked for, checked.
@@ -22,5 +23,6 @@ pub mod device;
 pub mod front_end;
 pub mod io;
 pub mod quorum;
+pub mod record;
 pub mod replica;
 pub mod units;

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The maps of several copies become one, page by page (rule R5).
+//!
+//! Whatever is durable is in the newest valid image of its page on more than half of the copies.
+//! The OR over the copies that can be read therefore has it, unless so many images of a page are
+//! damaged or absent that the rest need not hold it: then the page is lost and all of it is set.
+
+use super::layout::{BLOCK_BYTES, Block, Layout, Slot};
+use super::opening::ReadBlock;
+use super::page::{decode_bits, decode_header};
+use super::superblock::{DiskUuid, Superblock};
+use crate::quorum::{PAGE_WORDS, PageBits, PageName};
+
+/// All pages of all maps in use.
+pub(super) struct MergedPages {
+    layout: Layout,
+    slots: usize,
+    bits: Vec<PageBits>,
+    /// The largest sequence of each page that was met on any copy.
+    sequences: Vec<u64>,
+}
+
+impl MergedPages {
+    /// Clear maps: D, and B of `slots` slots.
+    pub fn new(layout: Layout, slots: usize) -> Self {
+        let count = layout.pages() * (slots + 1);
+        Self {
+            layout,
+            slots,
+            bits: vec![[0; PAGE_WORDS]; count],
+            sequences: vec![0; count],
+        }
+    }
+
+    pub fn count(&self) -> usize {
+        self.bits.len()
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = PageName> + use<> {
+        self.layout.names(self.slots)
+    }
+
+    pub fn bits(&self, name: PageName) -> &PageBits {
+        &self.bits[self.layout.number(name, self.slots)]
+    }
+
+    /// The sequences, which the recorder goes on from.
+    pub fn sequences(&self) -> &[u64] {
+        &self.sequences
+    }
+}
+
+/// A copy as a source of pages.
+pub(super) struct PageSource<'a, R> {
+    /// None: there is nothing to read.
+    pub reader: Option<&'a mut R>,
+    /// Its bits are merged.
+    pub holder: bool,
+    /// It took part in the epoch: an image it has lost may have been one that mattered.
+    pub counts: bool,
+}
+
+/// What was found on a copy.
+pub(super) struct CopyPages {
+    /// Per page the slot to be written next.
+    pub slots: Vec<Slot>,
+    /// Per page whether its newest image equals the merged one.
+    pub matches: Vec<bool>,
+    /// Slots that hold something that is not valid, or cannot be read.
+    pub damaged: usize,
+}
+
+/// The outcome.
+pub(super) struct Merged {
+    pub pages: MergedPages,
+    pub copies: Vec<CopyPages>,
+    /// Pages of which too little is left.
+    pub lost: Vec<PageName>,
+}
+
+/// The two images of a page on a copy.
+struct Images {
+    blocks: [Box<Block>; 2],
+    /// Of the valid ones.
+    sequences: [Option<u64>; 2],
+    damaged: usize,
+}
+
+impl Images {
+    fn new() -> Self {
+        Self {
+            blocks: [Box::new([0; BLOCK_BYTES]), Box::new([0; BLOCK_BYTES])],
+            sequences: [None; 2],
+            damaged: 0,
+        }
+    }
+
+    fn read<R: ReadBlock>(
+        &mut self,
+        reader: Option<&mut R>,
+        layout: Layout,
+        name: PageName,
+        disk: DiskUuid,
+    ) {
+        self.sequences = [None; 2];
+        let Some(reader) = reader else { return };
+        for slot in Slot::BOTH {
+            let block = &mut self.blocks[slot.index()];
+            let read = reader.read_block(layout.block_of(name, slot), block);
+            let sequence = match read {
+                Ok(()) => decode_header(block, name, disk).ok(),
+                Err(_) => None,
+            };
+            self.sequences[slot.index()] = sequence;
+            let blank = read.is_ok() && block.iter().all(|&byte| byte == 0);
+            if sequence.is_none() && !blank {
+                self.damaged += 1;
+            }
+        }
+    }
+
+    /// The slot of the newest valid image.
+    fn newest(&self) -> Option<Slot> {
+        let [a, b] = self.sequences;
+        match (a, b) {
+            (None, None) => None,
+            _ if a >= b => Some(Slot::A),
+            _ => Some(Slot::B),
+        }
+    }
+
+    fn newest_sequence(&self) -> u64 {
+        self.sequences.iter().flatten().copied().max().unwrap_or(0)
+    }
+
+    fn equals(&self, slot: Slot, bits: &PageBits) -> bool {
+        let mut equal = true;
+        decode_bits(&self.blocks[slot.index()], |word, value| {
+            equal &= bits[word] == value;
+        });
+        equal
+    }
+}
+
+/// Merges the pages of `sources`. `absent` copies of the epoch cannot be read at all; a page is
+/// lost if more than `allowed` of the images that may matter are missing.
+pub(super) fn merge<R: ReadBlock>(
+    sources: &mut [PageSource<'_, R>],
+    superblock: &Superblock,
+    absent: usize,
+    allowed: usize,
+) -> Merged {
+    let layout = superblock.layout();
+    let mut pages = MergedPages::new(layout, superblock.slots());
+    let mut lost = Vec::new();
+    let count = pages.count();
+    let mut images: Vec<Images> = sources.iter().map(|_| Images::new()).collect();
+    let mut copies: Vec<CopyPages> = sources
+        .iter()
+        .map(|_| CopyPages {
+            slots: Vec::with_capacity(count),
+            matches: Vec::with_capacity(count),
+            damaged: 0,
+        })
+        .collect();
+    for (number, name) in pages.names().enumerate() {
+        let bits = &mut pages.bits[number];
+        let (mut missing, mut valid) = (absent, 0);
+        for (source, images) in sources.iter_mut().zip(&mut images) {
+            let reader = source.reader.as_deref_mut();
+            images.read(reader, layout, name, superblock.disk);
+            let sequence = &mut pages.sequences[number];
+            *sequence = (*sequence).max(images.newest_sequence());
+            if !source.holder {
+                continue;
+            }
+            if let Some(slot) = images.newest() {
+                valid += 1;
+                decode_bits(&images.blocks[slot.index()], |word, value| {
+                    bits[word] |= value;
+                });
+            } else if source.counts {
+                missing += 1;
+            }
+        }
+        if valid == 0 || missing > allowed {
+            *bits = [u64::MAX; PAGE_WORDS];
+            lost.push(name);
+        }
+        for (images, copy) in images.iter().zip(&mut copies) {
+            let newest = images.newest();
+            copy.slots.push(newest.map_or(Slot::A, Slot::other));
+            copy.matches
+                .push(newest.is_some_and(|slot| images.equals(slot, bits)));
+        }
+    }
+    for (copy, images) in copies.iter_mut().zip(&images) {
+        copy.damaged = images.damaged;
+    }
+    Merged {
+        pages,
+        copies,
+        lost,
+    }
+}

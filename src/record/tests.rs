@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Tests of the record as a whole.
+
+mod support;
+
+mod basics;
