@@ -74,6 +74,9 @@ pub enum Request {
     Check {
         /// Sectors.
         range: SectorRange,
+        /// Whether dissenters are rewritten, if the policy allows it. Otherwise differences are
+        /// only reported, except in sectors that are unresolved.
+        repair: bool,
     },
     /// Maintenance: read `range` from this replica alone, to see whether it answers.
     Probe {
@@ -388,6 +391,8 @@ pub enum KickCause {
     Budget,
     /// It was not there, or could not be opened, when the disk was started.
     Absent,
+    /// The operator does not want it.
+    Operator,
 }
 
 /// Why a replica is behind in an extent.

@@ -9,6 +9,7 @@ mod activity;
 mod buffers;
 mod event;
 mod flush_gate;
+mod keeper;
 mod lane;
 mod marks;
 mod membership;
@@ -26,6 +27,11 @@ pub use buffers::{Buffers, Purpose};
 pub use event::{
     Action, BadCause, BehindCause, BufferId, During, Event, KickCause, LaneId, LockTicket, OpId,
     Operation, OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
+};
+pub use keeper::{
+    Change, Command, Keeper, KeeperAction, KeeperConfig, KeeperEvent, KeeperReport, KeeperStart,
+    KeeperState, KeeperStatus, PassKind, PassStatus, REQUESTS_MAX, Refusal, ReplicaState,
+    ReplicaStatus, ScrubCounts, StateCause,
 };
 pub use lane::{Lane, LaneCounters};
 pub use marks::{Bitmap, Marks, PAGE_EXTENTS, PAGE_WORDS, PageBits, PageName};

@@ -82,6 +82,21 @@ impl Unresolved {
         None
     }
 
+    /// The first extent from `first` on that has a sector in U.
+    #[must_use]
+    pub fn next(&self, first: u64) -> Option<u64> {
+        let whole = self.next_extent(first);
+        if self.count.load(Ordering::Acquire) == 0 {
+            return whole;
+        }
+        let ranges = self.ranges.lock().expect("no panic under this lock");
+        // A range lies in one extent.
+        let partly = ranges
+            .iter()
+            .map(|range| range.start() >> self.extent_shift);
+        partly.filter(|&extent| extent >= first).chain(whole).min()
+    }
+
     /// The extent is equal and durable on all current copies. The caller holds its lock.
     pub fn remove_extent(&self, extent: u64, range: SectorRange) {
         let (word, bit) = self.place(extent);
@@ -197,7 +212,11 @@ mod tests {
             (Some(3), Some(130))
         );
         assert_eq!(unresolved.next_extent(131), None);
+        unresolved.insert(SectorRange::new(5 << 4, 4).unwrap());
+        assert_eq!(unresolved.next(4), Some(5));
+        assert_eq!(unresolved.next(6), Some(130));
         unresolved.remove_extent(130, range(130));
         assert_eq!((unresolved.extents(), unresolved.next_extent(4)), (1, None));
+        assert_eq!((unresolved.next(0), unresolved.next(4)), (Some(3), Some(5)));
     }
 }
