@@ -36,7 +36,7 @@ impl World {
                 self.check_data(lane, &request, data)
             }
             Kind::Write => self.check_write(&request),
-            Kind::Flush => self.check_flush(&request),
+            Kind::Flush => self.check_flush(lane, tag, &request),
             Kind::Nothing => Ok(()),
         }
     }
@@ -102,7 +102,7 @@ impl World {
 
     /// I5, as far as it goes without power loss: T replicas were flushed since the request, the
     /// others are behind wherever a write had completed.
-    fn check_flush(&mut self, request: &GuestRequest) -> Verdict {
+    fn check_flush(&mut self, lane: usize, tag: Tag, request: &GuestRequest) -> Verdict {
         let replicas = self.shape.policy.replicas;
         let mut flushed = 0;
         for replica in 0..replicas {
@@ -129,6 +129,26 @@ impl World {
             );
         }
         self.tally.count("flushes");
+        self.check_durable(request)?;
+        if let Some(settled) = self.guests.take_covered(lane, tag) {
+            self.model.flushed(&settled);
+        }
+        Ok(())
+    }
+
+    /// I5: whatever had ended before is durable on all copies that are current.
+    fn check_durable(&self, request: &GuestRequest) -> Verdict {
+        for (replica, disk) in self.disks.iter().enumerate() {
+            let id = ReplicaId::new(replica);
+            for sector in disk.unflushed(request.began) {
+                let extent = self.shape.geometry.extent_of(sector);
+                let behind = self.shared.membership.is_behind(extent, id);
+                if !behind && !self.budget.is_tainted(sector, replica) {
+                    let what = format!("sector {sector} is not durable on {id:?}, which is current");
+                    return violation("I5", format!("a flush is acknowledged and {what}"));
+                }
+            }
+        }
         Ok(())
     }
 

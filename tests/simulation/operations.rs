@@ -119,13 +119,11 @@ impl Operations {
             .collect()
     }
 
-    /// Nobody will hear of what is in flight any more. What landed late still does.
+    /// Nobody will hear of what is in flight any more.
     pub fn forget_all(&mut self) {
         let (replicas, extents) = (self.flushed.len(), self.writes.len());
-        let late = std::mem::take(&mut self.late);
         let count = self.count;
         *self = Self::new(replicas, extents as u64);
-        self.late = late;
         self.count = count;
     }
 
@@ -199,12 +197,17 @@ impl World {
         };
         let (rng, budget, tally) = (&mut self.rng, &mut self.budget, &mut self.tally);
         let mut fault = Fault::None;
-        if !self.calm {
+        if !self.life.attached[replica] || !self.life.present[replica] {
+            // Nothing is there to take it.
+            let errno = 19;
+            fault = Fault::Errno { errno, landed: 0 };
+        } else if !self.calm && self.life.may_fail(replica) {
             let beyond = self.profile.beyond_budget;
             fault = self.plan.fault(rng, &candidate, budget, tally, beyond);
         }
         let latency = match self.calm {
             true => rng.between(10_000, 500_000),
+            false if !self.life.may_fail(replica) => rng.between(20_000, 2 * MS),
             false => self.plan.latency(rng, &candidate, budget, tally),
         };
         // An operation meets the medium at any moment of its time, and not all at once.
@@ -240,8 +243,11 @@ impl World {
             self.note_spoiling(fault, operation);
         }
         self.transfer(slot, early);
-        if fault == Fault::Hang {
+        if fault == Fault::Hang && self.profile.life.is_none() {
             self.operations.parked.push(slot);
+        } else if fault == Fault::Hang {
+            let latency = self.rng.between(100 * MS, 4_000 * MS);
+            self.clock.after(latency, Happening::Complete { slot });
         } else {
             self.clock.after(latency, Happening::Complete { slot });
         }
@@ -377,6 +383,55 @@ impl World {
             }
             OperationKind::Flush => {}
         }
+    }
+
+    /// The daemon is gone: of what is still to be transferred the sectors in `mask` are.
+    pub fn transfer_rest(&mut self, slot: usize, mask: u64) {
+        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
+        let replica = flight.operation.replica.index();
+        match target(flight.operation.kind) {
+            Some((range, true)) => {
+                self.transfer(slot, mask & !flight.transferred);
+                self.disks[replica].ended(range, flight.number, self.step);
+            }
+            Some((_, false)) => {}
+            // It may have failed, and nobody was told.
+            None => {
+                let well = mask & 1 > 0 && flight.fault == Fault::None;
+                if mask != 0 {
+                    self.disks[replica].flushed(flight.submitted, well, &mut self.rng);
+                }
+            }
+        }
+    }
+
+    /// The write goes on although the daemon is gone.
+    pub fn outlive(&mut self, slot: usize) {
+        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
+        let replica = flight.operation.replica.index();
+        let (range, data) = match flight.operation.kind {
+            OperationKind::Write {
+                range,
+                buffer,
+                skip_bytes,
+            } => (range, Some((buffer, skip_bytes))),
+            OperationKind::WriteZeroes { range, .. } => (range, None),
+            OperationKind::Read { .. } | OperationKind::Flush => return,
+        };
+        let pool = &self.workers[flight.lane].pool;
+        let mask = landing_mask(flight.fault, range) & !flight.transferred;
+        let values = masked(range, mask).map(|(place, sector)| {
+            let value = data.map_or(0, |(buffer, skip_bytes)| {
+                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
+                pool.value(buffer, skip + place)
+            });
+            (replica, sector, value)
+        });
+        self.life.strays.push(values.collect());
+        let number = self.life.strays.len() - 1;
+        let later = self.rng.below(30 * MS);
+        let what = crate::life::Event::Stray { number };
+        self.clock.after(later, Happening::Life(what));
     }
 
     fn land(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {

@@ -391,6 +391,8 @@ impl World {
             let (value, seen) = (landing.values[place], landing.landings[place]);
             let overtaken = self.disks[replica].landings(sector) != seen;
             self.put_on_medium(replica, sector, value, u64::MAX);
+            // To stay: that it came so late is fault enough.
+            self.disks[replica].rot(sector, value);
             self.spoiled_at[index(sector)][replica] = self.step;
             if overtaken {
                 self.budget.taint(sector, replica);
@@ -398,7 +400,6 @@ impl World {
                 self.budget.cleanse(sector, replica);
             }
         }
-        self.disks[replica].ended(range, u64::MAX, self.step);
         // Who has read what was there before may still speak of it.
         let forget = Happening::Forget { replica, range };
         self.clock.after(REMEMBERED, forget);
