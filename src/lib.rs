@@ -24,5 +24,6 @@ pub mod front_end;
 pub mod io;
 pub mod quorum;
 pub mod record;
+pub mod record_cli;
 pub mod replica;
 pub mod units;

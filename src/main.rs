@@ -8,6 +8,7 @@ use quorum_blk::cli::{self, Command, DemoArgs, UsageError};
 use quorum_blk::control::logging;
 use quorum_blk::daemon;
 use quorum_blk::demo::{self, DemoError, DemoOptions};
+use quorum_blk::record_cli;
 
 fn main() -> ExitCode {
     let command = match cli::parse(std::env::args_os()) {
@@ -24,6 +25,12 @@ fn main() -> ExitCode {
                 return fail(&error);
             }
             match daemon::run(*config) {
+                Ok(()) => ExitCode::from(cli::EXIT_OK),
+                Err(error) => fail(&error),
+            }
+        }
+        Command::Record(command) => {
+            match record_cli::run(&command, &mut std::io::stdout().lock()) {
                 Ok(()) => ExitCode::from(cli::EXIT_OK),
                 Err(error) => fail(&error),
             }

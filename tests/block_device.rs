@@ -6,14 +6,15 @@
 )]
 
 use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use quorum_blk::quorum::{Buffers, OpId, Operation, OperationKind, Outcome, Purpose};
 use quorum_blk::replica::{
-    Cache, Executor, ExecutorConfig, OpenFault, RawOptions, RawReplica, Replica, SetError,
-    check_set, open_set,
+    Cache, Executor, ExecutorConfig, OpenFault, Presence, RawOptions, RawReplica, Replica,
+    SetError, check_set, open_set,
 };
 use quorum_blk::units::{ReplicaId, SectorRange};
 
@@ -191,6 +192,81 @@ fn a_device_whose_file_was_cut_gives_eio_and_works_before_the_cut() {
             .iter()
             .all(|&byte| byte == 0x5a)
     );
+}
+
+#[test]
+fn a_device_is_known_again_by_the_file_behind_it() {
+    let Some(one) = Loop::new(512) else { return };
+    let replica = RawReplica::open(&one.options()).unwrap();
+    let found = replica.found();
+    assert_eq!(found.size_bytes, IMAGE_BYTES);
+    let metadata = fs::metadata(&one.backing).unwrap();
+    assert_eq!(found.inode, metadata.ino());
+    drop(replica);
+    // The times of the node itself change whenever it is opened or made.
+    assert!(
+        Command::new("touch")
+            .arg(&one.device)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let replica = RawReplica::open(&one.options()).unwrap();
+    assert_eq!(replica.found(), found);
+    drop(replica);
+    let file = File::options().write(true).open(&one.backing).unwrap();
+    file.set_modified(std::time::UNIX_EPOCH).unwrap();
+    let replica = RawReplica::open(&one.options()).unwrap();
+    assert!(!replica.found().is_unchanged_since(&found));
+}
+
+#[test]
+fn a_device_that_shrinks_or_loses_its_node_shows() {
+    let Some(one) = Loop::new(512) else { return };
+    let node = one.folder.path().join("node");
+    std::os::unix::fs::symlink(&one.device, &node).unwrap();
+    let options = RawOptions::new("a", &node);
+    let replica = RawReplica::open(&options).unwrap();
+    assert_eq!(replica.is_still_there().unwrap(), Presence::There);
+    cut(&one.backing, 1 << 20);
+    let resized = Command::new("losetup").arg("-c").arg(&one.device).status();
+    assert!(resized.unwrap().success());
+    let length_bytes = 1 << 20;
+    let shrunk = Presence::Shrunk { length_bytes };
+    assert_eq!(replica.is_still_there().unwrap(), shrunk);
+    fs::remove_file(&node).unwrap();
+    assert_eq!(replica.is_still_there().unwrap(), Presence::Gone);
+    fs::write(&node, b"something else").unwrap();
+    assert_eq!(replica.is_still_there().unwrap(), Presence::Replaced);
+}
+
+#[test]
+fn opening_a_device_drops_its_cached_pages() {
+    let Some(one) = Loop::new(512) else { return };
+    let options = RawOptions {
+        cache: Cache::Buffered,
+        ..one.options()
+    };
+    // An open descriptor keeps the pages: the last close of a device drops them anyhow.
+    let file = |path| File::options().read(true).write(true).open(path).unwrap();
+    let (cached, backing) = (file(&one.device), file(&one.backing));
+    let at = |file: &File, offset| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        byte[0]
+    };
+    let (clean, dirty) = (8192, 65_536);
+    assert_eq!(at(&cached, clean), 0x5a);
+    backing.write_all_at(&[7; 4096], clean).unwrap();
+    assert_eq!(at(&cached, clean), 0x5a, "the cache still has it");
+    cached.write_all_at(&[9; 4096], dirty).unwrap();
+    assert_eq!(at(&backing, dirty), 0x5a, "it is not written back yet");
+    let _replica = RawReplica::open(&options).unwrap();
+    assert_eq!(at(&cached, clean), 7);
+    // What was dirty has reached the medium, and is not remembered either.
+    assert_eq!(at(&backing, dirty), 9);
+    backing.write_all_at(&[8; 4096], dirty).unwrap();
+    assert_eq!(at(&cached, dirty), 8);
 }
 
 fn cut(path: &Path, bytes: u64) {

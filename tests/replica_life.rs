@@ -14,7 +14,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{FaultyFile, PATIENCE};
+use common::{FaultyFile, PATIENCE, SECTOR, Setup, Signal, eventually};
+use quorum_blk::front_end::Options;
 use quorum_blk::quorum::{BufferId, Buffers, OpId, Operation, OperationKind, Outcome, Purpose};
 use quorum_blk::replica::{
     Cache, Executor, ExecutorConfig, Fingerprint, Presence, RawOptions, ReopenError, Replica,
@@ -208,9 +209,9 @@ fn detach_waits_for_what_hangs_and_keeps_the_locks_until_then() {
 fn many_operations_that_hang_do_not_hold_up_the_other_replica() {
     let Some(mut pair) = Pair::new() else { return };
     pair.faulty.tell("hang");
+    // Each keeps a thread of the kernel waiting, and it has eight by default on two processors.
     for op in 0..60 {
-        let buffer = pair.buffer(0);
-        pair.start(op, faulty_slot(), read(op * 8, buffer));
+        pair.start(op, faulty_slot(), OperationKind::Flush);
     }
     pair.start(100, healthy_slot(), OperationKind::Flush);
     let range = SectorRange::new(0, 8).unwrap();
@@ -366,4 +367,36 @@ fn a_replica_changed_while_it_was_away_shows_when_it_is_reopened() {
         assert_eq!(pair.read(0), if changed { 1 } else { 9 });
     }
     assert!(pair.folder.path().exists());
+}
+
+#[test]
+fn a_killed_daemon_keeps_its_locks_until_its_last_write_has_landed() {
+    let mut disk = Setup::new().start();
+    disk.stop();
+    let Some(faulty) = FaultyFile::new(&disk.images[2]) else {
+        return;
+    };
+    disk.images[2].clone_from(&faulty.path);
+    disk.start_again();
+    let mut front_end = disk.connect(&Options::default());
+    faulty.tell("hang write");
+    let data = vec![0x77; 8 * SECTOR];
+    front_end.queue(0).write_data(16, &data).unwrap();
+    faulty.wait_until("held", 1);
+    disk.process().signal(Signal::Kill);
+    drop(front_end);
+
+    // Rule K2: while the write can still come, nobody else gets the replica.
+    let options = options("c", &faulty.path, Cache::Buffered);
+    let open = || open_set(std::slice::from_ref(&options));
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(open().is_err_and(|error| error.is_in_use()));
+    }
+    assert!(disk.sectors_of(0, 16, 8) == data);
+    let image = || fs::read(&faulty.image).unwrap()[16 * SECTOR..24 * SECTOR].to_vec();
+    assert_eq!(image(), vec![0; 8 * SECTOR]);
+    faulty.tell("resume");
+    assert!(eventually(|| open().ok()).is_some());
+    assert_eq!(image(), data);
 }

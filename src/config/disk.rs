@@ -32,7 +32,7 @@ const QUEUE_SIZE_MAX: u16 = 1024;
 /// More threads than this do not make one disk faster; the default stops here.
 const WORKERS_DEFAULT_MAX: u16 = 4;
 /// A worker is a lane, and lanes are numbered by a byte of which the top half is kept free.
-const WORKERS_MAX: u16 = 64;
+const WORKERS_MAX: u16 = 63;
 /// Memory for requests in flight unless the user says otherwise.
 const BUFFER_MEMORY_DEFAULT: ByteSize = ByteSize(64 << 20);
 /// More is never in flight at once, and the kernel pins all of it at the start: a slip of the pen

@@ -43,6 +43,7 @@ impl Event {
                     ..Fields::of_disk(names)
                 };
             }
+            EventData::Keeper(_) => return Fields::of_disk(names),
             EventData::ReportsLost { count } | EventData::EventsLost { count } => {
                 return Fields {
                     count: Some(count),
@@ -162,7 +163,11 @@ fn behind_cause(why: BehindCause) -> &'static str {
 fn kick_errno(why: KickCause) -> Option<i32> {
     match why {
         KickCause::FlushFailed(errno) => Some(errno),
-        KickCause::Hung | KickCause::Vanished | KickCause::Budget | KickCause::Absent => None,
+        KickCause::Hung
+        | KickCause::Vanished
+        | KickCause::Budget
+        | KickCause::Absent
+        | KickCause::Operator => None,
     }
 }
 
@@ -173,6 +178,7 @@ fn kick_cause(why: KickCause) -> &'static str {
         KickCause::Vanished => "vanished",
         KickCause::Budget => "budget",
         KickCause::Absent => "absent",
+        KickCause::Operator => "operator",
     }
 }
 

@@ -24,6 +24,10 @@ pub(super) fn log(event: &Event, names: &Names) {
             );
             return;
         }
+        EventData::Keeper(report) => {
+            info!("{report:?}");
+            return;
+        }
         EventData::ReportsLost { count } => {
             warn!("{count} reports of workers were lost: there were too many at once");
             return;
@@ -203,5 +207,6 @@ fn kick_text(why: KickCause) -> String {
         KickCause::Vanished => "its file or device is gone, or is another one".to_owned(),
         KickCause::Budget => "it had more errors than its budget allows".to_owned(),
         KickCause::Absent => "it cannot be opened".to_owned(),
+        KickCause::Operator => "the operator does not want it".to_owned(),
     }
 }

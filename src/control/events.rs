@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use crate::quorum::{During, Report};
+use crate::quorum::{During, KeeperReport, Report};
 use crate::units::{ReplicaId, SectorRange};
 
 /// Something that happened to the disk, and when.
@@ -37,6 +37,8 @@ pub enum EventData {
         /// Positive errno value; `ETIMEDOUT` if a write did not end in time.
         errno: i32,
     },
+    /// What the keeper has to say.
+    Keeper(KeeperReport),
     /// Reports that did not fit in the way from the workers to the control thread.
     ReportsLost {
         /// How many.
@@ -109,6 +111,7 @@ impl EventData {
                 Report::RecordLost => "QUORUM_BLK_RECORD_LOST",
                 Report::VerifyFailed { .. } => "QUORUM_BLK_VERIFY_FAILED",
             },
+            Self::Keeper(_) => "QUORUM_BLK_MAINTENANCE",
             Self::RecordCopyLost { .. } => "QUORUM_BLK_RECORD_COPY_LOST",
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
             Self::EventsLost { .. } => "QUORUM_BLK_EVENTS_LOST",
@@ -135,13 +138,17 @@ impl EventData {
                     ("", None)
                 }
             },
-            Self::RecordCopyLost { .. } | Self::ReportsLost { .. } | Self::EventsLost { .. } => {
-                ("", None)
-            }
+            Self::Keeper(_)
+            | Self::RecordCopyLost { .. }
+            | Self::ReportsLost { .. }
+            | Self::EventsLost { .. } => ("", None),
         };
         let copy = match *self {
             Self::RecordCopyLost { copy, .. } => Some(copy),
-            Self::Report(_) | Self::ReportsLost { .. } | Self::EventsLost { .. } => None,
+            Self::Report(_)
+            | Self::Keeper(_)
+            | Self::ReportsLost { .. }
+            | Self::EventsLost { .. } => None,
         };
         EventKey {
             name: self.name(),

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::quorum::Report;
+use super::events::EventData;
 
 /// Reports on their way at once. A replica that fails every read of four workers makes some
 /// hundred in the time the control thread needs to wake up; the log shows a few a second anyway.
@@ -26,13 +26,13 @@ struct Signal {
 /// A worker's end. Clones share one channel.
 #[derive(Clone)]
 pub struct ReportSender {
-    reports: SyncSender<Report>,
+    reports: SyncSender<EventData>,
     signal: Arc<Signal>,
 }
 
 /// The control thread's end.
 pub struct ReportReceiver {
-    reports: Receiver<Report>,
+    reports: Receiver<EventData>,
     capacity: usize,
     signal: Arc<Signal>,
 }
@@ -62,7 +62,7 @@ pub fn report_channel(capacity: usize) -> io::Result<(ReportSender, ReportReceiv
 
 impl ReportSender {
     /// Hands a report over without waiting.
-    pub fn send(&self, report: Report) {
+    pub fn send(&self, report: EventData) {
         if self.reports.try_send(report).is_err() {
             self.signal.dropped.fetch_add(1, Ordering::Relaxed);
         }
@@ -78,7 +78,7 @@ impl ReportSender {
 impl ReportReceiver {
     /// Takes what has arrived, up to what the channel holds, and the number of reports that did
     /// not fit since the last call.
-    pub fn drain(&self, reports: &mut Vec<Report>) -> u64 {
+    pub fn drain(&self, reports: &mut Vec<EventData>) -> u64 {
         // Nothing to read is fine: the caller may look without having been woken.
         let _ = self.signal.eventfd.read();
         self.signal.raised.store(false, Ordering::SeqCst);

@@ -90,7 +90,8 @@ impl Reporter {
         }
     }
 
-    fn offer(&mut self, now: Time, data: EventData) {
+    /// Takes note of what was reported at `now`.
+    pub fn offer(&mut self, now: Time, data: EventData) {
         let event = Event::new(data, SystemTime::now());
         if let Some(event) = self.limiter.offer(now, event) {
             self.tell(&event);

@@ -14,6 +14,7 @@ use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
 use super::listener::{FrontEndSource, Listener};
 use super::signals::{Signal, Signals};
+use crate::control::events::EventData;
 use crate::control::{ReportReceiver, Reporter};
 use crate::quorum::Report;
 use crate::units::Time;
@@ -187,10 +188,10 @@ impl ControlLoop {
         let lost = self.reports.drain(&mut reports);
         let now = self.clock.now();
         for report in reports {
-            if matches!(report, Report::VerifyFailed { .. }) {
+            if matches!(report, EventData::Report(Report::VerifyFailed { .. })) {
                 self.pending.push_back(Wakeup::VerifyFailed);
             }
-            self.reporter.report(now, report);
+            self.reporter.offer(now, report);
         }
         self.reporter.reports_lost(now, lost);
     }

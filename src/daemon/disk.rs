@@ -1,31 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The disk that is served: replicas opened and checked, workers running, a device in front.
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread::JoinHandle;
 
 use thiserror::Error;
-use tracing::{info, warn};
 
 use super::clock::Clock;
+use super::maintenance::{self, MaintenanceError, MaintenanceSetup};
+use super::start::{self, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
-use crate::config::{Cache as CacheChoice, Config, Format as FormatChoice};
+use crate::config::Config;
 use crate::control::{Counters, ReportSender};
+use crate::device::mailbox::Ack;
 use crate::device::{Device, DeviceOptions, Mailbox, OptionsError, PublishOrder, WorkerMailbox};
-use crate::quorum::{Geometry, Policy, PolicyError, Shared};
-use crate::replica::{
-    Cache, ExecutorConfig, Format, OpenError, RawOptions, Replica, SetError, SetShape, check_set,
-    open_set,
-};
+use crate::quorum::{Command, KeeperConfig, KeeperStatus};
+use crate::replica::ExecutorConfig;
 
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
 /// replica and the result.
 const PART_BYTES_MAX: usize = 256 << 10;
-
-/// Pause between two looks at a lock.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// Submissions of a worker that go to the kernel in one call.
 const RING_ENTRIES: u32 = 256;
@@ -33,15 +27,12 @@ const RING_ENTRIES: u32 = 256;
 /// A disk that cannot be served.
 #[derive(Debug, Error)]
 pub enum DiskError {
-    /// A replica cannot be opened.
+    /// Replicas and record do not make a disk.
     #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The replicas do not make a disk.
+    Start(#[from] StartError),
+    /// The maintenance thread cannot be started.
     #[error(transparent)]
-    Set(#[from] SetError),
-    /// The policy contradicts itself.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
+    Maintenance(#[from] MaintenanceError),
     /// The device cannot be as asked.
     #[error(transparent)]
     Options(#[from] OptionsError),
@@ -59,6 +50,7 @@ pub struct Disk {
     sectors: u64,
     mailboxes: Vec<Arc<Mailbox<Message>>>,
     workers: Vec<JoinHandle<()>>,
+    maintenance: JoinHandle<()>,
 }
 
 impl Disk {
@@ -72,26 +64,17 @@ impl Disk {
         counters: &Counters,
         clock: Clock,
     ) -> Result<Self, DiskError> {
-        let options: Vec<RawOptions> = config
-            .replicas
-            .iter()
-            .map(|r| raw_options(config, r))
-            .collect();
-        let replicas = open_when_free(&options, config.lock_timeout)?;
-        let block_bytes = config.block_size.map(|size| size.bytes());
-        let replicas: Vec<Option<Arc<Replica>>> = replicas.into_iter().map(Some).collect();
-        let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
-        describe(&replicas, &shape, config.read_only);
-        let policy = Policy {
-            discard_zeroes: shape.can_zero_exactly,
-            ..config.policy()
-        };
-        let block_sectors = shape.block_bytes / 512;
-        let geometry = Geometry::new(shape.sectors, block_sectors)?;
-        let shared = Arc::new(Shared::new(geometry, policy)?);
-
+        let Start {
+            shared,
+            replicas,
+            options,
+            shape,
+            record,
+            keeper,
+        } = start::start(config)?;
         let count = usize::from(config.workers);
-        let mailboxes: Vec<Arc<Mailbox<Message>>> = (0..count)
+        // One more for the maintenance thread.
+        let mailboxes: Vec<Arc<Mailbox<Message>>> = (0..=count)
             .map(|_| Mailbox::new().map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(DiskError::Mailbox)?;
@@ -107,21 +90,36 @@ impl Disk {
             // Front-ends are offered no record of what is in flight, so the used index has to be
             // one (rule Q3).
             PublishOrder::Ring,
-            mailboxes
+            mailboxes[..count]
                 .iter()
                 .map(|m| Arc::clone(m) as Arc<dyn WorkerMailbox>)
                 .collect(),
         )?;
+        let executor = executor_config(config, replicas.len());
+        let maintenance = maintenance::spawn(MaintenanceSetup {
+            shared: Arc::clone(&shared),
+            replicas: replicas.clone(),
+            options,
+            block_bytes: shape.block_bytes,
+            executor: maintenance_executor_config(replicas.len()),
+            mailboxes: mailboxes.clone(),
+            reports: reports.clone(),
+            counters: counters.clone(),
+            clock,
+            keeper_config: keeper_config(config),
+            keeper,
+            record,
+        })?;
         let mut disk = Self {
             device: Arc::new(device),
             sectors: shape.sectors,
             mailboxes,
             workers: Vec::with_capacity(count),
+            maintenance,
         };
-        let executor = executor_config(config, replicas.len());
         for index in 0..config.workers {
             let worker = worker::spawn(WorkerSetup {
-                index: u8::try_from(index).expect("the configuration allows at most 64 workers"),
+                index: u8::try_from(index).expect("the configuration allows at most 63 workers"),
                 shared: Arc::clone(&shared),
                 replicas: replicas.clone(),
                 executor,
@@ -153,7 +151,25 @@ impl Disk {
         self.sectors
     }
 
-    /// Lets the workers finish what they have and ends them. Connections have ended before.
+    /// What the operator wants.
+    pub fn command(&self, command: Command) {
+        self.maintenance_mailbox().post(Message::Command(command));
+    }
+
+    /// How the disk is; `None` if the maintenance thread has ended.
+    #[must_use]
+    pub fn status(&self) -> Option<KeeperStatus> {
+        let (ack, status) = Ack::new();
+        self.maintenance_mailbox().post(Message::Status(ack));
+        status.wait().ok()
+    }
+
+    fn maintenance_mailbox(&self) -> &Mailbox<Message> {
+        self.mailboxes.last().expect("maintenance has the last one")
+    }
+
+    /// Lets the workers finish what they have and ends them, then closes the record. Connections
+    /// have ended before.
     pub fn stop(self) {
         for mailbox in &self.mailboxes[..self.workers.len()] {
             mailbox.post(Message::Shutdown);
@@ -162,41 +178,10 @@ impl Disk {
             // A worker that panicked has ended the process.
             let _ = worker.join();
         }
+        let maintenance = self.mailboxes.last().expect("maintenance has the last one");
+        maintenance.post(Message::Shutdown);
+        let _ = self.maintenance.join();
     }
-}
-
-/// Opens the replicas, waiting for those that somebody else has locked: a daemon that was killed
-/// keeps its locks until its last operation has landed (rules K2, S2).
-fn open_when_free(
-    options: &[RawOptions],
-    timeout: Duration,
-) -> Result<Vec<Arc<Replica>>, OpenError> {
-    let begin = Instant::now();
-    loop {
-        match open_set(options) {
-            Err(error) if error.is_in_use() && begin.elapsed() < timeout => {
-                if begin.elapsed() < LOCK_RETRY {
-                    info!("{error}; waiting up to {} s for it", timeout.as_secs());
-                }
-                thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
-}
-
-fn raw_options(config: &Config, replica: &crate::config::Replica) -> RawOptions {
-    let mut options = RawOptions::new(replica.name.clone(), PathBuf::from(&replica.path));
-    options.cache = match replica.cache {
-        CacheChoice::Direct => Cache::Direct,
-        CacheChoice::Buffered => Cache::Buffered,
-    };
-    options.format = replica.format.map(|format| match format {
-        FormatChoice::Raw => Format::Raw,
-    });
-    // Rule Z4: a disk that is read-only to the guest is repaired only where that was asked for.
-    options.read_only = config.read_only && !config.repair;
-    options
 }
 
 /// Each worker gets its share of the memory, but never less than one request of the largest size
@@ -211,19 +196,29 @@ fn executor_config(config: &Config, replicas: usize) -> ExecutorConfig {
     }
 }
 
-fn describe(replicas: &[Option<Arc<Replica>>], shape: &SetShape, guest_is_reader: bool) {
-    for note in &shape.notes {
-        warn!("{note}");
+/// Extents that maintenance works on at once, and pieces of a scrub.
+const MAINTENANCE_DEPTH: usize = 8;
+
+/// Enough for what the keeper has under way at once.
+fn maintenance_executor_config(replicas: usize) -> ExecutorConfig {
+    let settlement = PART_BYTES_MAX * (replicas + 1);
+    ExecutorConfig {
+        pool_budget_bytes: settlement * MAINTENANCE_DEPTH / 2,
+        reserve_bytes: settlement * MAINTENANCE_DEPTH / 2,
+        ring_entries: RING_ENTRIES,
     }
-    for replica in replicas.iter().flatten() {
-        info!(
-            replica = replica.name(),
-            path = %replica.path().display(),
-            bytes = replica.length_bytes(),
-            "opened"
-        );
-    }
-    if !shape.can_zero_exactly && !guest_is_reader {
-        info!("discards are ignored: not every replica can zero exact ranges");
+}
+
+fn keeper_config(config: &Config) -> KeeperConfig {
+    let upkeep = &config.upkeep;
+    KeeperConfig {
+        resync_bytes_per_s: upkeep.resync_bytes_per_s,
+        scrub_bytes_per_s: upkeep.scrub_bytes_per_s,
+        scrub_interval: upkeep.scrub_interval,
+        scrub_repairs: upkeep.scrub_repairs,
+        write_errors_max: upkeep.write_errors_max,
+        kicks_max: upkeep.kicks_max,
+        repairs_max: upkeep.repairs_max,
+        ..KeeperConfig::default()
     }
 }

@@ -7,6 +7,7 @@
 //! - [`control_loop`]: what the control thread waits for;
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
+//! - [`first_use`]: the record of images that have none;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
@@ -14,9 +15,14 @@ pub mod control_loop;
 mod disk;
 pub mod event_loop;
 pub mod file_lock;
+mod fingerprints;
+pub mod first_use;
 pub mod listener;
+mod maintenance;
 pub mod record_files;
 pub mod signals;
+mod start;
+mod warden;
 mod worker;
 
 use std::io;
@@ -25,7 +31,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::config::{Config, FrontEnd, LogFormat, RecordConfig};
+use crate::config::{Config, FrontEnd, LogFormat, RecordConfig, RecordPlaceError};
 use crate::control::events::Names;
 use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{Counters, EventSink, Reporter, SinkError, logging, report_channel};
@@ -45,6 +51,9 @@ pub enum DaemonError {
     /// No front-end can reach us.
     #[error(transparent)]
     Listener(#[from] ListenerError),
+    /// There is no place for the state record.
+    #[error(transparent)]
+    RecordPlace(#[from] RecordPlaceError),
     /// The disk cannot be served.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -70,6 +79,9 @@ const TOKEN_CONNECTION: event_loop::Token = 0;
 /// # Errors
 /// If the daemon cannot start or go on.
 pub fn run(config: Config) -> Result<(), DaemonError> {
+    let places = config
+        .record
+        .places(&config.replicas, record_files::is_file)?;
     let signals = Signals::block()?;
     let clock = Clock::start();
     let sink = config.events.as_ref().map(EventSink::open).transpose()?;
@@ -80,8 +92,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),
+        record_copies: places.map_or(Vec::new(), |places| places.copies),
         disk_sectors: disk.sectors(),
-        record_copies: Vec::new(),
     };
     let reporter = Reporter::new(names, sink);
     // Last: whoever waits for the socket to appear may connect at once.

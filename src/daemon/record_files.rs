@@ -204,20 +204,7 @@ impl RecordFiles {
     /// What there is to read, for [`crate::record::open`].
     #[must_use]
     pub fn sources(&self) -> Vec<CopySource<BlockReader<'_>>> {
-        let source = |file: &'_ RecordFile| CopySource {
-            name: file.path.display().to_string(),
-            found: match &file.state {
-                State::Open(open) => Found::Present(BlockReader(open)),
-                State::Missing => Found::Missing,
-                State::Unusable(why) => Found::Unreadable(why.clone()),
-            },
-        };
-        // Not collected from an iterator of closures: the readers borrow from `self`.
-        let mut sources = Vec::with_capacity(self.files.len());
-        for file in &self.files {
-            sources.push(source(file));
-        }
-        sources
+        self.files.iter().map(RecordFile::source).collect()
     }
 
     /// Makes the file of copy `copy` anew, all zero and `length_bytes` long, every block of it
@@ -310,6 +297,17 @@ impl RecordFile {
         match &self.state {
             State::Open(file) => Some(file),
             State::Missing | State::Unusable(_) => None,
+        }
+    }
+
+    fn source(&self) -> CopySource<BlockReader<'_>> {
+        CopySource {
+            name: self.path.display().to_string(),
+            found: match &self.state {
+                State::Open(open) => Found::Present(BlockReader(open)),
+                State::Missing => Found::Missing,
+                State::Unusable(why) => Found::Unreadable(why.clone()),
+            },
         }
     }
 

@@ -54,7 +54,7 @@ impl<T: Copy> BlockWriter<T> {
             .iter()
             .map(|file| file.as_ref().map(File::as_fd))
             .collect();
-        ring.registerfiles(&registered)?;
+        ring.register_files(&registered)?;
         Ok(Self {
             ring: ManuallyDrop::new(ring),
             files,

@@ -111,16 +111,15 @@ pub(super) fn presence(
     identity: &Identity,
     length_bytes: u64,
 ) -> io::Result<Presence> {
-    let there = match fs::metadata(path) {
-        Ok(there) => there,
-        Err(error) if leads_nowhere(&error) => return Ok(Presence::Gone),
-        Err(error) => return Err(error),
+    let (there, open) = match (fs::metadata(path), file.metadata()) {
+        (Ok(there), Ok(open)) => (there, open),
+        (Err(error), _) | (_, Err(error)) if leads_nowhere(&error) => return Ok(Presence::Gone),
+        (Err(error), _) | (_, Err(error)) => return Err(error),
     };
     if !Identity::of(&there).is_some_and(|there| identity.may_be(&there)) {
         return Ok(Presence::Replaced);
     }
     let device = identity.device_number();
-    let open = file.metadata()?;
     // A file that was removed can still be reached where it is mounted on another.
     if device.is_none() && open.nlink() == 0 {
         return Ok(Presence::Gone);

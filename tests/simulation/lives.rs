@@ -21,3 +21,5 @@ pub const KILLS: Profile = Profile {
     }),
     ..HEALTHY
 };
+
+pub const ALL: [Profile; 1] = [KILLS];

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faulty_file
 from guest import find_program
 from host import Failure, expect, privileged, stop_process, wait_until
 
@@ -98,34 +99,52 @@ class SmallTmpfsReplica(FileReplica):
                     continue
 
 
-class SlowReplica(FileReplica):
-    """An image on a file system that answers late (`slow_file.py`)."""
+class FaultyReplica(FileReplica):
+    """An image on a file system that goes wrong on command (`faulty_file.py`)."""
 
-    DELAY_SECONDS = 0.5
+    DELAY_SECONDS = 0.0
 
     def __enter__(self):
         super().__enter__()
-        self.path = self.image.with_suffix(".slow")
+        self.path = self.image.with_suffix(".faulty")
         self.path.touch()
-        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        program = Path(__file__).with_name("slow_file.py")
-        command = [*prefix, sys.executable, program, self.image, self.path, self.DELAY_SECONDS]
-        self._process = subprocess.Popen([str(word) for word in command])
-
-        def is_mounted():
-            if self._process.poll() is not None:
-                raise Failure("the slow file system ended; it needs root and /dev/fuse")
-            return os.path.ismount(self.path)
-
-        wait_until(is_mounted, 10, "the slow replica's mount")
+        self._control = self.image.with_suffix(".control")
+        self._start()
         return self
+
+    def _start(self):
+        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        program = Path(__file__).with_name("faulty_file.py")
+        command = [*prefix, sys.executable, program, "--delay", self.DELAY_SECONDS]
+        command += [self.image, self.path, self._control]
+        self._process = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, text=True
+        )
+        if self._process.stdout.readline() != "ready\n":
+            raise Failure("the faulty file system ended; it needs root and /dev/fuse")
+        if os.geteuid() != 0:
+            privileged("chown", str(os.getuid()), self._control)
 
     def __exit__(self, *_):
         # Ended first: what still waits for an answer then fails instead of holding the mount.
         stop_process(self._process)
+        self._process.stdout.close()
         privileged("umount", "--lazy", self.path)
         self.path.unlink()
+        self._control.unlink()
         super().__exit__()
+
+    def tell(self, command):
+        """Sends a command. Returns its value, or `None` if it has none."""
+        words = faulty_file.tell(self._control, command).split()
+        expect(words[:1] == ["ok"], f"`{command}`: {' '.join(words)}")
+        return int(words[1]) if len(words) > 1 else None
+
+
+class SlowReplica(FaultyReplica):
+    """An image on a file system that answers late."""
+
+    DELAY_SECONDS = 0.5
 
 
 def expect_equal(replicas):

@@ -25,18 +25,20 @@ use thiserror::Error;
 
 use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
+use super::warden::Reopened;
 use crate::control::ReportSender;
 use crate::control::counters::{RequestKind as Kind, WorkerCounters};
-use crate::device::mailbox::{Mailbox, QueueCommand};
+use crate::control::events::EventData;
+use crate::device::mailbox::{Ack, Mailbox, QueueCommand};
 use crate::device::queue::Answer;
 use crate::device::{BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BadCause, BufferId, Buffers, Event, KickCause, Lane, LaneCounters, LaneId, Purpose,
-    Report, Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BadCause, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane,
+    LaneCounters, LaneId, Purpose, Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
-use crate::units::{ReplicaId, Time};
+use crate::units::{ReplicaId, ReplicaSet, Time};
 use guests::{Guests, Piece};
 use queues::Queues;
 
@@ -55,13 +57,18 @@ const BATCHES_PER_LOOK: u32 = 4;
 const TOKEN_RING: Token = u64::MAX;
 const TOKEN_MAILBOX: Token = u64::MAX - 1;
 
-/// What other threads tell a worker.
+/// What threads of the data path, maintenance included, tell each other.
 #[derive(Debug)]
 pub enum Message {
-    /// About one of its queues, or guest memory.
+    /// To a worker: about one of its queues, or guest memory.
     Queue(QueueCommand),
     /// From another lane.
     Wake(Wakeup),
+    /// To a worker: the replica was kicked. [`Message::Detached`] is owed when no operation on it
+    /// is under way any more.
+    Detach(ReplicaId),
+    /// To a worker: the replica is back. [`Message::Attached`] is owed.
+    Attach(ReplicaId, Arc<Replica>),
     /// To maintenance: marks wait to become durable.
     Record,
     /// To maintenance: a lane found that the replica cannot be relied on any more.
@@ -71,6 +78,34 @@ pub enum Message {
         /// Why.
         why: KickCause,
     },
+    /// To maintenance: what a lane reported, if it is about the reliability of a replica.
+    Report(Report),
+    /// To maintenance: a worker has let go of the replica.
+    Detached {
+        /// Which replica.
+        replica: ReplicaId,
+    },
+    /// To maintenance: a worker has the replica.
+    Attached {
+        /// Which replica.
+        replica: ReplicaId,
+    },
+    /// To maintenance, from a warden: the replica's file or device is not there any more.
+    Vanished {
+        /// Which replica.
+        replica: ReplicaId,
+    },
+    /// To maintenance, from a warden: the replica was opened, or could not be.
+    Opened {
+        /// Which replica.
+        replica: ReplicaId,
+        /// `None`: not yet.
+        reopened: Option<Reopened>,
+    },
+    /// To maintenance: what the operator wants.
+    Command(Command),
+    /// To maintenance: how is the disk?
+    Status(Ack<KeeperStatus>),
     /// End when nothing is in flight any more.
     Shutdown,
 }
@@ -153,7 +188,7 @@ fn wait_until_ready(started: &Receiver<Result<(), WorkerError>>) -> Result<(), W
 
 /// A broken invariant ends the process: a worker that has lost track of a request must not leave
 /// the others to acknowledge more.
-struct AbortOnPanic;
+pub(super) struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
@@ -180,6 +215,8 @@ struct Worker {
     queues: Queues,
     memory: Arc<GuestMemory>,
     guests: Guests,
+    /// Replicas that were kicked and have operations under way.
+    leaving: ReplicaSet,
     /// A request that was fetched and not handed to the lane whole, for want of room or buffers.
     stalled: Option<u32>,
     /// The last look at the queues ended for want of room or buffers: looking again is of no use
@@ -223,6 +260,7 @@ impl Worker {
             queues: Queues::default(),
             memory: Arc::new(GuestMemory::new()),
             guests: Guests::default(),
+            leaving: ReplicaSet::EMPTY,
             stalled: None,
             blocked: false,
             shutting_down: false,
@@ -258,8 +296,32 @@ impl Worker {
         self.mailboxes[self.index].close();
     }
 
+    /// Tells maintenance of the replicas that nothing is under way on any more.
+    fn let_go(&mut self) {
+        for replica in self.leaving.iter() {
+            if self.executor.is_detached(replica) {
+                self.leaving.remove(replica);
+                self.maintenance().post(Message::Detached { replica });
+            }
+        }
+    }
+
+    /// Requests that wait for replicas to come back would hold up who stops their queue, or the
+    /// end of the daemon (rule Q4).
+    fn fail_paused(&mut self) {
+        if self.lane.has_paused() && (self.shutting_down || self.queues.any_stopping()) {
+            self.tell(Event::Wake(Wakeup::FailPaused));
+        }
+    }
+
+    /// Whether nothing is to be waited for. Operations on replicas that were kicked may hang for
+    /// ever.
     fn is_idle(&self) -> bool {
-        self.guests.len() == 0 && self.executor.in_flight() == 0 && self.lane.is_idle()
+        let lost: u64 = (self.leaving.iter())
+            .map(|replica| u64::from(self.executor.in_flight_on(replica)))
+            .sum();
+        let awaited = self.executor.in_flight() as u64 - lost;
+        self.guests.len() == 0 && awaited == 0 && (lost > 0 || self.lane.is_idle())
     }
 
     /// One batch. Returns whether there may be more to do at once: whatever the lane hears after
@@ -283,8 +345,12 @@ impl Worker {
             self.tell(Event::Tick);
             busy = true;
         }
+        self.fail_paused();
         busy |= self.publish();
         self.executor.submit()?;
+        if !self.leaving.is_empty() {
+            self.let_go();
+        }
         self.count_batch();
         Ok(busy)
     }
@@ -400,7 +466,10 @@ impl Worker {
             | Report::RecordLost
             | Report::VerifyFailed { .. } => {}
         }
-        self.reports.send(report);
+        if concerns_reliability(&report) {
+            self.maintenance().post(Message::Report(report));
+        }
+        self.reports.send(EventData::Report(report));
     }
 
     /// Takes requests from the queues and hands them to the lane. Returns whether there were any.
@@ -667,5 +736,23 @@ impl Worker {
             }
         }
         self.ready = ready;
+    }
+}
+
+/// Whether a report is about how far a replica can be relied on.
+fn concerns_reliability(report: &Report) -> bool {
+    match report {
+        Report::Bad { .. }
+        | Report::Repaired { .. }
+        | Report::RepairFailed { .. }
+        | Report::Behind { .. }
+        | Report::FlushFailed { .. } => true,
+        Report::Failure { .. }
+        | Report::Transient { .. }
+        | Report::Kicked { .. }
+        | Report::Lagging { .. }
+        | Report::Chosen { .. }
+        | Report::RecordLost
+        | Report::VerifyFailed { .. } => false,
     }
 }

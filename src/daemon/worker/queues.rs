@@ -140,6 +140,11 @@ impl Queues {
         assert!(before.is_none(), "queue {queue} was started twice");
     }
 
+    /// Whether a queue is being stopped and owes its driver something.
+    pub(super) fn any_stopping(&self) -> bool {
+        self.stopping > 0
+    }
+
     /// Lets go of the queues that were stopped and owe their driver nothing any more.
     pub(super) fn drain_stopped(&mut self, events: &EventLoop) {
         if self.stopping == 0 {
@@ -171,9 +176,28 @@ impl Worker {
             match message {
                 Message::Queue(command) => self.obey(command),
                 Message::Wake(wakeup) => self.tell(Event::Wake(wakeup)),
-                Message::Record | Message::Kicked { .. } => {
-                    unreachable!("for the maintenance thread")
+                Message::Detach(replica) => {
+                    self.executor
+                        .detach(replica)
+                        .expect("the ring works as long as the worker");
+                    self.leaving.insert(replica);
+                    self.let_go();
                 }
+                Message::Attach(replica, opened) => {
+                    self.executor
+                        .attach(replica, opened)
+                        .expect("the slot is free since the replica left");
+                    self.maintenance().post(Message::Attached { replica });
+                }
+                Message::Record
+                | Message::Kicked { .. }
+                | Message::Report(_)
+                | Message::Detached { .. }
+                | Message::Attached { .. }
+                | Message::Vanished { .. }
+                | Message::Opened { .. }
+                | Message::Command(_)
+                | Message::Status(_) => unreachable!("for the maintenance thread"),
                 Message::Shutdown => self.shutting_down = true,
             }
         }

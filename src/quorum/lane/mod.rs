@@ -395,7 +395,7 @@ impl Lane {
             Request::Reconcile { extent } => {
                 self.reconcile_begin(turn, extent, Some(tag));
             }
-            Request::Check { range, repair: _ } => self.check_begin(turn, tag, range),
+            Request::Check { range, repair } => self.check_begin(turn, tag, range, repair),
             Request::Probe { replica, range } => self.probe_begin(turn, tag, replica, range),
         }
     }

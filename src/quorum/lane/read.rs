@@ -26,13 +26,19 @@ enum Phase {
     Left,
 }
 
+/// All current copies have to answer, and nobody wants the data (rule Y6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Check {
+    /// Whether what differs is rewritten, if the policy allows it.
+    repair: bool,
+}
+
 /// A read in flight.
 pub(super) struct Read {
     tag: Tag,
     range: SectorRange,
     phase: Phase,
-    /// A check: all current copies have to answer, and nobody wants the data (rule Y6).
-    thorough: bool,
+    check: Option<Check>,
     locked: bool,
     published: bool,
     /// Every replica that was asked.
@@ -150,7 +156,7 @@ impl Lane {
         tag: Tag,
         range: SectorRange,
     ) {
-        self.read_insert(turn, tag, range, false);
+        self.read_insert(turn, tag, range, None);
     }
 
     /// Compares all current copies of `range` under a shared lock (rule Y6).
@@ -159,13 +165,14 @@ impl Lane {
         turn: &mut Turn<'_, B>,
         tag: Tag,
         range: SectorRange,
+        repair: bool,
     ) {
         assert!(
             turn.shared.geometry.admits(range),
             "check of {range} is not cut right"
         );
         self.counters.checked_sectors += u64::from(range.count());
-        self.read_insert(turn, tag, range, true);
+        self.read_insert(turn, tag, range, Some(Check { repair }));
     }
 
     fn read_insert<B: Buffers>(
@@ -173,13 +180,13 @@ impl Lane {
         turn: &mut Turn<'_, B>,
         tag: Tag,
         range: SectorRange,
-        thorough: bool,
+        check: Option<Check>,
     ) {
         let slot = self.activities.insert(Activity::Read(Read {
             tag,
             range,
             phase: Phase::Starved,
-            thorough,
+            check,
             locked: false,
             published: false,
             asked: ReplicaSet::EMPTY,
@@ -208,7 +215,7 @@ impl Lane {
         slot: SlotId,
     ) -> bool {
         let read = self.read_mut(slot);
-        let (range, thorough) = (read.range, read.thorough);
+        let (range, thorough) = (read.range, read.check.is_some());
         let asked = self.whom_to_ask(turn, range, thorough);
         let taken = ReplicaBuffers::take(turn.buffers, asked, range.len_bytes(), Purpose::Guest);
         let Some(ballots) = taken else { return false };
@@ -277,7 +284,7 @@ impl Lane {
         }
         let extent = shared.geometry.extent_of(range.start());
         let read = self.read_mut(slot);
-        let thorough = read.thorough;
+        let thorough = read.check.is_some();
         let fifo = shared.policy.read_pattern == ReadPattern::Fifo && !thorough;
         let needed = if fifo { 1 } else { shared.policy.threshold };
         if shared.unresolved.holds_extent(extent) || current.count() < needed {
@@ -333,7 +340,7 @@ impl Lane {
     ) {
         let resolve = turn.shared.unresolved.holds_extent(extent);
         let read = self.read_mut(slot);
-        let (range, thorough) = (read.range, read.thorough);
+        let (range, thorough) = (read.range, read.check.is_some());
         let tag = self.read_drop(turn, slot);
         let waiter = Waiter::Read { tag, range };
         if thorough {
@@ -398,7 +405,7 @@ impl Lane {
         let shared = turn.shared;
         let policy = &shared.policy;
         let up = shared.membership.up();
-        let thorough = self.read_mut(slot).thorough;
+        let thorough = self.read_mut(slot).check.is_some();
         let fifo = policy.read_pattern == ReadPattern::Fifo && !thorough;
         let mut threshold = if fifo { 1 } else { policy.threshold };
         if broken!(shared, EarlyReplyBelowThreshold) {
@@ -461,6 +468,7 @@ impl Lane {
         let shared = turn.shared;
         let read = self.read_mut(slot);
         let (tag, range) = (read.tag, read.range);
+        let repair = read.check.is_none_or(|check| check.repair);
         let stamp = read.stamp.expect("taken before anybody was asked");
         let explained = read.failed.is_empty() && !shared.order.undisturbed(range, stamp);
         read.phase = Phase::Left;
@@ -470,7 +478,8 @@ impl Lane {
             return;
         }
         // Rule V5: once more under the exclusive lock before anything is reported.
-        let matter = Matter::new(range, During::Read, explained);
+        let mut matter = Matter::new(range, During::Read, explained);
+        matter.repair = repair;
         self.settle_begin(turn, matter, Some(tag));
     }
 

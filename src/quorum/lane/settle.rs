@@ -37,6 +37,8 @@ pub(super) struct Matter {
     pub(super) explained: bool,
     /// The extent was brought into order for it; that is not done a second time.
     pub(super) reconciled: bool,
+    /// Whether dissenters are rewritten, if the policy allows it.
+    pub(super) repair: bool,
 }
 
 impl Matter {
@@ -46,6 +48,7 @@ impl Matter {
             during,
             explained,
             reconciled: false,
+            repair: true,
         }
     }
 }

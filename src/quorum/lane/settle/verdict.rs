@@ -53,7 +53,8 @@ impl Lane {
                 .iter()
                 .zip(&settle.open)
                 .all(|(winner, &open)| open || 2 * winner.count() > voters.count());
-        let rewrite = settle.resolves() || (policy.repair && !policy.blkverify && enough);
+        let may_repair = policy.repair && settle.matter.repair && !policy.blkverify;
+        let rewrite = settle.resolves() || (may_repair && enough);
         let voters = if rewrite { voters } else { ReplicaSet::EMPTY };
         settle.to_repair = voters.union(settle.targets.minus(settle.lost));
         if settle.to_repair.is_empty() {
@@ -152,6 +153,7 @@ impl Lane {
             during,
             explained,
             reconciled: _,
+            repair: _,
         } = settle.matter;
         let voters = settle.good.minus(settle.targets);
         let undecided = settle.runs(|index| settle.winners[index].is_empty());
