@@ -9,7 +9,7 @@ use crate::quorum::{BufferId, Buffers, Purpose};
 /// Longest request of the simulated guest, in sectors.
 pub const REQUEST_SECTORS: usize = 16;
 
-/// Longest piece of an extent that is brought into order at once, in sectors.
+/// Longest piece of an extent that maintenance works on at once, in sectors.
 const PIECE_SECTORS: usize = 64;
 
 struct Buffer {
@@ -124,11 +124,7 @@ impl Pool {
 
 impl Buffers for Pool {
     fn take(&mut self, len_bytes: usize, purpose: Purpose) -> Option<BufferId> {
-        let most = match purpose {
-            Purpose::Settle => PIECE_SECTORS,
-            Purpose::Guest => REQUEST_SECTORS,
-        };
-        if len_bytes > most * SECTOR_LEN {
+        if len_bytes > PIECE_SECTORS * SECTOR_LEN {
             self.misuse
                 .set(Some("a buffer longer than any request was taken"));
         }

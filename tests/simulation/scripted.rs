@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Courses of events that chance seldom makes: one lane, three replicas, step by step.
 
-use std::time::Duration;
-
 use crate::pool::{Pool, REQUEST_SECTORS};
 use crate::quorum::{
     Action, Event, Geometry, Lane, LaneId, Operation, OperationKind, Outcome, Policy, Request,
