@@ -4,7 +4,7 @@
 use crate::budget::index;
 use crate::content::written;
 use crate::guest::{GuestRequest, Kind};
-use crate::quorum::{BadCause, BufferId, KickCause, ReadPattern, Report, Status, Tag};
+use crate::quorum::{BadCause, BufferId, CrashTie, KickCause, ReadPattern, Report, Status, Tag};
 use crate::trace::{Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
 use crate::world::World;
@@ -167,7 +167,9 @@ impl World {
                 self.check_blame(replica, range, cause)
             }
             Report::Failure { range, .. } => {
-                if self.profile.beyond_budget {
+                // Before it is known whether requests will be repeated, nothing is chosen.
+                let early = self.shared.crash_tie() == CrashTie::MajorityOnly;
+                if self.profile.beyond_budget || early {
                     return Ok(());
                 }
                 violation("I14", format!("failure reported at {range}"))

@@ -150,6 +150,9 @@ impl World {
         });
         self.maintenance = None;
         self.budget.restart();
+        for replica in 0..self.disks.len() {
+            self.open_member(replica);
+        }
         self.agree_where_tainted();
         self.start()
     }

@@ -78,12 +78,18 @@ impl Disk {
         }
     }
 
-    /// It is opened anew, and what only the cache of the host held is dropped (rule F4).
-    pub fn drop_clean(&mut self) {
+    /// It is opened anew, and what only the cache of the host held is dropped (rule F4). Returns
+    /// the sectors of which that is so.
+    pub fn drop_clean(&mut self) -> Vec<u64> {
+        let mut dropped = Vec::new();
         let content = &mut self.content;
         if let Some(cache) = &mut self.cache {
-            cache.drop_clean(|sector, value| content[index(sector)] = value);
+            cache.drop_clean(|sector, value| {
+                content[index(sector)] = value;
+                dropped.push(sector);
+            });
         }
+        dropped
     }
 
     /// The power is gone, and with it any part of what was not flushed.

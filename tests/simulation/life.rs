@@ -68,6 +68,10 @@ pub struct Life {
     pub stop: Stop,
     /// Daemons so far.
     pub daemons: u64,
+    /// Per million starts: nothing is chosen before the front-end has connected.
+    pub cautious: u64,
+    /// Some daemon has come to serve.
+    pub served: bool,
     /// The newest epoch that was opened.
     pub epoch: u64,
     /// Writes of a daemon that was killed, if they are let live: replica, sector, content.
@@ -86,6 +90,8 @@ impl Life {
             crash_at: u64::MAX,
             stop: Stop::No,
             daemons: 0,
+            served: false,
+            cautious: 0,
             epoch: 0,
             strays: Vec::new(),
         }
@@ -182,7 +188,12 @@ impl World {
     /// F4: what was in the cache of the host is not believed.
     pub fn open_member(&mut self, replica: usize) {
         if !self.broken.is(Breach::CacheKept) {
-            self.disks[replica].drop_clean();
+            for sector in self.disks[replica].drop_clean() {
+                let value = self.disks[replica].value(sector);
+                if !self.model.is_legal_now(sector, value) {
+                    self.budget.taint(sector, replica);
+                }
+            }
         }
         self.life.attached[replica] = true;
     }

@@ -357,6 +357,7 @@ impl World {
         let keeper = Keeper::new(config, saved, &self.shared);
         self.staff().keeper = Some(keeper);
         self.tell_keeper(KeeperEvent::Tick);
+        self.life.served = true;
         let delay = self.rng.below(3 * MS);
         self.clock.after(delay, Happening::Life(Event::Connect));
         Ok(())

@@ -185,6 +185,15 @@ impl Model {
         self.legal(sector, value, floor, u64::MAX).is_some()
     }
 
+    /// What is known of a sector, for people.
+    pub fn describe(&self, sector: u64) -> String {
+        let known = &self.sectors[index(sector)];
+        format!(
+            "nothing older than {} is legal (settled {}, durable {}, failed {:?})",
+            known.floor, known.settled, known.durable, known.failed
+        )
+    }
+
     /// A read that began at step `began` returned `value`.
     pub fn shown(
         &mut self,

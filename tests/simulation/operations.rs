@@ -397,7 +397,7 @@ impl World {
             Some((_, false)) => {}
             // It may have failed, and nobody was told.
             None => {
-                let well = mask & 1 > 0 && flight.fault == Fault::None;
+                let well = flight.fault == Fault::None;
                 if mask != 0 {
                     self.disks[replica].flushed(flight.submitted, well, &mut self.rng);
                 }

@@ -195,7 +195,8 @@ impl World {
                         && !self.model.is_legal_now(sector, value)
                     {
                         let what = format!("{replica:?} holds {value:#x} in sector {sector}");
-                        return violation("I8", format!("{what} and is not behind"));
+                        let legal = self.model.describe(sector);
+                        return violation("I8", format!("{what} and is not behind; {legal}"));
                     }
                 }
             }

@@ -12,7 +12,7 @@ use crate::maintenance::{Maintenance, saved_states};
 use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
     DiskUuid, EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
-    Recorder, Superblock, open,
+    Recorder, Refusal, Superblock, open,
 };
 use crate::trace::{Verdict, violation};
 use crate::units::ReplicaId;
@@ -136,6 +136,10 @@ impl World {
         };
         let opened = match open(&mut sources, &options) {
             Ok(opened) => opened,
+            // Nothing was ever done with it: it is created again.
+            Err(Refusal::NoRecord { .. } | Refusal::Unfinished { .. }) if !self.life.served => {
+                return self.create_record();
+            }
             Err(refusal) => return violation("R5", format!("not opened: {refusal}")),
         };
         if opened.pages_lost() > 0 {
@@ -198,7 +202,9 @@ impl World {
         if !clean && !self.broken.is(Breach::DirtyTrusted) {
             shared.resolve_dirty();
         }
-        shared.decide_crash_ties(CrashTie::MajorityOnly);
+        if self.rng.chance(self.life.cautious) {
+            shared.decide_crash_ties(CrashTie::MajorityOnly);
+        }
         self.shared = shared;
         self.take_marks();
         self.stay_within_budget();
