@@ -453,6 +453,8 @@ impl Recorder {
     fn want(&mut self, mut content: Superblock, raise: bool) {
         content.sequence = self.wanted.sequence + 1;
         content.included = self.good();
+        // Of some copy that takes part; each is written with its own.
+        content.copy_index = u8::try_from(content.included.trailing_zeros()).unwrap_or(0);
         content.forced = self.forced && content.included.count_ones() < self.majority();
         content.history = self.wanted.history;
         if raise && !broken!(self, EpochNotRaised) {
@@ -464,6 +466,7 @@ impl Recorder {
         // What waits is not written yet, but goes on from here.
         self.next.sequence = content.sequence;
         self.next.included = content.included;
+        self.next.copy_index = content.copy_index;
         self.next.forced = content.forced;
         self.next.history = content.history;
         self.wanted = content;

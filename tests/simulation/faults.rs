@@ -47,6 +47,8 @@ pub enum Fault {
     },
     /// Ends when the run does.
     Hang,
+    /// Nothing is there that could take it.
+    Gone,
 }
 
 impl Fault {

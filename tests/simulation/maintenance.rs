@@ -296,7 +296,7 @@ impl World {
         if copies.failing >> copy & 1 > 0 && !self.calm {
             return (Some(28), prompt);
         }
-        if self.calm || !self.rng.chance(rate) || !copies.admits(copy) {
+        if self.calm || !self.life.served || !self.rng.chance(rate) || !copies.admits(copy) {
             return (None, prompt);
         }
         match self.rng.below(4) {

@@ -52,6 +52,8 @@ pub struct Operations {
     writes: Vec<Vec<usize>>,
     /// Which activities repair which replica.
     repairing: BTreeSet<(Activity, usize)>,
+    /// Activities that read a replica block by block, since it could not read the whole.
+    piecewise: BTreeSet<(Activity, usize)>,
     /// Activities that work on a whole extent, as no request of the guest does.
     reconciling: BTreeSet<Activity>,
     late: Vec<Landing>,
@@ -71,6 +73,7 @@ impl Operations {
             parked: Vec::new(),
             writes: vec![Vec::new(); index(extents)],
             repairing: BTreeSet::new(),
+            piecewise: BTreeSet::new(),
             reconciling: BTreeSet::new(),
             late: Vec::new(),
             flushed: vec![0; replicas],
@@ -198,9 +201,7 @@ impl World {
         let (rng, budget, tally) = (&mut self.rng, &mut self.budget, &mut self.tally);
         let mut fault = Fault::None;
         if !self.life.attached[replica] || !self.life.present[replica] {
-            // Nothing is there to take it.
-            let errno = 19;
-            fault = Fault::Errno { errno, landed: 0 };
+            fault = Fault::Gone;
         } else if !self.calm && self.life.may_fail(replica) {
             let beyond = self.profile.beyond_budget;
             fault = self.plan.fault(rng, &candidate, budget, tally, beyond);
@@ -290,6 +291,7 @@ impl World {
         // is read to see where it differs, and a replica that lags to see whether it still does.
         let exempt = repair
             || self.operations.reconciling.contains(&activity)
+            || self.operations.piecewise.contains(&(activity, replica.index()))
             || self.shared.membership.lagging().contains(replica);
         if !exempt && self.was_behind(extent, replica) {
             let rule = if writes { "W3" } else { "I6" };
@@ -494,6 +496,9 @@ impl World {
             }
         }
         let op = operation.op;
+        if outcome != Outcome::Done && buffer_of(operation.kind).is_some_and(|(_, fills)| fills) {
+            self.operations.piecewise.insert((flight.activity, replica));
+        }
         self.deliver(flight.lane, Event::Completed { op, outcome })?;
         if let Some((range, writes)) = target(operation.kind) {
             if flight.repair {
@@ -519,6 +524,7 @@ impl World {
         }
         match flight.fault {
             Fault::Errno { errno, .. } => Outcome::Failed { errno },
+            Fault::Gone => Outcome::Failed { errno: 19 },
             Fault::Short => {
                 let (range, _) = target(operation.kind).expect("only reads are short");
                 let expected = u32::try_from(range.len_bytes()).expect("a short request");
@@ -578,6 +584,6 @@ fn landing_mask(fault: Fault, range: SectorRange) -> u64 {
     match fault {
         Fault::None | Fault::Short | Fault::Garbled { .. } | Fault::Hang => mask_of(range),
         Fault::Errno { landed, .. } | Fault::Torn { landed } => landed,
-        Fault::Lost | Fault::Misdirected { .. } | Fault::Late { .. } => 0,
+        Fault::Lost | Fault::Misdirected { .. } | Fault::Late { .. } | Fault::Gone => 0,
     }
 }

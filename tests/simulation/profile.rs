@@ -8,7 +8,7 @@ use crate::rng::Rng;
 
 /// How often each fault is tried, per million operations (or guest requests where said). The
 /// budget decides whether it happens.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Rates {
     pub read_error: u64,
     pub read_short: u64,
@@ -302,7 +302,8 @@ pub struct Shape {
 impl Profile {
     /// Whether no replica ever fails in this kind of run (invariant I15).
     pub fn is_faultless(&self) -> bool {
-        self.name == HEALTHY.name
+        let ends = self.life.is_some_and(|life| life.steps > 0);
+        self.rates == QUIET && self.ailment == Ailment::None && !ends
     }
 
     /// Copies that may be bad at once. A minority threshold decides by the larger group, and two

@@ -163,7 +163,11 @@ fn lives_hold_every_invariant() {
     let only = std::env::var("SIM_PROFILE").ok();
     for profile in lives::ALL {
         if only.as_ref().is_none_or(|only| only == profile.name) {
-            campaign(profile, requests / lives::ALL.len() as u64, seed);
+            let share = match only {
+                Some(_) => requests,
+                None => requests / lives::ALL.len() as u64,
+            };
+            campaign(profile, share, seed);
         }
     }
 }

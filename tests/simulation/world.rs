@@ -280,6 +280,9 @@ impl World {
             Happening::Life(what) => self.live(what)?,
         }
         if self.maintenance.is_some() {
+            if self.step.is_multiple_of(64) {
+                self.budget.expire();
+            }
             self.maintain()?;
         }
         if self.life.crash_is_due(self.step) && !self.calm {
