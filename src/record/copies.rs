@@ -170,6 +170,15 @@ impl Copy {
         true
     }
 
+    /// It is to be written whole, beginning with these slots.
+    pub fn join(&mut self, slots: Vec<Slot>, superblock_slot: Slot) {
+        self.standing = Standing::Joining;
+        self.missing = PageSet::first(slots.len());
+        self.slots = slots;
+        self.superblock_slot = superblock_slot;
+        self.superblock_held = 0;
+    }
+
     /// It is written no more.
     pub fn leave(&mut self) {
         self.standing = Standing::Out;

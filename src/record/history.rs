@@ -15,6 +15,9 @@ pub(super) const ENTRY_BYTES: usize = 32;
 /// Bit of an entry on disk: the epoch was begun by force.
 const FORCED: u32 = 1;
 
+/// Bit of an entry on disk: the epoch was begun.
+const BEGUN: u32 = 2;
+
 /// Tells an epoch from one of the same number elsewhere.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct EpochId(pub [u8; 16]);
@@ -47,9 +50,25 @@ pub struct EpochEntry {
     pub id: EpochId,
     /// It was begun by force, perhaps without a majority of the copies (rule S6).
     pub forced: bool,
+    /// Enough copies hold the epoch, and whoever says so knows. Nothing depends on it before
+    /// enough copies say so.
+    pub begun: bool,
 }
 
-/// The newest epoch and up to 15 before it.
+impl EpochEntry {
+    /// Whether it is the same epoch, whatever is known of it.
+    #[must_use]
+    pub fn is_same(self, other: Self) -> bool {
+        (self.epoch, self.id) == (other.epoch, other.id)
+    }
+
+    fn flags(self) -> u32 {
+        u32::from(self.forced) * FORCED + u32::from(self.begun) * BEGUN
+    }
+}
+
+/// The newest epoch and up to 15 others that the copies knew of when it was written: those it
+/// goes back to, and leftovers beside them of raises that a crash cut short.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct History {
     /// Newest first.
@@ -77,6 +96,25 @@ impl History {
         self.count = EPOCHS_REMEMBERED.min(self.count + 1);
     }
 
+    /// Takes in what another history knows; what is too old for the room there is is forgotten.
+    pub(super) fn join(&mut self, other: &Self) {
+        let mut all = self.entries().to_vec();
+        for entry in other.entries() {
+            match all.iter_mut().find(|own| own.is_same(*entry)) {
+                Some(own) => own.begun |= entry.begun,
+                None => all.push(*entry),
+            }
+        }
+        all.sort_by(|a, b| b.epoch.cmp(&a.epoch).then(a.id.cmp(&b.id)));
+        self.count = all.len().min(EPOCHS_REMEMBERED);
+        self.entries[..self.count].copy_from_slice(&all[..self.count]);
+    }
+
+    /// Enough copies hold the newest epoch.
+    pub(super) fn begin(&mut self) {
+        self.entries[0].begun = true;
+    }
+
     /// The newest epoch.
     #[must_use]
     pub fn newest(&self) -> EpochEntry {
@@ -89,21 +127,27 @@ impl History {
         &self.entries[..self.count]
     }
 
-    /// Whether the history has forgotten what was at the time of `epoch`.
-    pub(super) fn has_forgotten(&self, epoch: u64) -> bool {
-        self.count == EPOCHS_REMEMBERED && epoch < self.entries[EPOCHS_REMEMBERED - 1].epoch
+    /// Whether the epoch, or one beside it that never mattered, is in it.
+    pub(super) fn knows(&self, entry: EpochEntry) -> bool {
+        self.entries().iter().any(|own| own.is_same(entry))
+    }
+
+    /// Whether the history does not have the epoch, but may have had.
+    pub(super) fn has_forgotten(&self, entry: EpochEntry) -> bool {
+        let oldest = self.entries[self.count - 1].epoch;
+        self.count == EPOCHS_REMEMBERED && entry.epoch <= oldest && !self.knows(entry)
     }
 
     pub(super) fn encode(&self, writer: &mut Writer<'_>) {
         for entry in self.entries {
             writer.u64(entry.epoch);
             writer.bytes(&entry.id.0);
-            writer.u32(if entry.forced { FORCED } else { 0 });
+            writer.u32(entry.flags());
             writer.u32(0);
         }
     }
 
-    /// `None`: they are no history, with falling numbers and nothing after the oldest.
+    /// `None`: they are no history, with numbers that do not rise and nothing after the oldest.
     pub(super) fn decode(reader: &mut Reader<'_>) -> Option<Self> {
         let mut entries = [EpochEntry::default(); EPOCHS_REMEMBERED];
         let mut count = 0;
@@ -112,15 +156,16 @@ impl History {
             entry.epoch = reader.u64();
             entry.id = EpochId(reader.bytes());
             let flags = reader.u32();
-            if reader.u32() != 0 || flags & !FORCED != 0 {
+            if reader.u32() != 0 || flags & !(FORCED | BEGUN) != 0 {
                 return None;
             }
             entry.forced = flags & FORCED != 0;
+            entry.begun = flags & BEGUN != 0;
             if entry.epoch == 0 {
                 if *entry != EpochEntry::default() {
                     return None;
                 }
-            } else if entry.epoch >= last || index != count {
+            } else if entry.epoch > last || index != count {
                 return None;
             } else {
                 last = entry.epoch;

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which epoch the copies are to be read in (rules R1, R5).
 //!
-//! An epoch counts from the moment more than K/2 copies hold it. A crash in the middle of a raise
-//! leaves one that fewer hold and nothing depends on; the next opening, with other copies, may
-//! raise to another epoch beside it. Such leftovers are no fork. A fork is two epochs of which
-//! neither knows the other and both may have counted.
+//! An epoch is begun in two steps: it is written to the copies, and when enough of them have it
+//! they are told so ([`EpochEntry::begun`]). Nothing depends on an epoch before enough copies hold
+//! the second. So among more than K/2 copies one says of every epoch that matters that it was
+//! begun, and one such word is proof that a majority held the epoch. A crash before that leaves an
+//! epoch that does not matter; the next opening goes on from an older one and may write another
+//! beside it. Its history has everything the copies knew that it saw ([`History::join`]); any epoch
+//! that a majority held is among that. A fork is therefore two epochs that were begun, of which the
+//! newer one's history does not have the older.
 
 use super::history::{EpochEntry, History};
 
@@ -16,106 +20,91 @@ pub(super) struct Life {
     pub uncertain: bool,
 }
 
-impl Life {
-    fn knows(&self, entry: EpochEntry) -> bool {
-        self.history.entries().contains(&entry)
-    }
+/// Whether a copy has what was made durable in the epoch that was chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Holds {
+    /// It takes part.
+    Yes,
+    /// Its damaged slot may have said so, if the epoch has it among its copies.
+    Perhaps,
+    /// What it says is old.
+    No,
 }
 
 /// What was decided.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// The newest epoch that may count, and for each life whether it may hold what was made
-    /// durable in it. The pages of those that do are merged.
-    Epoch(EpochEntry, Vec<bool>),
+    /// The newest epoch that was begun, and for each life whether it holds what was made durable
+    /// in it. The pages of those that do are merged.
+    Epoch(EpochEntry, Vec<Holds>),
     /// Two lives that exclude each other, and from which epoch on.
     Fork(usize, usize, u64),
 }
 
-/// Decides for the `lives` that can be read of `copies` copies.
-pub(super) fn decide(lives: &[Life], copies: usize) -> Decision {
-    let mut counting = counting(lives, copies);
-    let absent = copies.saturating_sub(lives.len());
-    // An epoch that surely counted leaves no room for others beside it, but for forced ones.
-    let sure = counting.iter().filter(|(_, sure)| *sure);
-    if let Some(&(sure, _)) = sure.max_by_key(|(entry, _)| entry.epoch) {
-        for &(entry, is_sure) in &counting {
-            if let Some((one, other)) = conflict(lives, entry, sure).filter(|_| is_sure) {
-                return part(lives, one, other);
+/// Decides.
+///
+/// # Panics
+/// If there is no life.
+pub(super) fn decide(lives: &[Life]) -> Decision {
+    let all = || lives.iter().flat_map(|life| life.history.entries());
+    let begun = all().filter(|entry| entry.begun);
+    let chosen = match begun.max_by_key(|entry| entry.epoch) {
+        Some(&chosen) => {
+            for &entry in all().filter(|entry| entry.begun) {
+                if let Some((one, other)) = conflict(lives, entry, chosen) {
+                    return part(lives, one, other);
+                }
             }
+            chosen
         }
-        counting.retain(|&(entry, _)| conflict(lives, entry, sure).is_none());
-    }
-    let Some(&(chosen, _)) = counting.iter().max_by_key(|(entry, _)| entry.epoch) else {
-        return part(lives, 0, 1);
+        // No epoch was ever begun, so nothing depends on the choice.
+        None => {
+            let support = |entry| {
+                lives
+                    .iter()
+                    .filter(|life| life.history.knows(entry))
+                    .count()
+            };
+            let usual = all().max_by_key(|&&entry| (support(entry), entry.epoch));
+            *usual.expect("a life has an epoch")
+        }
     };
-    let mut holders: Vec<bool> = lives
-        .iter()
-        .map(|life| life.knows(chosen) || life.uncertain)
-        .collect();
-    for &(entry, _) in &counting {
-        let Some((one, other)) = conflict(lives, entry, chosen) else {
-            continue;
-        };
-        if absent > 0 {
-            return part(lives, one, other);
+    let holds = |life: &Life| {
+        if life.history.knows(chosen) {
+            Holds::Yes
+        } else if life.uncertain {
+            Holds::Perhaps
+        } else {
+            Holds::No
         }
-        // Every copy is here and none of the two epochs is on a majority for certain: at most one
-        // of them counted. Nothing it made durable is lost if the pages of both are merged.
-        for (holder, life) in holders.iter_mut().zip(lives) {
-            *holder |= life.knows(entry);
-        }
-    }
-    Decision::Epoch(chosen, holders)
+    };
+    Decision::Epoch(chosen, lives.iter().map(holds).collect())
 }
 
-/// Epochs that may have counted, and whether they surely did.
-fn counting(lives: &[Life], copies: usize) -> Vec<(EpochEntry, bool)> {
-    let absent = copies.saturating_sub(lives.len());
-    let majority = copies / 2 + 1;
-    let mut counting: Vec<(EpochEntry, bool)> = Vec::new();
-    for &entry in lives.iter().flat_map(|life| life.history.entries()) {
-        if counting.iter().any(|(known, _)| *known == entry) {
-            continue;
-        }
-        let support = lives.iter().filter(|life| life.knows(entry)).count();
-        let torn = |life: &&Life| {
-            life.uncertain && !life.knows(entry) && life.history.newest().epoch < entry.epoch
-        };
-        let unknown = absent + lives.iter().filter(torn).count();
-        if entry.forced || support + unknown >= majority {
-            counting.push((entry, entry.forced || support >= majority));
-        }
-    }
-    counting
-}
-
-/// A life that knows the one and not the other, and one the other way round, if the two epochs
-/// are not of one line.
+/// A life that knows the older of two epochs and one that knows the newer and not the older, if
+/// the epochs are not of one line.
 fn conflict(lives: &[Life], one: EpochEntry, other: EpochEntry) -> Option<(usize, usize)> {
+    if one.is_same(other) {
+        return None;
+    }
     let (old, new) = if one.epoch <= other.epoch {
         (one, other)
     } else {
         (other, one)
     };
-    if old == new {
-        return None;
-    }
-    let without =
-        |life: &Life| life.knows(new) && !life.knows(old) && !life.history.has_forgotten(old.epoch);
+    let without = |life: &Life| {
+        life.history.knows(new) && !life.history.knows(old) && !life.history.has_forgotten(old)
+    };
     let new_side = lives.iter().position(without)?;
-    let old_side = lives.iter().position(|life| life.knows(old))?;
+    let old_side = lives.iter().position(|life| life.history.knows(old))?;
     Some((old_side, new_side))
 }
 
 /// The fork between two lives.
 fn part(lives: &[Life], one: usize, other: usize) -> Decision {
-    let other_entries = lives[other].history.entries();
     let apart = lives[one].history.entries().iter().rev();
-    let epoch = apart
-        .filter(|entry| !other_entries.contains(entry))
-        .map(|entry| entry.epoch)
-        .next();
+    let apart = apart.filter(|&&entry| !lives[other].history.knows(entry));
+    let epoch = apart.map(|entry| entry.epoch).next();
     let newest = lives[one].history.newest().epoch;
     Decision::Fork(one, other, epoch.unwrap_or(newest))
 }
@@ -125,18 +114,18 @@ mod tests {
     use super::super::history::EpochId;
     use super::*;
 
-    fn entry(name: &str) -> EpochEntry {
-        let (epoch, rest) = name.split_at(name.find(char::is_alphabetic).unwrap());
-        let mut id = [0; 16];
-        id[0] = rest.as_bytes()[0];
+    /// `"6x"`: epoch 6 of id x; `"6x."`: written but not begun.
+    fn entry(text: &str) -> EpochEntry {
+        let (epoch, id) = text.split_at(text.find(char::is_alphabetic).unwrap());
         EpochEntry {
             epoch: epoch.parse().unwrap(),
-            id: EpochId(id),
-            forced: rest.ends_with('!'),
+            id: EpochId([id.as_bytes()[0]; 16]),
+            forced: false,
+            begun: !id.ends_with('.'),
         }
     }
 
-    /// `"5a 6x ?"`: epochs 5 and 6, the other slot is damaged.
+    /// `"5a 6x ?"`: epochs 5 and 6; the other slot is damaged.
     fn life(text: &str) -> Life {
         let mut words: Vec<&str> = text.split(' ').collect();
         let uncertain = words.last() == Some(&"?");
@@ -148,95 +137,72 @@ mod tests {
 
     #[test]
     fn decision_for_every_kind_of_past() {
-        // Lives, K, and the epoch with its holders, or none for a fork.
+        // Lives; the epoch, and who holds it: yes, perhaps, no. Or none for a fork.
         type Case = (
             &'static [&'static str],
-            usize,
-            Option<(&'static str, &'static [bool])>,
+            Option<(&'static str, &'static str)>,
         );
         let cases: &[Case] = &[
-            (&["5a"], 1, Some(("5a", &[true]))),
-            (&["5a", "5a", "5a"], 3, Some(("5a", &[true, true, true]))),
+            (&["5a"], Some(("5a", "y"))),
+            (&["5a", "5a", "5a"], Some(("5a", "yyy"))),
             // One was shut out, or absent.
-            (
-                &["5a 6a", "5a 6a", "5a"],
-                3,
-                Some(("6a", &[true, true, false])),
-            ),
-            (&["5a 6a", "5a"], 3, Some(("6a", &[true, false]))),
-            // A raise that reached one copy only: all here, so it never counted.
-            (&["5a 6x", "5a", "5a"], 3, Some(("5a", &[true, true, true]))),
-            // The same, but torn on the others: it may have.
-            (
-                &["5a 6x", "5a ?", "5a ?"],
-                3,
-                Some(("6x", &[true, true, true])),
-            ),
-            // A leftover beside an epoch that counts, also with the larger number.
-            (
-                &["5a 6x", "5a 6y", "5a 6y"],
-                3,
-                Some(("6y", &[false, true, true])),
-            ),
-            (
-                &["5a 6x 7x", "5a 6y", "5a 6y"],
-                3,
-                Some(("6y", &[false, true, true])),
-            ),
-            // Two leftovers.
-            (
-                &["5a 6x", "5a 6y", "5a"],
-                3,
-                Some(("5a", &[true, true, true])),
-            ),
-            (
-                &["5a 6x", "5a 6y", "5a 6z"],
-                3,
-                Some(("5a", &[true, true, true])),
-            ),
-            (
-                &["5a 6x", "5a 6y", "5a ?"],
-                3,
-                Some(("6y", &[true, true, true])),
-            ),
-            // More than half of five have it, so no other epoch beside it counted.
-            (
-                &["5a 6x", "5a 6y", "5a 6y", "5a 6y"],
-                5,
-                Some(("6y", &[false, true, true, true])),
-            ),
-            // The third would tell.
-            (&["5a 6x", "5a 6y"], 3, None),
-            // Force counts with any number.
-            (
-                &["5a 6x!", "5a", "5a"],
-                3,
-                Some(("6x!", &[true, false, false])),
-            ),
-            (&["5a 6x!", "5a 6y", "5a 6y"], 3, None),
-            (
-                &["5a 6x! 7x", "5a 6x! 7x", "5a"],
-                3,
-                Some(("7x", &[true, true, false])),
-            ),
-            // Nothing in common.
-            (&["5a", "5b", "5c"], 3, None),
-            (
-                &["5a 6x 7x", "5a 6x 7x", "5a 6x 7x", "5a 6x", "5a"],
-                5,
-                Some(("7x", &[true, true, true, false, false])),
-            ),
+            (&["5a 6a", "5a 6a", "5a"], Some(("6a", "yyn"))),
+            (&["5a 6a", "5a"], Some(("6a", "yn"))),
+            // Begun, though not everybody heard.
+            (&["5a 6a", "5a 6a.", "5a ?"], Some(("6a", "yyp"))),
+            // A raise that a crash cut short.
+            (&["5a 6x.", "5a", "5a"], Some(("5a", "yyy"))),
+            (&["5a 6x.", "5a ?", "5a ?"], Some(("5a", "yyy"))),
+            // Its leftover beside an epoch that was begun, also with the larger number.
+            (&["5a 6x.", "5a 6y", "5a 6y"], Some(("6y", "nyy"))),
+            (&["5a 6x.", "5a 6y"], Some(("6y", "ny"))),
+            (&["5a 6x. 7x.", "5a 6y", "5a 6y"], Some(("6y", "nyy"))),
+            // Leftovers only.
+            (&["5a 6x.", "5a 6y.", "5a"], Some(("5a", "yyy"))),
+            (&["5a 6x.", "5a 6y.", "5a 6z."], Some(("5a", "yyy"))),
+            // A leftover that was taken up again.
+            (&["5a 6x. 7x", "5a 6x. 7x", "5a 6y."], Some(("7x", "yyn"))),
+            // A new record.
+            (&["1a.", "1a.", "1a."], Some(("1a.", "yyy"))),
+            (&["1a. 2x.", "1a.", "1a."], Some(("1a.", "yyy"))),
+            // Begun, but the next opening met a copy that had not heard: it knows of it.
+            (&["5a 6x. 7y", "5a 6x. 7y", "5a 6x"], Some(("7y", "yyn"))),
+            // Forks.
+            (&["5a 6x", "5a 6y"], None),
+            (&["5a 6x", "5a 6y", "5a 6y"], None),
+            (&["5a 6x 7x 8x", "5a 6y", "5a 6x"], None),
+            (&["5a", "6b"], None),
         ];
-        for (texts, copies, expected) in cases {
+        for (texts, expected) in cases {
             let lives: Vec<Life> = texts.iter().map(|text| life(text)).collect();
-            let found = decide(&lives, *copies);
+            let found = decide(&lives);
             match expected {
                 Some((name, holders)) => {
-                    let expected = Decision::Epoch(entry(name), holders.to_vec());
+                    let holds = holders.chars().map(|holds| match holds {
+                        'y' => Holds::Yes,
+                        'p' => Holds::Perhaps,
+                        _ => Holds::No,
+                    });
+                    let expected = Decision::Epoch(entry(name), holds.collect());
                     assert_eq!(found, expected, "{texts:?}");
                 }
                 None => assert!(matches!(found, Decision::Fork(..)), "{texts:?}: {found:?}"),
             }
         }
+    }
+
+    #[test]
+    fn epoch_before_all_that_is_remembered_is_no_fork() {
+        let mut new = History::new(entry("5a"));
+        (6..40).for_each(|epoch| new.push(entry(&format!("{epoch}a"))));
+        let lives = [
+            life("5a"),
+            Life {
+                history: new,
+                uncertain: false,
+            },
+        ];
+        let expected = vec![Holds::No, Holds::Yes];
+        assert_eq!(decide(&lives), Decision::Epoch(entry("39a"), expected));
     }
 }

@@ -129,6 +129,11 @@ impl Images {
         }
     }
 
+    /// The slot to be written next: that of the older image, or of none (rule R4).
+    fn next(&self) -> Slot {
+        self.newest().map_or(Slot::A, Slot::other)
+    }
+
     fn newest_sequence(&self) -> u64 {
         self.sequences.iter().flatten().copied().max().unwrap_or(0)
     }
@@ -140,6 +145,31 @@ impl Images {
         });
         equal
     }
+}
+
+/// What is to be known of a copy before it is written whole.
+pub(super) struct Survey {
+    /// Per page the slot to be written next.
+    pub slots: Vec<Slot>,
+    /// Per page the largest sequence in it.
+    pub sequences: Vec<u64>,
+}
+
+/// Looks at the pages of a copy that is not used as a source: what is written to it must be newer
+/// than what it holds, and a stale image must not outlive it in the other slot.
+pub(super) fn survey<R: ReadBlock>(reader: &mut R, superblock: &Superblock) -> Survey {
+    let layout = superblock.layout();
+    let mut images = Images::new();
+    let mut survey = Survey {
+        slots: Vec::new(),
+        sequences: Vec::new(),
+    };
+    for name in layout.names(superblock.slots()) {
+        images.read(Some(reader), layout, name, superblock.disk);
+        survey.slots.push(images.next());
+        survey.sequences.push(images.newest_sequence());
+    }
+    survey
 }
 
 /// Merges the pages of `sources`. `absent` copies of the epoch cannot be read at all; a page is
@@ -189,7 +219,7 @@ pub(super) fn merge<R: ReadBlock>(
         }
         for (images, copy) in images.iter().zip(&mut copies) {
             let newest = images.newest();
-            copy.slots.push(newest.map_or(Slot::A, Slot::other));
+            copy.slots.push(images.next());
             copy.matches
                 .push(newest.is_some_and(|slot| images.equals(slot, bits)));
         }

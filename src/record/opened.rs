@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The outcome of an opening: what the record said, and what each copy needs.
 
+use super::history::History;
 use super::layout::Slot;
 use super::merge::MergedPages;
 use super::superblock::Superblock;
@@ -65,8 +66,9 @@ pub struct Opened {
     pub(super) force: bool,
     /// The record is new: no copy holds anything.
     pub(super) fresh: bool,
-    /// Above every epoch and sequence that was met.
-    pub(super) epoch_max: u64,
+    /// Every epoch that was met.
+    pub(super) known: History,
+    /// No copy has a larger one.
     pub(super) sequence_max: u64,
     pub(super) copies: Vec<OpenedCopy>,
     pub(super) pages: MergedPages,
@@ -97,7 +99,7 @@ impl Opened {
             notes: Vec::new(),
             force: false,
             fresh: true,
-            epoch_max: 0,
+            known: superblock.history,
             sequence_max: 0,
             copies: (0..superblock.copies).map(copy).collect(),
             pages,

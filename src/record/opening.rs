@@ -8,7 +8,7 @@
 use super::error::Refusal;
 use super::heads::{Heads, read_heads};
 use super::layout::{BLOCK_BYTES, Block, Slot};
-use super::lineage::{Decision, Life, decide};
+use super::lineage::{Decision, Holds, Life, decide};
 use super::merge::{PageSource, merge};
 #[cfg(test)]
 use super::mutation::RecordMutation;
@@ -89,6 +89,7 @@ struct Candidate<'a, R> {
     state: CopyState,
     /// None: nothing in it can be used to decide.
     heads: Option<Heads>,
+    superblock_slot: Slot,
     /// Its pages are merged.
     holder: bool,
 }
@@ -121,9 +122,9 @@ pub fn open<R: ReadBlock>(
 
     let heads = || candidates.iter().filter_map(Candidate::newest);
     let known: u8 = heads().map(|head| 1 << head.copy_index).sum();
-    let epoch_max = heads().map(Superblock::epoch).max();
-    let sequence_max = heads().map(|head| head.sequence).max();
-    let (epoch_max, sequence_max) = (epoch_max.unwrap_or(0), sequence_max.unwrap_or(0));
+    let sequence_max = heads().map(|head| head.sequence).max().unwrap_or(0);
+    let mut history = superblock.history;
+    heads().for_each(|head| history.join(&head.history));
     let absent = (superblock.included & !known).count_ones() as usize;
     let allowed = if forced {
         usize::MAX
@@ -160,7 +161,7 @@ pub fn open<R: ReadBlock>(
         };
         copies.push(OpenedCopy {
             index,
-            superblock_slot: candidate.heads.as_ref().map_or(Slot::A, Heads::next_slot),
+            superblock_slot: candidate.superblock_slot,
             state: candidate.state,
             slots: found.slots,
             matches: found.matches,
@@ -172,7 +173,7 @@ pub fn open<R: ReadBlock>(
         notes,
         force: options.force,
         fresh: false,
-        epoch_max,
+        known: history,
         sequence_max,
         copies,
         pages: merged.pages,
@@ -186,6 +187,7 @@ fn inspect<R: ReadBlock>(source: &mut CopySource<R>) -> Result<Candidate<'_, R>,
         reader: None,
         state: CopyState::Missing,
         heads: None,
+        superblock_slot: Slot::A,
         holder: false,
     };
     match &mut source.found {
@@ -199,6 +201,7 @@ fn inspect<R: ReadBlock>(source: &mut CopySource<R>) -> Result<Candidate<'_, R>,
                     } else {
                         CopyState::Blank
                     };
+                    candidate.superblock_slot = heads.next_slot();
                     candidate.heads = heads.newest().is_some().then_some(heads);
                 }
                 Err(why) => candidate.state = CopyState::Unreadable(why),
@@ -266,8 +269,8 @@ fn drop_forgotten<R>(candidates: &mut [Candidate<'_, R>]) {
         return;
     };
     for candidate in candidates {
-        let epoch = candidate.newest().map(Superblock::epoch);
-        if epoch.is_some_and(|epoch| newest.history.has_forgotten(epoch)) {
+        let own = candidate.newest().map(|head| head.history.newest());
+        if own.is_some_and(|own| newest.history.has_forgotten(own)) {
             candidate.heads = None;
         }
     }
@@ -292,7 +295,7 @@ fn choose<R>(
         .iter()
         .filter_map(|&place| life(&candidates[place]))
         .collect();
-    let (epoch, holders) = match decide(&lives, copies) {
+    let (epoch, holders) = match decide(&lives) {
         Decision::Epoch(entry, holders) => (entry, holders),
         Decision::Fork(first, second, epoch) => {
             let name = |life: usize| candidates[places[life]].name.to_owned();
@@ -303,25 +306,30 @@ fn choose<R>(
             });
         }
     };
-    for (&place, holder) in places.iter().zip(holders) {
-        candidates[place].holder = holder;
-        if holder {
-            candidates[place].state = CopyState::Current;
-        }
-    }
     // The newest of that very epoch; if a raise that never counted has taken its place
     // everywhere, what that says.
-    let holders = candidates.iter().filter(|candidate| candidate.holder);
-    let slots = holders.filter_map(|candidate| candidate.heads.as_ref());
+    let slots = candidates.iter().filter_map(|c| c.heads.as_ref());
     let superblocks = slots.flat_map(|heads| heads.valid.iter().flatten());
     let chosen = superblocks
-        .filter(|superblock| superblock.history.entries().contains(&epoch))
+        .filter(|superblock| superblock.history.knows(epoch))
         .max_by_key(|superblock| {
-            let exact = superblock.history.newest() == epoch;
+            let exact = superblock.history.newest().is_same(epoch);
             (exact, superblock.epoch(), superblock.sequence)
         })
         .cloned();
-    Ok((chosen.expect("a copy that knows the epoch"), forced))
+    let chosen = chosen.expect("a copy that knows the epoch");
+    for (&place, holds) in places.iter().zip(holders) {
+        let index = candidates[place].newest().map_or(0, |head| head.copy_index);
+        candidates[place].holder = match holds {
+            Holds::Yes => true,
+            Holds::Perhaps => chosen.included & (1 << index) != 0,
+            Holds::No => false,
+        };
+        if candidates[place].holder {
+            candidates[place].state = CopyState::Current;
+        }
+    }
+    Ok((chosen, forced))
 }
 
 fn life<R>(candidate: &Candidate<'_, R>) -> Option<Life> {

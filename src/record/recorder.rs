@@ -7,8 +7,9 @@
 //! (rule R1). A copy that is not level then goes on at its own pace and is given the newest image
 //! of what it lacks.
 //!
-//! Because pages go before the superblock, a copy that shows an epoch has whatever was durable
-//! when the epoch began. Opening depends on it.
+//! A new epoch takes two superblocks: one with the epoch, and when that is durable one that says
+//! so ([`lineage`](super::lineage)). Because pages go before the superblock, a copy that shows an
+//! epoch has whatever was durable when the epoch began. Opening depends on both.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,17 +18,20 @@ use thiserror::Error;
 
 pub use super::copies::WriteId;
 use super::copies::{Copy, PageSet, Standing, Target, WRITES_PER_COPY_MAX};
+use super::error::Refusal;
+use super::heads::read_heads;
 use super::history::{EpochEntry, EpochId, History};
-use super::layout::{BLOCK_BYTES, Block, Layout};
+use super::layout::{BLOCK_BYTES, Block, Layout, Slot};
 use super::member::MemberState;
-use super::merge::MergedPages;
+use super::merge::{MergedPages, survey};
 #[cfg(test)]
 use super::mutation::RecordMutation;
 use super::mutation::broken;
 use super::opened::Opened;
+use super::opening::ReadBlock;
 use super::page::{decode_bits, encode_into};
 use super::superblock::{FIRST_EPOCH, Superblock};
-use crate::quorum::{Marks, PAGE_WORDS, PageName};
+use crate::quorum::{Marks, PAGE_WORDS, PageBits, PageName};
 use crate::units::Time;
 
 /// A write to a copy that takes longer than this excludes the copy, if the others suffice.
@@ -95,7 +99,7 @@ pub enum RecordAction {
 }
 
 /// Why the recorder does not do something.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
 pub enum RecorderError {
     /// Too few copies can be written.
     #[error(
@@ -114,6 +118,9 @@ pub enum RecorderError {
     /// A write to the copy that began before it was excluded has not ended.
     #[error("a write to the copy of the state record is still under way: try again later")]
     Busy,
+    /// What is in the place of the copy must not be overwritten.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 /// How far the record is.
@@ -161,7 +168,11 @@ pub struct Recorder {
     sequences: Vec<u64>,
     /// What the copies held at the opening, until the epoch has begun.
     merged: Option<MergedPages>,
+    /// What the copies knew at the opening.
+    known: Option<History>,
+    /// The largest epoch and sequence of a superblock that were met or given.
     epoch_max: u64,
+    sequence_max: u64,
     forced: bool,
     copies: Vec<Copy>,
     job: Option<Job>,
@@ -217,8 +228,7 @@ impl Recorder {
             let writable = good;
             return Err(RecorderError::TooFew { writable, needed });
         }
-        let mut wanted = opened.superblock;
-        wanted.sequence = wanted.sequence.max(opened.sequence_max);
+        let wanted = opened.superblock;
         Ok(Self {
             next: wanted.clone(),
             changes: vec![ChangeId(0)],
@@ -235,7 +245,9 @@ impl Recorder {
             names,
             sequences: pages.sequences().to_vec(),
             merged: Some(pages),
-            epoch_max: opened.epoch_max.max(wanted.epoch()),
+            sequence_max: wanted.sequence.max(opened.sequence_max),
+            epoch_max: opened.known.newest().epoch,
+            known: (!opened.fresh).then_some(opened.known),
             forced: good <= copies.len() / 2,
             copies,
             wanted,
@@ -315,24 +327,45 @@ impl Recorder {
         id
     }
 
-    /// Takes an excluded copy back: it is written whole, then an epoch with it begins. There must
-    /// be a file of the right length, the old one or one full of zeroes. Poll afterwards.
+    /// Takes an excluded copy back: it is written whole, then an epoch with it begins. `reader`
+    /// reads what is in its place: the old file, or one of the right length full of zeroes. Poll
+    /// afterwards.
     ///
     /// # Errors
-    /// If it is in use, or an old write to it has not ended.
-    pub fn readmit(&mut self, copy: u8) -> Result<(), RecorderError> {
-        let count = self.names.len();
-        let Some(copy) = self.copies.get_mut(usize::from(copy)) else {
+    /// If the copy is in use, an old write to it has not ended, or what is there belongs to
+    /// another disk or to a life this record knows nothing of.
+    pub fn readmit<R: ReadBlock>(
+        &mut self,
+        copy: u8,
+        name: &str,
+        reader: &mut R,
+    ) -> Result<(), RecorderError> {
+        let place = usize::from(copy);
+        let out = |copy: &&Copy| copy.standing == Standing::Out;
+        let Some(copy) = self.copies.get(place).filter(out) else {
             return Err(RecorderError::InUse);
         };
-        if copy.standing != Standing::Out || self.stage != Stage::Serving {
+        if self.stage != Stage::Serving {
             return Err(RecorderError::InUse);
         }
         if !copy.is_idle() {
             return Err(RecorderError::Busy);
         }
-        copy.standing = Standing::Joining;
-        copy.missing = PageSet::first(count);
+        // Even what cannot be used must be older than what is written over it.
+        let mut superblock_slot = Slot::A;
+        if let Ok(heads) = read_heads(name, reader)? {
+            superblock_slot = heads.next_slot();
+            if let Some(newest) = heads.newest() {
+                check_return(name, newest, &self.wanted)?;
+                self.epoch_max = self.epoch_max.max(newest.epoch());
+                self.sequence_max = self.sequence_max.max(newest.sequence);
+            }
+        }
+        let survey = survey(reader, &self.wanted);
+        for (own, found) in self.sequences.iter_mut().zip(survey.sequences) {
+            *own = found.max(*own);
+        }
+        self.copies[place].join(survey.slots, superblock_slot);
         Ok(())
     }
 
@@ -451,12 +484,12 @@ impl Recorder {
 
     /// The copies are to hold `content`, in a new epoch or the same.
     fn want(&mut self, mut content: Superblock, raise: bool) {
-        content.sequence = self.wanted.sequence + 1;
+        self.sequence_max += 1;
+        content.sequence = self.sequence_max;
         content.included = self.good();
-        // Of some copy that takes part; each is written with its own.
+        // Each copy is given its own index; this one is of any that takes part.
         content.copy_index = u8::try_from(content.included.trailing_zeros()).unwrap_or(0);
         content.forced = self.forced && content.included.count_ones() < self.majority();
-        content.history = self.wanted.history;
         if raise && !broken!(self, EpochNotRaised) {
             self.epoch_max += 1;
             content.history.push(self.entry(content.forced));
@@ -481,12 +514,20 @@ impl Recorder {
             epoch: self.epoch_max,
             id: EpochId::derive(self.run, self.epoch_max),
             forced,
+            begun: false,
         }
     }
 
     /// Returns whether the job is done now.
     fn finish_job(&mut self, marks: &Marks, actions: &mut Vec<RecordAction>) -> bool {
         if self.job.is_none() || self.lost || self.level().count() < self.needed() {
+            return false;
+        }
+        if self.stage != Stage::Creating && !self.wanted.history.newest().begun {
+            // Enough copies hold the new epoch. Before anything depends on it they say so.
+            let mut content = self.wanted.clone();
+            content.history.begin();
+            self.want(content, false);
             return false;
         }
         let job = self.job.take().expect("looked a moment ago");
@@ -569,8 +610,8 @@ impl Recorder {
             job.images.push((number, image));
         }
         self.epoch_max = FIRST_EPOCH;
-        self.wanted.history = History::new(self.entry(false));
-        let content = self.next.clone();
+        let mut content = self.next.clone();
+        content.history = History::new(self.entry(false));
         self.want(content, false);
         self.job = Some(job);
     }
@@ -610,6 +651,9 @@ impl Recorder {
         self.touched = touched;
         let mut content = self.next.clone();
         content.clean = false;
+        if let Some(known) = self.known.take() {
+            content.history = known;
+        }
         self.next.clean = false;
         self.want(content, true);
         self.submitted(&job, marks, actions);
@@ -704,6 +748,13 @@ impl Recorder {
 
     /// The newest image of a page.
     fn image(&mut self, page: usize, marks: &Marks) -> Arc<Block> {
+        let mut bits = [0; PAGE_WORDS];
+        marks.copy_page(self.names[page], &mut bits);
+        self.image_of(page, &bits)
+    }
+
+    /// An image of a page with these bits.
+    fn image_of(&mut self, page: usize, bits: &PageBits) -> Arc<Block> {
         let mut block = self
             .spare
             .pop()
@@ -713,12 +764,25 @@ impl Recorder {
             block = Arc::new([0; BLOCK_BYTES]);
         }
         let into = Arc::get_mut(&mut block).expect("nobody else has it");
-        let mut bits = [0; PAGE_WORDS];
-        marks.copy_page(self.names[page], &mut bits);
         self.sequences[page] += 1;
         let (name, sequence) = (self.names[page], self.sequences[page]);
-        encode_into(into, name, sequence, &bits, self.wanted.disk);
+        encode_into(into, name, sequence, bits, self.wanted.disk);
         block
+    }
+
+    /// The image of a page that is to be written to a copy now.
+    fn image_for(&mut self, place: usize, page: usize, marks: &Marks) -> Arc<Block> {
+        let mut images = self.job.iter().flat_map(|job| &job.images);
+        let Some((_, image)) = images.find(|(number, _)| *number == page) else {
+            return self.image(page, marks);
+        };
+        if self.copies[place].standing == Standing::Good {
+            return Arc::clone(image);
+        }
+        // A copy that returns may hold an image with a larger sequence, which this must replace.
+        let mut bits = [0; PAGE_WORDS];
+        decode_bits(image, |word, value| bits[word] = value);
+        self.image_of(page, &bits)
     }
 
     /// Hands out what a copy lacks next, if it has nothing to do.
@@ -730,12 +794,7 @@ impl Recorder {
             let Some(page) = self.copies[place].missing.pop() else {
                 break;
             };
-            let job = self.job.iter().flat_map(|job| &job.images);
-            let image = job.clone().find(|(number, _)| *number == page);
-            let bytes = match image {
-                Some((_, image)) => Arc::clone(image),
-                None => self.image(page, marks),
-            };
+            let bytes = self.image_for(place, page, marks);
             self.write(place, Target::Page(page), bytes, now, actions);
         }
         let sequence = self.wanted.sequence;
@@ -761,7 +820,7 @@ impl Recorder {
         let block = match target {
             Target::Page(page) => {
                 if broken!(self, SlotInUseWritten) {
-                    slot = slot.other();
+                    slot = Slot::A;
                 }
                 self.layout.block_of(self.names[page], slot)
             }
@@ -773,6 +832,28 @@ impl Recorder {
             block,
             bytes,
         });
+    }
+}
+
+/// Whether what is in the place of a copy may be overwritten.
+fn check_return(name: &str, found: &Superblock, own: &Superblock) -> Result<(), Refusal> {
+    if found.disk != own.disk {
+        return Err(Refusal::Foreign {
+            copy: name.to_owned(),
+            found: found.disk,
+            expected: own.disk,
+        });
+    }
+    let unknown = found.history.entries().iter().rfind(|entry| {
+        entry.begun && !own.history.knows(**entry) && !own.history.has_forgotten(**entry)
+    });
+    match unknown {
+        Some(entry) => Err(Refusal::Fork {
+            first: name.to_owned(),
+            second: "what is in use".to_owned(),
+            epoch: entry.epoch,
+        }),
+        None => Ok(()),
     }
 }
 

@@ -113,7 +113,9 @@ impl World {
             for extent in (0..self.shape.geometry.extents()).filter(|e| request.covers >> e & 1 > 0)
             {
                 let id = ReplicaId::new(replica);
-                if !self.shared.membership.is_behind(extent, id) {
+                let members = &self.shared.membership;
+                // What is clean was flushed before.
+                if members.is_dirty(extent) && !members.is_behind(extent, id) {
                     let what = format!(
                         "a flush is acknowledged, replica {replica} was not flushed and is \
                          current in extent {extent}"

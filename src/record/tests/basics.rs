@@ -142,7 +142,7 @@ fn late_copy_is_left_out_after_the_limit() {
         )
     };
     assert!(says(&machine, excluded));
-    assert_eq!(machine.recorder.readmit(0), Err(RecorderError::Busy));
+    assert_eq!(machine.readmit(0), Err(RecorderError::Busy));
     machine.run();
     assert_eq!(machine.recorder.superblock().epoch(), 3);
     assert_eq!(machine.recorder.deadline(), None);
@@ -158,8 +158,8 @@ fn copy_returns_whole_in_a_new_epoch() {
     machine.run();
     assert!(!machine.recorder.is_good(0));
     machine.files[0].fill(0);
-    assert_eq!(machine.recorder.readmit(1), Err(RecorderError::InUse));
-    machine.recorder.readmit(0).unwrap();
+    assert_eq!(machine.readmit(1), Err(RecorderError::InUse));
+    machine.readmit(0).unwrap();
     machine.poll();
     // It does not hold others up while it is being written.
     let _ = machine.marks.ask(d(), 3);
@@ -185,7 +185,7 @@ fn without_a_majority_nothing_becomes_durable_until_a_copy_is_back() {
     assert!(machine.recorder.is_lost());
     assert!(says(&machine, |a| matches!(a, RecordAction::Lost)));
     assert!(!machine.marks.is_settled(number));
-    machine.recorder.readmit(1).unwrap();
+    machine.readmit(1).unwrap();
     machine.poll();
     machine.run();
     assert!(says(&machine, |a| matches!(a, RecordAction::Regained)));

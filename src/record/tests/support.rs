@@ -173,6 +173,12 @@ impl Machine {
         }
     }
 
+    /// Takes a copy back.
+    pub fn readmit(&mut self, copy: u8) -> Result<(), RecorderError> {
+        let mut file = self.files[usize::from(copy)].as_slice();
+        self.recorder.readmit(copy, "copy", &mut file)
+    }
+
     /// Sets a bit and waits until it is durable.
     pub fn set(&mut self, bitmap: Bitmap, extent: u64) {
         let _ = self.marks.ask(bitmap, extent);
