@@ -96,6 +96,11 @@ impl Copies {
         self.lacking |= 1 << copy;
     }
 
+    /// What is in the place of one copy.
+    pub fn reader(&self, copy: usize) -> Copy {
+        self.copies[copy].clone()
+    }
+
     /// What an opening finds if the copies in `missing` are not there.
     pub fn sources(&self, missing: u8) -> Vec<CopySource<Copy>> {
         let found = |(place, copy): (usize, &Copy)| CopySource {

@@ -338,7 +338,9 @@ impl World {
     pub fn readmit(&mut self, copy: u8) -> Verdict {
         let copies = self.copies.as_mut().expect("there is a record");
         copies.failing &= !(1 << copy);
-        if self.staff().recorder.readmit(copy).is_err() {
+        let mut reader = copies.reader(usize::from(copy));
+        let recorder = &mut self.staff().recorder;
+        if recorder.readmit(copy, "a copy", &mut reader).is_err() {
             let later = self.rng.between(MS, 500 * MS);
             let what = Event::Readmit { copy };
             if !self.staff().recorder.is_good(copy) {

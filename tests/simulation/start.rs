@@ -105,6 +105,7 @@ impl World {
                 epoch: 1,
                 id: EpochId([1; 16]),
                 forced: false,
+                begun: false,
             }),
         };
         self.copies = Some(Copies::new(copies, superblock.layout()));
