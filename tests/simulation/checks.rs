@@ -174,7 +174,8 @@ impl World {
                 if self.profile.beyond_budget || early {
                     return Ok(());
                 }
-                violation("I14", format!("failure reported at {range}"))
+                let disorder = self.list_disorder();
+                violation("I14", format!("failure reported at {range}; {disorder}"))
             }
             Report::Transient { .. } => {
                 self.tally.count("transient differences");

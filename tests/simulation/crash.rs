@@ -91,6 +91,7 @@ impl World {
             self.shared.try_clean(extent, now, 0);
         }
         let clean = self.shared.membership.marks().count(Bitmap::Dirty) == 0;
+        self.life.stopped_clean = clean;
         let prints = self.life.fingerprints.clone();
         let staff = self.maintenance.as_mut().expect("there is a record");
         let change = staff.recorder.change(|superblock| {
@@ -108,7 +109,8 @@ impl World {
     fn change_while_stopped(&mut self) {
         let odds = self.profile.life.map_or(0, |life| life.changed);
         let replica = self.rng.index(self.disks.len());
-        if !self.rng.chance(odds)
+        if !self.life.stopped_clean
+            || !self.rng.chance(odds)
             || !self.life.may_fail(replica)
             || !self.budget.doom_everywhere(replica)
         {
@@ -176,6 +178,10 @@ impl World {
         for replica in 0..self.disks.len() {
             self.life.present[replica] = true;
         }
+        if self.life.stop != Stop::No {
+            // Nobody is left to make use of the stop.
+            self.crash(false)?;
+        }
         let limit = self.clock.now() + 300_000 * MS;
         while !self.is_settled() {
             if !self.advance()? || self.clock.now() > limit {
@@ -191,6 +197,7 @@ impl World {
             && staff.recorder.is_idle()
             && staff.inbox.is_empty()
             && self.operations.none_in_flight()
+            && self.operations.late_left == 0
             && self.workers.iter().all(|worker| {
                 worker.lane.is_idle() && worker.rings.is_idle() && worker.pool.all_free()
             })

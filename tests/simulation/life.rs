@@ -66,6 +66,8 @@ pub struct Life {
     /// The step in which the daemon ends; `u64::MAX`: never.
     pub crash_at: u64,
     pub stop: Stop,
+    /// The last clean stop found everything clean.
+    pub stopped_clean: bool,
     /// Daemons so far.
     pub daemons: u64,
     /// Per million starts: nothing is chosen before the front-end has connected.
@@ -89,6 +91,7 @@ impl Life {
             faulty: single.then(|| rng.index(replicas)),
             crash_at: u64::MAX,
             stop: Stop::No,
+            stopped_clean: false,
             daemons: 0,
             served: false,
             cautious: 0,

@@ -57,6 +57,8 @@ pub struct Operations {
     /// Activities that work on a whole extent, as no request of the guest does.
     reconciling: BTreeSet<Activity>,
     late: Vec<Landing>,
+    /// Those of them that have not landed.
+    pub late_left: usize,
     /// Per replica, when its last successful flush began.
     flushed: Vec<u64>,
     flushing: Vec<usize>,
@@ -76,6 +78,7 @@ impl Operations {
             piecewise: BTreeSet::new(),
             reconciling: BTreeSet::new(),
             late: Vec::new(),
+            late_left: 0,
             flushed: vec![0; replicas],
             flushing: vec![0; replicas],
             outstanding: vec![0; replicas],
@@ -574,6 +577,7 @@ impl World {
             }
         }
         self.operations.late.push(landing);
+        self.operations.late_left += 1;
         let late = self.operations.late.len() - 1;
         self.clock.after(after, Happening::Land { late });
     }

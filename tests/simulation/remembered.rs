@@ -56,26 +56,30 @@ impl World {
         seen
     }
 
-    /// Whether the replica was behind before the event that is being handled. What one event
-    /// leads to has no order between its parts: a mark may be younger than an operation.
+    /// Whether the replica was behind before the event that is being handled, and still is. What
+    /// one event leads to has no order between its parts: a mark may be younger than an operation.
     pub fn was_behind(&self, extent: u64, replica: ReplicaId) -> bool {
-        let behind = self.seen.behind[replica.index()] >> extent & 1 > 0;
-        behind || !self.seen.up.contains(replica)
+        let behind = self.before.behind[replica.index()] >> extent & 1 > 0;
+        let members = &self.shared.membership;
+        (behind || !self.before.up.contains(replica)) && !members.current(extent).contains(replica)
     }
 
     /// Takes the marks as they are, whatever they were.
     pub fn take_marks(&mut self) {
         self.seen = self.look();
+        self.before = self.seen;
         self.tell_budget();
     }
 
     /// Looks what has been marked, and checks what is not marked any more.
     pub fn note_marks(&mut self) -> Verdict {
         let now = self.look();
-        if now == self.seen {
+        let before = self.seen;
+        self.before = before;
+        if now == before {
             return Ok(());
         }
-        let before = std::mem::replace(&mut self.seen, now);
+        self.seen = now;
         self.tell_budget();
         for extent in bits(before.dirty & !now.dirty) {
             self.tally.count("extents cleaned");

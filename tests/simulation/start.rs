@@ -187,7 +187,6 @@ impl World {
         self.life.stop = Stop::No;
         let saved = saved_states(&opened.superblock);
         let members = opened.superblock.members;
-        self.check_opened(&marks)?;
         // S3: who was changed while the disk was stopped lacks everything.
         for (replica, member) in members.iter().enumerate().take(self.disks.len()) {
             let known = member.fingerprint.inode;
@@ -197,6 +196,7 @@ impl World {
                 marks.set_all(Bitmap::Behind(ReplicaId::new(replica)));
             }
         }
+        self.check_opened(&marks)?;
         let (geometry, policy) = (self.shape.geometry, self.shape.policy.clone());
         let mut shared = Shared::with_marks(geometry, policy, marks).expect("a valid profile");
         shared.mutation = self.broken.mutation;
@@ -240,21 +240,30 @@ impl World {
     fn leave_members_out(&mut self) {
         let odds = self.profile.life.map_or(0, |life| life.left_out);
         for replica in 0..self.disks.len() {
-            if self.life.present[replica]
-                && self.life.may_fail(replica)
-                && self.rng.chance(odds)
-                && !self.calm
-            {
-                self.leave(replica);
-            }
             self.life.detaching[replica] = false;
             self.life.attached[replica] = false;
-            if self.life.present[replica] {
-                self.open_member(replica);
-            } else {
-                self.tally.count("members left out");
-                self.shared.membership.leave_out(ReplicaId::new(replica));
+            if !self.life.present[replica] {
+                self.leave_member_out(replica);
             }
         }
+        for replica in 0..self.disks.len() {
+            if self.life.present[replica] && self.life.may_fail(replica) && !self.calm {
+                if self.rng.chance(odds) {
+                    self.leave(replica);
+                }
+                if !self.life.present[replica] {
+                    self.leave_member_out(replica);
+                }
+            }
+            if self.life.present[replica] {
+                self.open_member(replica);
+            }
+        }
+    }
+
+    fn leave_member_out(&mut self, replica: usize) {
+        self.tally.count("members left out");
+        self.shared.membership.leave_out(ReplicaId::new(replica));
+        self.take_marks();
     }
 }

@@ -103,6 +103,8 @@ pub struct World {
     pub calm: bool,
     /// What was marked after the last event.
     pub seen: Seen,
+    /// What was marked before it.
+    pub before: Seen,
     /// What outlives a daemon, where daemons end.
     pub life: Life,
     /// The copies of the state record, if there is one.
@@ -140,6 +142,7 @@ impl World {
             copies: None,
             maintenance: None,
             seen: Seen::default(),
+            before: Seen::default(),
             profile,
             broken,
             rng,
@@ -304,10 +307,10 @@ impl World {
         if let Some(misuse) = worker.pool.misuse() {
             return violation("V7", misuse);
         }
+        self.note_marks()?;
         self.carry_out(lane, &actions)?;
         actions.clear();
         self.actions = actions;
-        self.note_marks()?;
         let worker = &mut self.workers[lane];
         if let Some(deadline) = worker.lane.deadline()
             && !worker.tick_pending
@@ -403,6 +406,7 @@ impl World {
                 self.budget.cleanse(sector, replica);
             }
         }
+        self.operations.late_left -= 1;
         // Who has read what was there before may still speak of it.
         let forget = Happening::Forget { replica, range };
         self.clock.after(REMEMBERED, forget);
