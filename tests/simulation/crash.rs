@@ -10,7 +10,7 @@ use crate::faults::MS;
 use crate::life::{Event, Stop};
 use crate::maintenance::STOP_TAG;
 use crate::quorum::{Bitmap, Event as LaneEvent, Request, Status};
-use crate::trace::{Verdict, violation};
+use crate::trace::{Line, Verdict, violation};
 use crate::world::{Breach, World};
 
 impl World {
@@ -128,6 +128,7 @@ impl World {
 
     /// The daemon is gone, and with the `power` what was not flushed; the next one starts.
     pub fn crash(&mut self, power: bool) -> Verdict {
+        self.note(Line::Ended { power });
         self.plan.hung = None;
         self.plan.slow = None;
         self.operations.take_parked();

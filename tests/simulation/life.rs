@@ -8,7 +8,7 @@ use crate::faults::MS;
 use crate::profile::Profile;
 use crate::quorum::{CrashTie, KeeperEvent};
 use crate::rng::Rng;
-use crate::trace::Verdict;
+use crate::trace::{Line, Verdict};
 use crate::units::ReplicaId;
 use crate::world::{Breach, World};
 
@@ -112,6 +112,7 @@ impl Life {
 
 impl World {
     pub fn live(&mut self, what: Event) -> Verdict {
+        self.note(Line::Lived(what));
         match what {
             Event::Poll => self.record_event(crate::record::RecordEvent::Poll),
             Event::RecordTick => self.record_tick(),
@@ -155,6 +156,12 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    /// For people.
+    pub fn note(&mut self, line: Line) {
+        let lane = self.shape.lanes;
+        self.trace.note(self.step, self.clock.now(), lane, line);
     }
 
     /// A member's file is gone for a while: whatever is asked of it fails.

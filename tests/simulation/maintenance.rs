@@ -12,7 +12,7 @@ use crate::quorum::{
 };
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder};
 use crate::start::{member_state, state_of_member};
-use crate::trace::{Verdict, violation};
+use crate::trace::{Line, Verdict, violation};
 use crate::units::Time;
 use crate::world::World;
 
@@ -136,6 +136,7 @@ impl World {
     }
 
     fn obey_keeper(&mut self, action: KeeperAction) -> Verdict {
+        self.note(Line::Kept(action));
         match action {
             KeeperAction::Request { tag, request } => {
                 self.tally.count(match request {
@@ -244,6 +245,7 @@ impl World {
             } => {
                 self.tally.count("record writes");
                 let (errno, delay) = self.record_fault(usize::from(copy));
+                self.note(Line::Recorded { copy, block, errno });
                 let copies = self.copies.as_mut().expect("there is a record");
                 let place = match copies.begin(copy, write, block, bytes, errno) {
                     Ok(place) => place,

@@ -441,7 +441,11 @@ impl World {
 
     fn land(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
         self.put_on_medium(replica, sector, value, operation);
-        self.budget.cleanse(sector, replica);
+        if self.budget.is_tainted(sector, replica) {
+            // To stay: what was wrong there does not come back.
+            self.disks[replica].rot(sector, value);
+            self.budget.cleanse(sector, replica);
+        }
     }
 
     pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {

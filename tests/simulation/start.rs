@@ -14,7 +14,7 @@ use crate::record::{
     DiskUuid, EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
     Recorder, Refusal, Superblock, open,
 };
-use crate::trace::{Verdict, violation};
+use crate::trace::{Line, Verdict, violation};
 use crate::units::ReplicaId;
 use crate::world::{Breach, World};
 
@@ -163,7 +163,7 @@ impl World {
     fn missing_copies(&mut self) -> u8 {
         let mut missing = 0u8;
         let copies = self.copies.as_mut().expect("there is a record");
-        if !self.rng.chance(300_000) {
+        if !self.life.served || !self.rng.chance(300_000) {
             return missing;
         }
         for copy in 0..copies.count() {
@@ -214,6 +214,16 @@ impl World {
         self.leave_members_out();
         self.take_marks();
 
+        let present = (0..).zip(&self.life.present);
+        let present = present.map(|(r, &there)| u16::from(there) << r).sum();
+        let copies = self.copies.as_ref().expect("there is a record");
+        let lacking = copies.lacking;
+        self.note(Line::Began {
+            missing,
+            lacking,
+            clean,
+            present,
+        });
         let copies = self.copies.as_ref().expect("there is a record").count();
         let writable: Vec<bool> = (0..copies).map(|copy| missing >> copy & 1 == 0).collect();
         let mut run = [0; 16];
