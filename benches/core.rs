@@ -145,7 +145,10 @@ impl Bench {
             match action {
                 Action::Submit(operation) => self.operations.push(operation.op),
                 Action::Reply { request, .. } => self.replies.push(request),
-                Action::Wake { .. } | Action::Report(_) => unreachable!("nothing is amiss"),
+                Action::Wake { .. }
+                | Action::Report(_)
+                | Action::Record
+                | Action::Kicked { .. } => unreachable!("nothing is amiss"),
             }
         }
     }

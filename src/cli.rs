@@ -79,6 +79,7 @@ Examples:
 Signals:
   SIGTERM, SIGINT  finish what the guest has asked for, then exit with status 0
   SIGUSR1          write states, progress and counters to the log
+  SIGUSR2          read all replicas and compare them now (a scrub)
   SIGHUP           open the file of --events again (after it was rotated)
 
 Exit status:

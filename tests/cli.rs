@@ -162,6 +162,9 @@ fn help_teaches_and_ends_well() {
     let wanted = [
         "Front-end:",
         "Replicas:",
+        "State record:",
+        "Slow and lost replicas:",
+        "Resync and scrub:",
         "Voting:",
         "Device:",
         "Resources:",
@@ -180,7 +183,36 @@ fn help_teaches_and_ends_well() {
 
 #[test]
 fn wrong_usage_ends_with_2_and_one_message() {
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 20] = [
+        (
+            &["--fd=3", "--replica=a", "--record=none", "--record-dir=/r"],
+            "--record none and --record-dir exclude each other",
+        ),
+        (
+            &["--fd=3", "--replica=a,record=x", "--replica=b,record=y"],
+            "record= is given for 2 replicas; more than half of the copies must always be readable",
+        ),
+        (
+            &["--fd=3", "--replica=a", "--adopt-from=b"],
+            "--adopt-from `b` is no replica; the names are: replica0",
+        ),
+        (
+            &["--fd=3", "--replica=a", "--scrub-interval=7"],
+            "`7` is no interval; write `off`, or a whole number with s, m, h, d or w",
+        ),
+        (
+            &["--fd=3", "--replica=a", "--write-grace=5"],
+            "--write-grace 5 is not possible; give 20 to 60000 milliseconds",
+        ),
+        (
+            &["--fd=3", "--replica=a", "--repair=off", "--scrub=repair"],
+            "--scrub repair needs --repair on",
+        ),
+        (&["record", "show"], "give --replica PATH once per replica"),
+        (
+            &["record", "show", "a.qrec", "--replica", "a"],
+            "cannot be used with",
+        ),
         (&[], "Usage"),
         (&["nonsense"], "nonsense"),
         (&["serve"], "give --socket-path PATH, or --fd N"),
@@ -301,12 +333,33 @@ fn configuration_errors_say_where() {
 fn daemon_says_what_it_lacks_and_ends_well_on_signals() {
     for signal in ["-TERM", "-INT"] {
         let disk = Disk::new();
-        let mut daemon = disk.start(&[]);
+        let mut daemon = disk.start(&["--record=none"]);
         let log = daemon.log_until("ready for a front-end");
-        assert!(log.contains("without a state record"), "{log}");
+        assert!(
+            log.contains("DANGEROUS: running without a state record"),
+            "{log}"
+        );
         wait_for_socket(&disk.path("s"));
         daemon.signal("-USR1");
-        daemon.log_until("malformed chains");
+        let log = daemon.log_until("malformed chains");
+        let lines = [
+            "the disk is healthy",
+            "  replica2  in-sync",
+            "record: 0 blocks written",
+        ];
+        for line in lines {
+            assert!(log.contains(line), "no {line:?} in {log}");
+        }
+        daemon.signal("-USR2");
+        let log = daemon.log_until("the scrub of all replicas is done: ");
+        assert!(
+            log.contains("the scrub of all replicas begins at sector 0"),
+            "{log}"
+        );
+        assert!(
+            log.contains("done: 2048 sectors compared, 0 differing"),
+            "{log}"
+        );
         daemon.signal("-HUP");
         daemon.signal(signal);
         let (code, log) = daemon.wait();
@@ -425,4 +478,139 @@ fn events_that_cannot_be_written_prevent_the_start() {
         "{text}"
     );
     assert!(!disk.path("s").exists());
+}
+
+/// `record ...` with the three images, through the page cache.
+fn record(disk: &Disk, command: &[&str]) -> Output {
+    let mut line = Command::new(PROGRAM);
+    line.arg("record").args(command);
+    for name in ["a", "b", "c"] {
+        line.arg("--replica").arg(disk.path(name));
+    }
+    line.output().unwrap()
+}
+
+#[test]
+fn record_is_made_shown_and_forgotten() {
+    let disk = Disk::new();
+    let copies = ["a.qrec", "b.qrec", "c.qrec"].map(|name| disk.path(name));
+    let output = record(&disk, &["show"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("there is no state record at"), "{text}");
+
+    let output = record(
+        &disk,
+        &["create", "--cache=buffered", "--adopt-from=replica1"],
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(copies.iter().all(|copy| copy.exists()));
+    let output = record(&disk, &["create", "--cache=buffered"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("there is a state record already"), "{text}");
+
+    let output = record(&disk, &["show"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    let wanted = [
+        "2 of 3 replicas must agree",
+        "ended cleanly",
+        "What a start would do now:",
+        "Replica replica0 lacks 1 MiB in 1 extents, where it would not vote until they are copied.",
+    ];
+    for line in wanted {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+    let output = record(&disk, &["show", "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(value["replicas"], 3);
+    assert_eq!(value["start"]["refused"], false);
+    let states: Vec<&str> = (0..3)
+        .map(|slot| value["members"][slot]["state"].as_str().unwrap())
+        .collect();
+    assert_eq!(states, ["syncing", "in-sync", "syncing"]);
+    assert_eq!(value["members"][1]["found"], "unchanged");
+    assert_eq!(value["members"][2]["behind"]["bytes"], 1 << 20);
+
+    let output = record(&disk, &["forget"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("nothing was removed"));
+    assert!(copies.iter().all(|copy| copy.exists()));
+    let output = record(&disk, &["forget", "--yes"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stdout(&output).lines().count(), 3);
+    assert!(!copies.iter().any(|copy| copy.exists()));
+}
+
+#[test]
+fn record_show_tells_what_is_wrong() {
+    let disk = Disk::new();
+    let output = record(&disk, &["create", "--cache=buffered", "--assume-clean"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    // Somebody writes to one replica, another is away, and so is a copy of the record.
+    std::fs::write(disk.path("a"), vec![1; 1 << 20]).unwrap();
+    std::fs::remove_file(disk.path("b")).unwrap();
+    std::fs::remove_file(disk.path("b.qrec")).unwrap();
+    let output = record(&disk, &["show"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    let wanted = [
+        "not asked for (--assume-clean)",
+        "Replica replica0 was changed, or is another file",
+        "Replica replica1 is not there",
+        "b.qrec   missing",
+    ];
+    for line in wanted {
+        assert!(text.contains(line), "no {line:?} in {text}");
+    }
+    // A single copy tells what it knows, but not what a start would do.
+    let copy = disk.path("c.qrec");
+    let output = run(&["record", "show", copy.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    assert!(
+        text.contains("1 of the 3 copies of the record were given"),
+        "{text}"
+    );
+    // A minority is shown, and a start refused.
+    std::fs::remove_file(copy).unwrap();
+    let output = record(&disk, &["show"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    assert!(
+        text.contains("It would be refused: only 1 of 3 copies"),
+        "{text}"
+    );
+    // What is no record is not taken for one.
+    std::fs::write(disk.path("a.qrec"), vec![7; 200_000]).unwrap();
+    let output = record(&disk, &["show"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+}
+
+#[test]
+fn record_of_a_disk_that_is_served_is_not_forgotten() {
+    use quorum_blk::config::RecordPlaces;
+    use quorum_blk::daemon::record_files::{Access, RecordFiles};
+
+    let disk = Disk::new();
+    let output = record(&disk, &["create", "--cache=buffered"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let places = RecordPlaces {
+        copies: ["a.qrec", "b.qrec", "c.qrec"]
+            .map(|name| disk.path(name))
+            .to_vec(),
+        elsewhere: Vec::new(),
+    };
+    let files = RecordFiles::open(&places, Access::Own(Duration::ZERO)).unwrap();
+    let output = record(&disk, &["forget", "--yes"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("the disk is served already"));
+    assert!(disk.path("a.qrec").exists());
+    let output = record(&disk, &["show"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(stdout(&output).contains("is going on: a daemon serves the disk"));
+    drop(files);
+    let output = record(&disk, &["forget", "--yes"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
 }

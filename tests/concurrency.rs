@@ -27,6 +27,8 @@ mod quorum {
     pub mod event;
     #[path = "flush_gate.rs"]
     pub mod flush_gate;
+    #[path = "marks.rs"]
+    pub mod marks;
     #[path = "membership.rs"]
     pub mod membership;
     #[path = "order.rs"]
@@ -48,7 +50,8 @@ use shuttle::thread;
 
 use quorum::event::{LaneId, LockTicket};
 use quorum::flush_gate::{FlushGate, Join};
-use quorum::membership::Membership;
+use quorum::marks::{Bitmap, Marks, PAGE_WORDS};
+use quorum::membership::{Intent, Membership, Settled};
 use quorum::order::{LockMode, Order};
 use units::{ReplicaId, ReplicaSet, SectorRange};
 
@@ -158,29 +161,34 @@ fn read_stamp_never_calls_a_torn_read_undisturbed() {
     assert!(UNDISTURBED.load(Ordering::Relaxed));
 }
 
+fn members() -> Arc<Membership> {
+    Arc::new(Membership::new(3, 2, Marks::new(3, 4, false)))
+}
+
 /// W4, W5: whatever lanes decide at the same time, T copies stay current, and every write that
 /// was acknowledged is on all of them.
 fn membership_keeps_threshold_copies_that_hold_every_write() {
     shuttle::check_random(
         || {
-            let members = Arc::new(Membership::new(3, 2, 4));
+            let members = members();
             let acknowledged = Arc::new(Mutex::new(Vec::new()));
             let writers: Vec<_> = (0..3)
                 .map(|id| {
                     let (members, acknowledged) = (members.clone(), acknowledged.clone());
                     thread::spawn(move || {
-                        members.make_dirty(1);
+                        assert!(matches!(
+                            members.intend(1),
+                            Intent::Ready(_) | Intent::TooFew
+                        ));
                         let mut holders = ReplicaSet::first(3);
                         holders.remove(ReplicaId::new(id));
-                        if members.settle_for(1, holders).is_some() {
+                        if let Settled::Held { .. } = members.settle_for(1, holders) {
                             acknowledged.lock().expect("not poisoned").push(holders);
                         }
                     })
                 })
                 .collect();
-            let (marked, complete) = members.mark_behind_where_dirty(ReplicaId::new(0));
-            assert!(marked <= 1);
-            let was_dirty = members.is_dirty(1);
+            let repair_failed = members.mark_behind(1, ReplicaId::new(0));
             for writer in writers {
                 writer.join().expect("no assertion failed");
             }
@@ -192,11 +200,118 @@ fn membership_keeps_threshold_copies_that_hold_every_write() {
                     "a current copy lacks a write"
                 );
             }
-            assert!(was_dirty || (complete && marked == 0));
+            assert!(repair_failed.is_none() || !current.contains(ReplicaId::new(0)));
             assert_eq!(members.current(0), ReplicaSet::first(3));
         },
         SCHEDULES,
     );
+}
+
+/// A replica that is kicked at any moment lacks nothing that was acknowledged without it once it is
+/// admitted again: it is behind there.
+fn kicked_replica_comes_back_without_what_it_missed() {
+    shuttle::check_random(
+        || {
+            let members = members();
+            let acknowledged = Arc::new(Mutex::new(Vec::new()));
+            let writers: Vec<_> = (0..2)
+                .map(|extent| {
+                    let (members, acknowledged) = (members.clone(), acknowledged.clone());
+                    thread::spawn(move || {
+                        for _ in 0..2 {
+                            let Intent::Ready(targets) = members.intend(extent) else {
+                                panic!("two others are current");
+                            };
+                            // Who is not up any more fails the operation.
+                            let holders = targets.intersection(members.up());
+                            if let Settled::Held { .. } = members.settle_for(extent, holders) {
+                                let mut list = acknowledged.lock().expect("not poisoned");
+                                list.push((extent, holders));
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let first = ReplicaId::new(0);
+            let counter = members.counter(first);
+            assert!(members.kick(first).is_some());
+            assert!(members.kick(first).is_none());
+            assert_ne!(members.counter(first), counter);
+            for writer in writers {
+                writer.join().expect("no assertion failed");
+            }
+            members.admit(first);
+            for &(extent, holders) in acknowledged.lock().expect("not poisoned").iter() {
+                assert!(
+                    holders.contains_all(members.current(extent)),
+                    "a current copy lacks a write"
+                );
+            }
+            assert_eq!(members.current(3), ReplicaSet::first(3));
+        },
+        SCHEDULES,
+    );
+}
+
+/// R6: a durable bit is in the last image that was written, whoever sets and clears it meanwhile;
+/// and whoever asked for a bit finds it durable, or cleared, when it is settled.
+fn durable_marks_are_in_the_last_image() {
+    static DURABLE: AtomicBool = AtomicBool::new(false);
+    const ROUNDS: usize = 4;
+    let bit = Bitmap::Dirty;
+    shuttle::check_random(
+        move || {
+            let marks = Arc::new(Marks::new(1, 4, true));
+            marks.set(bit, 2);
+            let cleared = Arc::new(AtomicU64::new(0));
+            let recorder = {
+                let marks = marks.clone();
+                thread::spawn(move || {
+                    let mut last = false;
+                    for _ in 0..ROUNDS {
+                        let mut pages = Vec::new();
+                        let number = marks.collect(&mut pages);
+                        for name in pages {
+                            let mut bits = [0; PAGE_WORDS];
+                            marks.copy_page(name, &mut bits);
+                            last = bits[0] & 4 != 0;
+                            // It is on its way: what it lacks must not count as durable.
+                            assert!(last || !marks.is_durable(bit, 2));
+                            marks.made_durable(name, &bits);
+                        }
+                        marks.settle(number);
+                    }
+                    last
+                })
+            };
+            let sweep = {
+                let (marks, cleared) = (marks.clone(), cleared.clone());
+                thread::spawn(move || {
+                    cleared.store(1, Ordering::SeqCst);
+                    marks.clear(bit, 2);
+                })
+            };
+            let lane = {
+                let (marks, cleared) = (marks.clone(), cleared.clone());
+                thread::spawn(move || {
+                    let number = marks.ask(bit, 2);
+                    if number.is_none_or(|number| marks.is_settled(number)) {
+                        let durable = marks.is_durable(bit, 2);
+                        assert!(durable || cleared.load(Ordering::SeqCst) == 1);
+                    }
+                })
+            };
+            sweep.join().expect("no assertion failed");
+            lane.join().expect("no assertion failed");
+            let last = recorder.join().expect("no assertion failed");
+            if marks.is_durable(bit, 2) {
+                DURABLE.store(true, Ordering::Relaxed);
+                assert!(last, "durable, and not in the last image");
+            }
+        },
+        SCHEDULES,
+    );
+    assert!(DURABLE.load(Ordering::Relaxed));
 }
 
 /// F1, F2: one run at a time; every request ends with a run that began after it.
@@ -268,7 +383,7 @@ fn flush_gate_covers_every_request_by_a_later_run() {
 type Test = (&'static str, fn());
 
 fn main() {
-    let tests: [Test; 4] = [
+    let tests: [Test; 6] = [
         (
             "order_gives_an_exclusive_range_to_one_lane",
             order_gives_an_exclusive_range_to_one_lane,
@@ -280,6 +395,14 @@ fn main() {
         (
             "membership_keeps_threshold_copies_that_hold_every_write",
             membership_keeps_threshold_copies_that_hold_every_write,
+        ),
+        (
+            "kicked_replica_comes_back_without_what_it_missed",
+            kicked_replica_comes_back_without_what_it_missed,
+        ),
+        (
+            "durable_marks_are_in_the_last_image",
+            durable_marks_are_in_the_last_image,
         ),
         (
             "flush_gate_covers_every_request_by_a_later_run",

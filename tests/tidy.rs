@@ -19,6 +19,12 @@ const MAY_NAME: &[(&str, &[&str])] = &[
         &["units", "quorum", "config", "io", "replica", "control"],
     ),
     ("cli", &["config"]),
+    (
+        "record_cli",
+        &[
+            "units", "quorum", "record", "config", "cli", "replica", "daemon",
+        ],
+    ),
     ("front_end", &["units"]),
     ("demo", &["units", "front_end", "config"]),
     (

@@ -654,7 +654,7 @@ mod tests {
                     s.queue_size = Some(100);
                 },
             ),
-            ("--workers 0 is not possible; give 1 to 64", |s| {
+            ("--workers 0 is not possible; give 1 to 63", |s| {
                 s.workers = Some(0)
             }),
             ("give at most --workers 2, or more queues", |s| {

@@ -170,8 +170,13 @@ impl RecordConfig {
         if candidates.is_empty() {
             return Err(RecordPlaceError::NoFile);
         }
+        let mut copies = candidates;
+        let mut elsewhere = copies.split_off(count.min(copies.len()));
+        // One path for two replicas is refused when they are opened; here it would only be in the
+        // way of that.
+        elsewhere.retain(|path| !copies.contains(path));
         let mut seen = BTreeSet::new();
-        for path in &candidates {
+        for path in &copies {
             if !seen.insert(path.as_path()) {
                 return Err(RecordPlaceError::SamePath { path: path.clone() });
             }
@@ -179,8 +184,6 @@ impl RecordConfig {
                 return Err(RecordPlaceError::IsReplica { path: path.clone() });
             }
         }
-        let mut copies = candidates;
-        let elsewhere = copies.split_off(count.min(copies.len()));
         Ok(Some(RecordPlaces { copies, elsewhere }))
     }
 }
@@ -288,7 +291,7 @@ mod tests {
 
     #[test]
     fn places_that_serve_two_things_are_refused() {
-        let twice = [replica("a", "/a"), replica("b", "/a")];
+        let twice = [replica("a", "/a"), replica("b", "/a"), replica("c", "/c")];
         let refused = RecordConfig::Beside.places(&twice, is_file).unwrap_err();
         assert!(refused.to_string().contains("in /a.qrec"), "{refused}");
         let paths = RecordConfig::Paths(vec!["/1/a".into()]);

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
+use crate::quorum::{BadCause, KeeperReport, Report, ScrubCounts};
 use crate::units::{REPLICAS_MAX, ReplicaId};
 
 /// A number with one writer and any readers.
@@ -97,6 +98,10 @@ pub struct ReplicaCounters {
     pub repairs: Counter,
     /// Extents it fell behind in.
     pub behind: Counter,
+    /// Times it was declared not up.
+    pub kicks: Counter,
+    /// Bytes in extents that were brought up to date.
+    pub resynced_bytes: Counter,
 }
 
 /// What one worker counts. Aligned so that two workers never write to one cache line, nor to
@@ -129,6 +134,8 @@ pub struct WorkerCounters {
     pub transients: Counter,
     /// Requests that ended without a winner, or with too few replicas written.
     pub failures: Counter,
+    /// Times one of several legal versions was chosen (rule Y3).
+    pub choices: Counter,
     /// Times a request had to wait for buffer memory.
     pub buffer_waits: Counter,
     /// Calls of `io_uring_enter`.
@@ -155,6 +162,37 @@ impl WorkerCounters {
         &self.replicas[replica.index()]
     }
 
+    /// Counts what a report says.
+    pub fn count_report(&self, report: &Report) {
+        match *report {
+            Report::Bad { replica, cause, .. } => match cause {
+                BadCause::Differs => self.replica(replica).dissents.add(1),
+                BadCause::Error(_) | BadCause::Short => self.replica(replica).errors.add(1),
+            },
+            Report::Behind { replica, .. } => self.replica(replica).behind.add(1),
+            Report::FlushFailed {
+                replica, extents, ..
+            } => {
+                self.replica(replica).errors.add(1);
+                self.replica(replica).behind.add(extents);
+            }
+            Report::Repaired { replica, .. } => self.replica(replica).repairs.add(1),
+            Report::Kicked {
+                replica, extents, ..
+            } => {
+                self.replica(replica).kicks.add(1);
+                self.replica(replica).behind.add(extents);
+            }
+            Report::Chosen { .. } => self.choices.add(1),
+            Report::Failure { .. }
+            | Report::Transient { .. }
+            | Report::RepairFailed { .. }
+            | Report::Lagging { .. }
+            | Report::RecordLost
+            | Report::VerifyFailed { .. } => {}
+        }
+    }
+
     /// Counts a request that was completed.
     pub fn add_request(&self, kind: RequestKind, bytes: u64, ok: bool) {
         let counters = self.requests(kind);
@@ -166,10 +204,71 @@ impl WorkerCounters {
     }
 }
 
-/// The counters of all workers.
+/// What the maintenance thread counts.
+#[derive(Debug, Default)]
+pub struct MaintenanceCounters {
+    /// What its lane meets.
+    pub lane: WorkerCounters,
+    /// Blocks written to copies of the state record.
+    pub record_writes: Counter,
+    /// Copies of the state record that were given up.
+    pub record_copies_lost: Counter,
+    /// Passes over the whole disk that came to its end: scrubs, and the first comparison.
+    pub passes: Counter,
+    /// What they met, in sectors; see [`ScrubCounts`].
+    pub compared_sectors: Counter,
+    /// See `compared_sectors`.
+    pub differing_sectors: Counter,
+    /// See `compared_sectors`.
+    pub unreadable_sectors: Counter,
+    /// See `compared_sectors`.
+    pub repaired_sectors: Counter,
+    /// See `compared_sectors`.
+    pub unresolved_sectors: Counter,
+    /// See `compared_sectors`.
+    pub failed_sectors: Counter,
+}
+
+impl MaintenanceCounters {
+    /// Counts what a report of the keeper says.
+    pub fn count_keeper_report(&self, report: &KeeperReport) {
+        match *report {
+            KeeperReport::ResyncDone {
+                replica,
+                bytes_done,
+            } => self.lane.replica(replica).resynced_bytes.add(bytes_done),
+            KeeperReport::PassDone { counts, .. } => {
+                self.passes.add(1);
+                self.count_pass(&counts);
+            }
+            KeeperReport::PassStopped { counts, .. } => self.count_pass(&counts),
+            KeeperReport::State { .. }
+            | KeeperReport::Suspect { .. }
+            | KeeperReport::Kept { .. }
+            | KeeperReport::ResyncBegun { .. }
+            | KeeperReport::ResyncProgress { .. }
+            | KeeperReport::Prompt { .. }
+            | KeeperReport::PassBegun { .. }
+            | KeeperReport::Forced { .. }
+            | KeeperReport::Refused { .. } => {}
+        }
+    }
+
+    fn count_pass(&self, counts: &ScrubCounts) {
+        self.compared_sectors.add(counts.compared);
+        self.differing_sectors.add(counts.differing);
+        self.unreadable_sectors.add(counts.unreadable);
+        self.repaired_sectors.add(counts.repaired);
+        self.unresolved_sectors.add(counts.unresolved);
+        self.failed_sectors.add(counts.failed);
+    }
+}
+
+/// The counters of all workers and of maintenance.
 #[derive(Clone, Debug)]
 pub struct Counters {
     workers: Vec<Arc<WorkerCounters>>,
+    maintenance: Arc<MaintenanceCounters>,
     replica_names: Vec<String>,
 }
 
@@ -180,6 +279,7 @@ impl Counters {
         assert!(replica_names.len() <= REPLICAS_MAX);
         Self {
             workers: (0..workers).map(|_| Arc::default()).collect(),
+            maintenance: Arc::default(),
             replica_names,
         }
     }
@@ -190,12 +290,18 @@ impl Counters {
         Arc::clone(&self.workers[index])
     }
 
-    /// The sums over all workers. Each is exact for some moment during the call.
+    /// What the maintenance thread counts in. It must be the only one that does.
+    #[must_use]
+    pub fn maintenance(&self) -> &MaintenanceCounters {
+        &self.maintenance
+    }
+
+    /// The sums over all threads. Each is exact for some moment during the call.
     #[must_use]
     pub fn totals(&self) -> Totals {
         let sum = |pick: &dyn Fn(&WorkerCounters) -> &Counter| -> u64 {
             let numbers = self.workers.iter().map(|worker| pick(worker).get());
-            numbers.fold(0, u64::wrapping_add)
+            numbers.fold(pick(&self.maintenance.lane).get(), u64::wrapping_add)
         };
         let requests = RequestKind::ALL.map(|kind| RequestTotals {
             kind: kind.name(),
@@ -212,8 +318,11 @@ impl Counters {
                 dissents: sum(&|worker| &worker.replica(replica).dissents),
                 repairs: sum(&|worker| &worker.replica(replica).repairs),
                 behind: sum(&|worker| &worker.replica(replica).behind),
+                kicks: sum(&|worker| &worker.replica(replica).kicks),
+                resynced_bytes: sum(&|worker| &worker.replica(replica).resynced_bytes),
             }
         };
+        let maintenance = &self.maintenance;
         Totals {
             requests: requests.to_vec(),
             replicas: self
@@ -231,8 +340,22 @@ impl Counters {
             arbitrations: sum(&|worker| &worker.arbitrations),
             transients: sum(&|worker| &worker.transients),
             failures: sum(&|worker| &worker.failures),
+            choices: sum(&|worker| &worker.choices),
             buffer_waits: sum(&|worker| &worker.buffer_waits),
             ring_enters: sum(&|worker| &worker.ring_enters),
+            record: RecordTotals {
+                writes: maintenance.record_writes.get(),
+                copies_lost: maintenance.record_copies_lost.get(),
+            },
+            scrub: ScrubTotals {
+                passes: maintenance.passes.get(),
+                compared_sectors: maintenance.compared_sectors.get(),
+                differing_sectors: maintenance.differing_sectors.get(),
+                unreadable_sectors: maintenance.unreadable_sectors.get(),
+                repaired_sectors: maintenance.repaired_sectors.get(),
+                unresolved_sectors: maintenance.unresolved_sectors.get(),
+                failed_sectors: maintenance.failed_sectors.get(),
+            },
         }
     }
 }
@@ -263,10 +386,46 @@ pub struct Totals {
     pub transients: u64,
     /// See [`WorkerCounters::failures`].
     pub failures: u64,
+    /// See [`WorkerCounters::choices`].
+    pub choices: u64,
     /// See [`WorkerCounters::buffer_waits`].
     pub buffer_waits: u64,
     /// See [`WorkerCounters::ring_enters`].
     pub ring_enters: u64,
+    /// The state record.
+    pub record: RecordTotals,
+    /// Passes over the whole disk that have ended.
+    pub scrub: ScrubTotals,
+}
+
+/// What was written to the state record.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RecordTotals {
+    /// See [`MaintenanceCounters::record_writes`].
+    pub writes: u64,
+    /// See [`MaintenanceCounters::record_copies_lost`].
+    pub copies_lost: u64,
+}
+
+/// What passes over the whole disk have met; see [`ScrubCounts`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ScrubTotals {
+    /// See [`MaintenanceCounters::passes`].
+    pub passes: u64,
+    /// Sectors compared.
+    pub compared_sectors: u64,
+    /// Sectors that one replica held otherwise.
+    pub differing_sectors: u64,
+    /// Sectors that one replica could not read.
+    pub unreadable_sectors: u64,
+    /// Sectors rewritten.
+    pub repaired_sectors: u64,
+    /// Sectors nobody agrees on.
+    pub unresolved_sectors: u64,
+    /// Sectors passed over.
+    pub failed_sectors: u64,
 }
 
 /// Sums of one kind of request.
@@ -284,6 +443,7 @@ pub struct RequestTotals {
 
 /// Sums of one replica.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct ReplicaTotals {
     /// The replica's name.
     pub name: String,
@@ -297,6 +457,10 @@ pub struct ReplicaTotals {
     pub repairs: u64,
     /// See [`ReplicaCounters::behind`].
     pub behind: u64,
+    /// See [`ReplicaCounters::kicks`].
+    pub kicks: u64,
+    /// See [`ReplicaCounters::resynced_bytes`].
+    pub resynced_bytes: u64,
 }
 
 impl Totals {
@@ -325,26 +489,53 @@ impl fmt::Display for Totals {
         let width = width.unwrap_or(0).max(14);
         writeln!(
             f,
-            "{:<w$}{:>14}{:>10}{:>10}{:>10}{:>10}",
+            "{:<w$}{:>14}{:>10}{:>10}{:>10}{:>10}{:>7}{:>18}",
             "replica",
             "operations",
             "errors",
             "dissents",
             "repairs",
             "behind",
+            "kicks",
+            "resynced bytes",
             w = width + 2
         )?;
         for row in &self.replicas {
             writeln!(
                 f,
-                "  {:<width$}{:>14}{:>10}{:>10}{:>10}{:>10}",
-                row.name, row.operations, row.errors, row.dissents, row.repairs, row.behind
+                "  {:<width$}{:>14}{:>10}{:>10}{:>10}{:>10}{:>7}{:>18}",
+                row.name,
+                row.operations,
+                row.errors,
+                row.dissents,
+                row.repairs,
+                row.behind,
+                row.kicks,
+                row.resynced_bytes
             )?;
         }
         writeln!(
             f,
-            "votes: {} answered early, {} arbitrated, {} transient, {} failed",
-            self.early_replies, self.arbitrations, self.transients, self.failures
+            "votes: {} answered early, {} arbitrated, {} transient, {} chosen, {} failed",
+            self.early_replies, self.arbitrations, self.transients, self.choices, self.failures
+        )?;
+        writeln!(
+            f,
+            "record: {} blocks written, {} copies lost",
+            self.record.writes, self.record.copies_lost
+        )?;
+        let scrub = &self.scrub;
+        writeln!(
+            f,
+            "scrub: {} passes, {} sectors compared, {} differing, {} unreadable, {} repaired, \
+             {} unresolved, {} passed over",
+            scrub.passes,
+            scrub.compared_sectors,
+            scrub.differing_sectors,
+            scrub.unreadable_sectors,
+            scrub.repaired_sectors,
+            scrub.unresolved_sectors,
+            scrub.failed_sectors
         )?;
         write!(
             f,
@@ -373,6 +564,18 @@ mod tests {
         two.add_request(RequestKind::Flush, 0, true);
         one.replica(ReplicaId::new(1)).dissents.add(3);
         two.kicks.add(5);
+        let maintenance = counters.maintenance();
+        maintenance.record_writes.add(6);
+        maintenance.count_keeper_report(&KeeperReport::ResyncDone {
+            replica: ReplicaId::new(1),
+            bytes_done: 4096,
+        });
+        let counts = ScrubCounts {
+            compared: 100,
+            ..ScrubCounts::default()
+        };
+        let kind = crate::quorum::PassKind::Scrub;
+        maintenance.count_keeper_report(&KeeperReport::PassDone { kind, counts });
         counters.totals()
     }
 
@@ -396,13 +599,32 @@ mod tests {
         assert!(
             right
                 .split_whitespace()
-                .eq(["right", "0", "0", "3", "0", "0"]),
+                .eq(["right", "0", "0", "3", "0", "0", "0", "4096"]),
             "{table}"
         );
         let json: serde_json::Value = serde_json::from_str(&totals.to_json()).unwrap();
         assert_eq!(json["requests"][0]["kind"], "read");
         assert_eq!(json["replicas"][1]["dissents"], 3);
         assert_eq!(json["kicks"], 5);
+        assert_eq!(json["record"]["writes"], 6);
+        assert_eq!(json["scrub"]["compared-sectors"], 100);
+        assert_eq!(json["replicas"][1]["resynced-bytes"], 4096);
+    }
+
+    #[test]
+    fn reports_are_counted_where_they_belong() {
+        let counters = Counters::new(1, vec!["left".to_owned()]);
+        let replica = ReplicaId::new(0);
+        let why = crate::quorum::KickCause::Hung;
+        let kicked = Report::Kicked {
+            replica,
+            why,
+            extents: 7,
+        };
+        counters.worker(0).count_report(&kicked);
+        counters.maintenance().lane.count_report(&kicked);
+        let totals = &counters.totals().replicas[0];
+        assert_eq!((totals.kicks, totals.behind, totals.errors), (2, 14, 0));
     }
 
     #[test]

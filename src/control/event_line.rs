@@ -6,8 +6,13 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::events::{Event, EventData, Names, during_name, errno_text};
-use crate::quorum::{BadCause, BehindCause, KickCause, Report};
+use super::events::{
+    Event, EventData, Names, command_name, command_replica, during_name, errno_text, pass_name,
+    state_name,
+};
+use crate::quorum::{
+    BadCause, BehindCause, KeeperReport, KickCause, Refusal, Report, ScrubCounts, StateCause,
+};
 use crate::units::{ReplicaId, SectorRange};
 
 impl Event {
@@ -43,7 +48,7 @@ impl Event {
                     ..Fields::of_disk(names)
                 };
             }
-            EventData::Keeper(_) => return Fields::of_disk(names),
+            EventData::Keeper(report) => return keeper_fields(names, &report),
             EventData::ReportsLost { count } | EventData::EventsLost { count } => {
                 return Fields {
                     count: Some(count),
@@ -119,6 +124,103 @@ impl Event {
                 ..Fields::of_disk(names)
             },
         }
+    }
+}
+
+/// What the keeper has to say.
+fn keeper_fields<'a>(names: &'a Names, report: &KeeperReport) -> Fields<'a> {
+    let of = |replica: ReplicaId| Fields {
+        replica: Some(names.replica(replica)),
+        ..Fields::of_disk(names)
+    };
+    match *report {
+        KeeperReport::State {
+            replica,
+            from,
+            to,
+            why,
+        } => Fields {
+            from: Some(state_name(from)),
+            to: Some(state_name(to)),
+            cause: Some(state_cause(why)),
+            ..of(replica)
+        },
+        KeeperReport::Suspect { replica } | KeeperReport::Prompt { replica } => of(replica),
+        KeeperReport::Kept { replica, why } => Fields {
+            cause: Some(kick_cause(why)),
+            ..of(replica)
+        },
+        KeeperReport::ResyncBegun {
+            replica,
+            bytes_left,
+        } => Fields {
+            bytes_left: Some(bytes_left),
+            ..of(replica)
+        },
+        KeeperReport::ResyncProgress {
+            replica,
+            bytes_left,
+            bytes_done,
+        } => Fields {
+            bytes_left: Some(bytes_left),
+            bytes_done: Some(bytes_done),
+            ..of(replica)
+        },
+        KeeperReport::ResyncDone {
+            replica,
+            bytes_done,
+        } => Fields {
+            bytes_done: Some(bytes_done),
+            ..of(replica)
+        },
+        KeeperReport::PassBegun {
+            kind,
+            sector,
+            repair,
+        } => Fields {
+            kind: Some(pass_name(kind)),
+            sector_num: Some(sector),
+            repair: Some(repair),
+            ..Fields::of_disk(names)
+        },
+        KeeperReport::PassDone { kind, counts } | KeeperReport::PassStopped { kind, counts } => {
+            Fields {
+                kind: Some(pass_name(kind)),
+                counts: Some(PassSectors::from(counts)),
+                ..Fields::of_disk(names)
+            }
+        }
+        KeeperReport::Forced { replica, extents } => Fields {
+            extents: Some(extents),
+            ..of(replica)
+        },
+        KeeperReport::Refused { command, why } => Fields {
+            command: Some(command_name(command)),
+            replica: command_replica(command).map(|replica| names.replica(replica)),
+            cause: Some(refusal_cause(why)),
+            ..Fields::of_disk(names)
+        },
+    }
+}
+
+fn state_cause(why: StateCause) -> &'static str {
+    match why {
+        StateCause::Behind => "behind",
+        StateCause::CaughtUp => "caught-up",
+        StateCause::Kicked(why) => kick_cause(why),
+        StateCause::Reopened => "reopened",
+        StateCause::Replaced => "replaced",
+        StateCause::Cleared => "cleared",
+    }
+}
+
+fn refusal_cause(why: Refusal) -> &'static str {
+    match why {
+        Refusal::NoSuchReplica => "no-such-replica",
+        Refusal::NotUp => "not-up",
+        Refusal::Needed => "needed",
+        Refusal::NoScrub => "no-scrub",
+        Refusal::NothingLost => "nothing-lost",
     }
 }
 
@@ -223,9 +325,50 @@ struct Fields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     path: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    from: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_left: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_done: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extents: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    command: Option<&'static str>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    counts: Option<PassSectors>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     count: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     suppressed: Option<u64>,
+}
+
+/// What a pass over the disk met, in sectors; see [`ScrubCounts`].
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct PassSectors {
+    compared_sectors: u64,
+    differing_sectors: u64,
+    unreadable_sectors: u64,
+    repaired_sectors: u64,
+    unresolved_sectors: u64,
+    failed_sectors: u64,
+}
+
+impl From<ScrubCounts> for PassSectors {
+    fn from(counts: ScrubCounts) -> Self {
+        Self {
+            compared_sectors: counts.compared,
+            differing_sectors: counts.differing,
+            unreadable_sectors: counts.unreadable,
+            repaired_sectors: counts.repaired,
+            unresolved_sectors: counts.unresolved,
+            failed_sectors: counts.failed,
+        }
+    }
 }
 
 impl<'a> Fields<'a> {
@@ -257,7 +400,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::quorum::During;
+    use crate::quorum::{During, PassKind, ReplicaState};
 
     fn names() -> Names {
         Names {
@@ -389,5 +532,62 @@ mod tests {
         );
         let value = written(Report::RecordLost, 0);
         assert_eq!(value["data"], json!({"reference": "disk-1"}));
+    }
+
+    fn kept(report: KeeperReport) -> Value {
+        let line = Event::new(EventData::Keeper(report), UNIX_EPOCH).to_line(&names());
+        serde_json::from_str(&line).unwrap()
+    }
+
+    #[test]
+    fn states_and_progress_of_a_replica_are_told() {
+        let replica = ReplicaId::new(0);
+        let value = kept(KeeperReport::State {
+            replica,
+            from: ReplicaState::InSync,
+            to: ReplicaState::Missing,
+            why: StateCause::Kicked(KickCause::Vanished),
+        });
+        assert_eq!(value["event"], "QUORUM_BLK_REPLICA_STATE");
+        assert_eq!(
+            value["data"],
+            json!({
+                "reference": "disk-1", "replica": "left", "cause": "vanished",
+                "from": "in-sync", "to": "missing",
+            })
+        );
+        let value = kept(KeeperReport::ResyncProgress {
+            replica,
+            bytes_left: 3,
+            bytes_done: 4,
+        });
+        assert_eq!(value["event"], "QUORUM_BLK_RESYNC_PROGRESS");
+        assert_eq!(
+            value["data"],
+            json!({"reference": "disk-1", "replica": "left", "bytes-left": 3, "bytes-done": 4})
+        );
+    }
+
+    #[test]
+    fn scrub_that_is_done_tells_its_counts() {
+        let counts = ScrubCounts {
+            compared: 1,
+            differing: 2,
+            unreadable: 3,
+            repaired: 4,
+            unresolved: 5,
+            failed: 6,
+        };
+        let kind = PassKind::Scrub;
+        let value = kept(KeeperReport::PassDone { kind, counts });
+        assert_eq!(value["event"], "QUORUM_BLK_SCRUB_DONE");
+        assert_eq!(
+            value["data"],
+            json!({
+                "type": "scrub", "reference": "disk-1", "compared-sectors": 1,
+                "differing-sectors": 2, "unreadable-sectors": 3, "repaired-sectors": 4,
+                "unresolved-sectors": 5, "failed-sectors": 6,
+            })
+        );
     }
 }

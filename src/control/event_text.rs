@@ -7,6 +7,7 @@
 use tracing::{error, info, warn};
 
 use super::events::{Event, EventData, Names, during_name, errno_text};
+use super::keeper_text;
 use crate::quorum::{BadCause, BehindCause, During, KickCause, Report};
 use crate::units::SectorRange;
 
@@ -25,7 +26,7 @@ pub(super) fn log(event: &Event, names: &Names) {
             return;
         }
         EventData::Keeper(report) => {
-            info!("{report:?}");
+            keeper_text::log(&report, names, &more);
             return;
         }
         EventData::ReportsLost { count } => {
@@ -167,7 +168,7 @@ impl std::fmt::Display for Sectors {
 }
 
 /// How many lines are missing, for people.
-struct Suppressed(u64);
+pub(super) struct Suppressed(pub(super) u64);
 
 impl std::fmt::Display for Suppressed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -200,7 +201,7 @@ fn behind_text(why: BehindCause) -> String {
     }
 }
 
-fn kick_text(why: KickCause) -> String {
+pub(super) fn kick_text(why: KickCause) -> String {
     match why {
         KickCause::Hung => "an operation did not end within --io-timeout".to_owned(),
         KickCause::FlushFailed(errno) => format!("a flush failed ({})", errno_text(errno)),

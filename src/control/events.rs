@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use crate::quorum::{During, KeeperReport, Report};
+use crate::quorum::{Command, During, KeeperReport, PassKind, ReplicaState, Report};
 use crate::units::{ReplicaId, SectorRange};
 
 /// Something that happened to the disk, and when.
@@ -111,7 +111,7 @@ impl EventData {
                 Report::RecordLost => "QUORUM_BLK_RECORD_LOST",
                 Report::VerifyFailed { .. } => "QUORUM_BLK_VERIFY_FAILED",
             },
-            Self::Keeper(_) => "QUORUM_BLK_MAINTENANCE",
+            Self::Keeper(report) => keeper_name(report),
             Self::RecordCopyLost { .. } => "QUORUM_BLK_RECORD_COPY_LOST",
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
             Self::EventsLost { .. } => "QUORUM_BLK_EVENTS_LOST",
@@ -138,10 +138,10 @@ impl EventData {
                     ("", None)
                 }
             },
-            Self::Keeper(_)
-            | Self::RecordCopyLost { .. }
-            | Self::ReportsLost { .. }
-            | Self::EventsLost { .. } => ("", None),
+            Self::Keeper(report) => keeper_key(report),
+            Self::RecordCopyLost { .. } | Self::ReportsLost { .. } | Self::EventsLost { .. } => {
+                ("", None)
+            }
         };
         let copy = match *self {
             Self::RecordCopyLost { copy, .. } => Some(copy),
@@ -170,6 +170,40 @@ impl EventData {
         let first = with_range(first, joined);
         let second = with_range(second, joined);
         (first == second).then_some(Self::Report(second))
+    }
+}
+
+fn keeper_name(report: &KeeperReport) -> &'static str {
+    match report {
+        KeeperReport::State { .. } => "QUORUM_BLK_REPLICA_STATE",
+        KeeperReport::Suspect { .. } => "QUORUM_BLK_REPLICA_SUSPECT",
+        KeeperReport::Kept { .. } => "QUORUM_BLK_REPLICA_KEPT",
+        KeeperReport::ResyncBegun { .. } => "QUORUM_BLK_RESYNC_BEGUN",
+        KeeperReport::ResyncProgress { .. } => "QUORUM_BLK_RESYNC_PROGRESS",
+        KeeperReport::ResyncDone { .. } => "QUORUM_BLK_RESYNC_DONE",
+        KeeperReport::Prompt { .. } => "QUORUM_BLK_REPLICA_PROMPT",
+        KeeperReport::PassBegun { .. } => "QUORUM_BLK_SCRUB_BEGUN",
+        KeeperReport::PassDone { .. } => "QUORUM_BLK_SCRUB_DONE",
+        KeeperReport::PassStopped { .. } => "QUORUM_BLK_SCRUB_STOPPED",
+        KeeperReport::Forced { .. } => "QUORUM_BLK_REPLICA_FORCED",
+        KeeperReport::Refused { .. } => "QUORUM_BLK_COMMAND_REFUSED",
+    }
+}
+
+fn keeper_key(report: &KeeperReport) -> (&'static str, Option<ReplicaId>) {
+    match *report {
+        KeeperReport::State { replica, .. }
+        | KeeperReport::Suspect { replica }
+        | KeeperReport::Kept { replica, .. }
+        | KeeperReport::ResyncBegun { replica, .. }
+        | KeeperReport::ResyncProgress { replica, .. }
+        | KeeperReport::ResyncDone { replica, .. }
+        | KeeperReport::Prompt { replica }
+        | KeeperReport::Forced { replica, .. } => ("", Some(replica)),
+        KeeperReport::PassBegun { kind, .. }
+        | KeeperReport::PassDone { kind, .. }
+        | KeeperReport::PassStopped { kind, .. } => (pass_name(kind), None),
+        KeeperReport::Refused { command, .. } => (command_name(command), command_replica(command)),
     }
 }
 
@@ -225,6 +259,46 @@ pub(super) fn during_name(during: During) -> &'static str {
         During::Read => "read",
         During::Write => "write",
         During::Flush => "flush",
+    }
+}
+
+/// How a kind of pass over the disk is written in events and counters.
+pub(super) fn pass_name(kind: PassKind) -> &'static str {
+    match kind {
+        PassKind::Verify => "verify",
+        PassKind::Scrub => "scrub",
+    }
+}
+
+/// How a command is written in events, and in the log.
+pub(super) fn command_name(command: Command) -> &'static str {
+    match command {
+        Command::Scrub { .. } => "scrub",
+        Command::StopScrub => "stop-scrub",
+        Command::Clear { .. } => "clear",
+        Command::ForceCurrent { .. } => "force-current",
+        Command::Fail { .. } => "fail",
+    }
+}
+
+/// The replica a command is about.
+pub(super) fn command_replica(command: Command) -> Option<ReplicaId> {
+    match command {
+        Command::Scrub { .. } | Command::StopScrub => None,
+        Command::Clear { replica }
+        | Command::ForceCurrent { replica }
+        | Command::Fail { replica } => Some(replica),
+    }
+}
+
+/// How a state of a replica is written, everywhere.
+pub(super) fn state_name(state: ReplicaState) -> &'static str {
+    match state {
+        ReplicaState::InSync => "in-sync",
+        ReplicaState::Syncing => "syncing",
+        ReplicaState::Missing => "missing",
+        ReplicaState::Failed => "failed",
+        ReplicaState::Removed => "removed",
     }
 }
 

@@ -9,22 +9,26 @@
 //! - [`sink`]: where they are written to;
 //! - [`report_channel`]: from the workers to the control thread;
 //! - [`reporter`]: a report becomes a log line and an event;
-//! - [`counters`]: what the workers count;
+//! - [`counters`]: what the workers and maintenance count;
+//! - [`status`]: how the disk is: states, progress, what is left to do;
 //! - [`logging`]: the log itself.
 
 pub mod counters;
 mod event_line;
 mod event_text;
 pub mod events;
+mod keeper_text;
 pub mod logging;
 pub mod rate_limit;
 pub mod report_channel;
 pub mod reporter;
 pub mod sink;
+pub mod status;
 
-pub use counters::{Counters, RequestKind, Totals, WorkerCounters};
+pub use counters::{Counters, MaintenanceCounters, RequestKind, Totals, WorkerCounters};
 pub use events::{Event, EventData};
 pub use rate_limit::RateLimiter;
 pub use report_channel::{ReportReceiver, ReportSender, report_channel};
 pub use reporter::Reporter;
 pub use sink::{EventSink, SinkError};
+pub use status::DiskStatus;

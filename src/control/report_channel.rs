@@ -100,12 +100,13 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::quorum::Report;
     use crate::units::SectorRange;
 
-    fn transient(sector: u64) -> Report {
-        Report::Transient {
+    fn transient(sector: u64) -> EventData {
+        EventData::Report(Report::Transient {
             range: SectorRange::new(sector, 1).unwrap(),
-        }
+        })
     }
 
     #[test]

@@ -9,7 +9,6 @@ use super::event_text;
 use super::events::{Event, EventData, Names};
 use super::rate_limit::RateLimiter;
 use super::sink::{EventSink, SinkError};
-use crate::quorum::Report;
 use crate::units::Time;
 
 /// Tells people and programs what happened. Lives on the control thread.
@@ -32,16 +31,6 @@ impl Reporter {
             sink,
             events_lost_total: 0,
         }
-    }
-
-    /// Takes a report; `now` is for the rate limit, the event carries the wall clock.
-    pub fn report(&mut self, now: Time, report: Report) {
-        self.offer(now, EventData::Report(report));
-    }
-
-    /// Takes note that a copy of the state record is not used any more, for this errno.
-    pub fn record_copy_lost(&mut self, now: Time, copy: u8, errno: i32) {
-        self.offer(now, EventData::RecordCopyLost { copy, errno });
     }
 
     /// Takes note that `count` reports were lost on their way here. Nothing for zero.
@@ -90,7 +79,7 @@ impl Reporter {
         }
     }
 
-    /// Takes note of what was reported at `now`.
+    /// Takes an event; `now` is for the rate limit, the event carries the wall clock.
     pub fn offer(&mut self, now: Time, data: EventData) {
         let event = Event::new(data, SystemTime::now());
         if let Some(event) = self.limiter.offer(now, event) {
@@ -127,6 +116,7 @@ mod tests {
 
     use super::*;
     use crate::config::EventsTarget;
+    use crate::quorum::Report;
     use crate::units::{ReplicaId, SectorRange};
 
     fn names() -> Names {
@@ -138,11 +128,11 @@ mod tests {
         }
     }
 
-    fn repaired(sector: u64) -> Report {
-        Report::Repaired {
+    fn repaired(sector: u64) -> EventData {
+        EventData::Report(Report::Repaired {
             replica: ReplicaId::new(0),
             range: SectorRange::new(sector, 1).unwrap(),
-        }
+        })
     }
 
     fn at_millis(millis: u64) -> Time {
@@ -163,7 +153,7 @@ mod tests {
         let sink = EventSink::open(&EventsTarget::Path(path.clone())).unwrap();
         let mut reporter = Reporter::new(names(), Some(sink));
         for sector in [1, 11, 21] {
-            reporter.report(at_millis(0), repaired(sector));
+            reporter.offer(at_millis(0), repaired(sector));
         }
         assert_eq!(lines(&path).len(), 1);
         assert_eq!(reporter.deadline(), Some(at_millis(1000)));
@@ -172,7 +162,7 @@ mod tests {
         assert_eq!(told[0]["data"]["sector-num"], 1);
         assert_eq!(told[1]["data"]["sector-num"], 21);
         assert_eq!(told[1]["data"]["suppressed"], 1);
-        reporter.report(at_millis(1500), repaired(31));
+        reporter.offer(at_millis(1500), repaired(31));
         reporter.reports_lost(at_millis(1500), 0);
         reporter.reports_lost(at_millis(1500), 9);
         reporter.finish();
@@ -188,12 +178,12 @@ mod tests {
         let sink = EventSink::open(&EventsTarget::Fd(writer.as_raw_fd())).unwrap();
         let mut reporter = Reporter::new(names(), Some(sink));
         for second in 0..2000 {
-            reporter.report(at_millis(second * 2000), repaired(second));
+            reporter.offer(at_millis(second * 2000), repaired(second));
         }
         let mut early = vec![0; 65_536];
         let len = reader.read(&mut early).unwrap();
         assert!(len > 1000);
-        reporter.report(at_millis(9_000_000), repaired(0));
+        reporter.offer(at_millis(9_000_000), repaired(0));
         drop((reporter, writer));
         let mut rest = String::new();
         reader.read_to_string(&mut rest).unwrap();

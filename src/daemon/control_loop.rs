@@ -37,6 +37,8 @@ pub enum Wakeup {
     Terminate,
     /// SIGUSR1.
     ShowCounters,
+    /// SIGUSR2.
+    Scrub,
     /// Two replicas under `--blkverify` differ.
     VerifyFailed,
     /// A registered descriptor is readable.
@@ -174,6 +176,7 @@ impl ControlLoop {
             match signal {
                 Signal::Terminate => self.pending.push_back(Wakeup::Terminate),
                 Signal::ShowCounters => self.pending.push_back(Wakeup::ShowCounters),
+                Signal::Scrub => self.pending.push_back(Wakeup::Scrub),
                 Signal::Reopen => {
                     if let Err(error) = self.reporter.reopen() {
                         error!("{error}; the file of before stays in use");
@@ -261,10 +264,10 @@ mod tests {
         }
     }
 
-    fn transient(sector: u64) -> Report {
-        Report::Transient {
+    fn transient(sector: u64) -> EventData {
+        EventData::Report(Report::Transient {
             range: SectorRange::new(sector, 1).unwrap(),
-        }
+        })
     }
 
     #[test]

@@ -98,6 +98,7 @@ pub fn superblock(
         epoch: 1,
         id: EpochId::derive(ids.run, 1),
         forced: false,
+        begun: true,
     };
     Ok(Superblock {
         disk: DiskUuid(random_bytes()?),
@@ -142,37 +143,6 @@ fn is_current(first_use: FirstUse, replica: ReplicaId) -> bool {
         FirstUse::Verify | FirstUse::AssumeClean => true,
         FirstUse::AdoptFrom(right) => replica == right,
     }
-}
-
-/// The fingerprint of a replica as the record keeps it. A time before 1970 or beyond what the
-/// record has room for counts as none.
-#[must_use]
-pub fn recorded(found: &crate::replica::Fingerprint) -> Fingerprint {
-    const NANOS: i128 = 1_000_000_000;
-    let seconds = i64::try_from(found.mtime_ns.div_euclid(NANOS)).unwrap_or(0);
-    let nanos = u32::try_from(found.mtime_ns.rem_euclid(NANOS)).expect("below 10^9");
-    Fingerprint {
-        size_bytes: found.size_bytes,
-        mtime_seconds: seconds,
-        mtime_nanos: nanos,
-        inode: found.inode,
-        device: found.device,
-    }
-}
-
-/// Whether a replica is as it was when `earlier` was recorded (rule S3). The number of its device
-/// may be another after a boot.
-#[must_use]
-pub fn is_unchanged(now: &Fingerprint, earlier: &Fingerprint) -> bool {
-    let key = |print: &Fingerprint| {
-        (
-            print.size_bytes,
-            print.mtime_seconds,
-            print.mtime_nanos,
-            print.inode,
-        )
-    };
-    key(now) == key(earlier)
 }
 
 #[cfg(test)]
@@ -223,19 +193,5 @@ mod tests {
         let uuid = DiskUuid(boot_id()).to_string();
         assert_eq!(uuid, text.trim_end());
         assert_eq!(parse_uuid("x"), None);
-    }
-
-    #[test]
-    fn recorded_fingerprints_compare_without_the_device() {
-        let found = crate::replica::Fingerprint {
-            size_bytes: 1,
-            mtime_ns: -1,
-            inode: 3,
-            device: 4,
-        };
-        let print = recorded(&found);
-        assert_eq!((print.mtime_seconds, print.mtime_nanos), (-1, 999_999_999));
-        assert!(is_unchanged(&Fingerprint { device: 9, ..print }, &print));
-        assert!(!is_unchanged(&Fingerprint { inode: 9, ..print }, &print));
     }
 }

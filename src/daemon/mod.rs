@@ -8,6 +8,7 @@
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
+//! - `start`: what is found out and decided before anything is served;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
@@ -15,7 +16,7 @@ pub mod control_loop;
 mod disk;
 pub mod event_loop;
 pub mod file_lock;
-mod fingerprints;
+pub mod fingerprints;
 pub mod first_use;
 pub mod listener;
 mod maintenance;
@@ -34,8 +35,11 @@ use tracing::{info, warn};
 use crate::config::{Config, FrontEnd, LogFormat, RecordConfig, RecordPlaceError};
 use crate::control::events::Names;
 use crate::control::report_channel::REPORTS_MAX;
-use crate::control::{Counters, EventSink, Reporter, SinkError, logging, report_channel};
+use crate::control::{
+    Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
+};
 use crate::device::{Connection, ConnectionHandle};
+use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
 use disk::{Disk, DiskError};
@@ -95,17 +99,38 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         record_copies: places.map_or(Vec::new(), |places| places.copies),
         disk_sectors: disk.sectors(),
     };
-    let reporter = Reporter::new(names, sink);
+    let reporter = Reporter::new(names.clone(), sink);
     // Last: whoever waits for the socket to appear may connect at once.
-    let source = FrontEndSource::open(&config.front_end)?;
+    let control = FrontEndSource::open(&config.front_end)
+        .map_err(DaemonError::from)
+        .and_then(|source| {
+            ControlLoop::new(clock, signals, receiver, reporter, source)
+                .map_err(DaemonError::Control)
+        });
+    let mut control = match control {
+        Ok(control) => control,
+        Err(error) => {
+            // A disk that was not even served is no unclean end.
+            disk.stop();
+            return Err(error);
+        }
+    };
     say_ready(&config);
-    let mut control = ControlLoop::new(clock, signals, receiver, reporter, source)
-        .map_err(DaemonError::Control)?;
-    let end = serve(&mut control, &disk, &counters, config.log_format);
+    let show = Show {
+        counters: &counters,
+        names: &names,
+        threshold: config.threshold,
+        format: config.log_format,
+    };
+    let scrub = Command::Scrub {
+        repair: config.upkeep.scrub_repairs,
+    };
+    let end = serve(&mut control, &disk, &show, scrub);
     info!("stopping");
+    show.status(&disk);
     disk.stop();
     control.finish();
-    show_counters(&counters, config.log_format);
+    show.counters();
     end
 }
 
@@ -113,8 +138,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 fn serve(
     control: &mut ControlLoop,
     disk: &Disk,
-    counters: &Counters,
-    log_format: LogFormat,
+    show: &Show<'_>,
+    scrub: Command,
 ) -> Result<(), DaemonError> {
     let mut connection: Option<ConnectionHandle> = None;
     let end = loop {
@@ -150,7 +175,11 @@ fn serve(
             }
             Wakeup::Terminate => break Ok(()),
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
-            Wakeup::ShowCounters => show_counters(counters, log_format),
+            Wakeup::Scrub => disk.command(scrub),
+            Wakeup::ShowCounters => {
+                show.status(disk);
+                show.counters();
+            }
         }
     };
     if let Some(handle) = connection {
@@ -187,16 +216,39 @@ fn say_ready(config: &Config) {
     );
 }
 
-/// Writes the counters to the log: a table for people, an object for programs.
-fn show_counters(counters: &Counters, format: LogFormat) {
-    let totals = counters.totals();
-    let lines = logging::foreign_lines_suppressed();
-    match format {
-        LogFormat::Text => info!("counters\n{totals}\nlog: {lines} lines left out"),
-        LogFormat::Json => info!(
-            counters = totals.to_json(),
-            lines_left_out = lines,
-            "counters"
-        ),
+/// Writes to the log how the disk is and what was counted: text for people, an object for programs.
+struct Show<'a> {
+    counters: &'a Counters,
+    names: &'a Names,
+    /// T.
+    threshold: usize,
+    format: LogFormat,
+}
+
+impl Show<'_> {
+    fn status(&self, disk: &Disk) {
+        // None: the maintenance thread does not answer at this moment.
+        let Some(status) = disk.status() else {
+            warn!("the maintenance thread does not say how the disk is");
+            return;
+        };
+        let status = DiskStatus::new(&status, self.names, self.threshold);
+        match self.format {
+            LogFormat::Text => info!("status\n{status}"),
+            LogFormat::Json => info!(status = status.to_json(), "status"),
+        }
+    }
+
+    fn counters(&self) {
+        let totals = self.counters.totals();
+        let lines = logging::foreign_lines_suppressed();
+        match self.format {
+            LogFormat::Text => info!("counters\n{totals}\nlog: {lines} lines left out"),
+            LogFormat::Json => info!(
+                counters = totals.to_json(),
+                lines_left_out = lines,
+                "counters"
+            ),
+        }
     }
 }

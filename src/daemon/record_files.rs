@@ -28,7 +28,7 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 const LINKS_MAX: usize = 40;
 
 /// How much is written at once when a copy is made.
-const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
 
 /// The files of the record cannot be used.
 #[derive(Debug, Error)]
@@ -270,6 +270,15 @@ impl RecordFiles {
             removed.push(path);
         }
         Ok(removed)
+    }
+
+    /// The copies in their order: where each of them is, and its open file, if it is usable. The
+    /// locks last as long as the files are open.
+    pub fn into_files(self) -> impl Iterator<Item = (PathBuf, Option<File>)> {
+        self.files.into_iter().map(|file| match file.state {
+            State::Open(open) => (file.path, Some(open)),
+            State::Missing | State::Unusable(_) => (file.path, None),
+        })
     }
 
     /// Whether a daemon has any of the copies, as far as locks tell.

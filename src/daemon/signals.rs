@@ -14,15 +14,23 @@ use thiserror::Error;
 use vmm_sys_util::signal::{block_signal, create_sigset};
 
 /// What the daemon listens to.
-const SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP];
+const SIGNALS: [libc::c_int; 5] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGHUP,
+];
 
 /// What a signal asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Signal {
     /// SIGTERM, SIGINT: finish what was begun and end.
     Terminate,
-    /// SIGUSR1: show the counters.
+    /// SIGUSR1: show states, progress and counters.
     ShowCounters,
+    /// SIGUSR2: begin a scrub.
+    Scrub,
     /// SIGHUP: open the file of events again. Not an end: a terminal that is closed must not
     /// take a guest's disk away.
     Reopen,
@@ -95,6 +103,7 @@ impl Signals {
             match i32::try_from(info.ssi_signo) {
                 Ok(libc::SIGTERM | libc::SIGINT) => return Some(Signal::Terminate),
                 Ok(libc::SIGUSR1) => return Some(Signal::ShowCounters),
+                Ok(libc::SIGUSR2) => return Some(Signal::Scrub),
                 Ok(libc::SIGHUP) => return Some(Signal::Reopen),
                 _ => {}
             }
@@ -131,6 +140,7 @@ mod tests {
         assert_eq!(signals.next(), None);
         let sent = [
             (libc::SIGUSR1, Signal::ShowCounters),
+            (libc::SIGUSR2, Signal::Scrub),
             (libc::SIGTERM, Signal::Terminate),
             (libc::SIGHUP, Signal::Reopen),
             (libc::SIGINT, Signal::Terminate),

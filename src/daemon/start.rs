@@ -1,66 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Interim: everything a daemon does before it serves.
+//! Everything a daemon does before it serves (CONSISTENCY section 9).
+//!
+//! The order is that of rule S1: the copies of the record are locked, then read; then the replicas
+//! are opened and compared with what is remembered of them; then it is decided who takes part, and
+//! the change of the record is prepared that begins the epoch of this run. Nothing is written but
+//! copies of the record that are missing; the maintenance thread writes the rest before the disk is
+//! served.
+//!
+//! - `replicas`: opening them; `known`: how one is known again;
+//! - `copies`: the copies of the record;
+//! - `decision`: what follows, a pure function; `marking`: the marks that follow from that;
+//! - `advice`: what the operator is told; `error`: why a disk is not served.
 
-use std::path::PathBuf;
+mod advice;
+mod copies;
+mod decision;
+mod error;
+mod known;
+mod marking;
+mod replicas;
+
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use thiserror::Error;
-use tracing::{info, warn};
-
+use super::fingerprints;
+use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
-use crate::config::{Cache as CacheChoice, Config, Format as FormatChoice};
-use crate::quorum::{Geometry, KeeperStart, KeeperState, Policy, PolicyError, Shared};
-use crate::replica::{
-    Cache, Format, OpenError, RawOptions, Replica, SetError, SetShape, check_set, open_set,
+use super::record_files::{self, Access, RecordFiles};
+use crate::config::{Config, FirstUse, RecordPlaces};
+use crate::quorum::{
+    Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, ReplicaState, Shared,
 };
+use crate::record::{
+    MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, VERIFIED, open,
+};
+use crate::replica::{Format, RawOptions, Replica, SetShape, check_set};
+use crate::units::{ReplicaId, ReplicaSet};
+use advice::Advice;
+use decision::{Candidate, Decision, Facts, Past, Wanted};
+pub use error::StartError;
+use known::Remembered;
 
-/// Pause between two looks at a lock.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
-
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// A replica cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The replicas do not make a disk.
-    #[error(transparent)]
-    Set(#[from] SetError),
-    /// The policy contradicts itself.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
-}
-
+/// A disk that is ready to be served, as soon as the opening change of its record is durable.
 pub struct Start {
+    /// What the lanes share: marks as they were recorded and decided, who is up, what is
+    /// unresolved.
     pub shared: Arc<Shared>,
+    /// The replicas that are up, by slot: open, locked, and fit for the disk.
     pub replicas: Vec<Option<Arc<Replica>>>,
+    /// How each of them is opened again.
     pub options: Vec<RawOptions>,
+    /// The disk that they make.
     pub shape: SetShape,
+    /// Its record, locked, with its opening change prepared. `None`: nothing is remembered.
     pub record: Option<OpenRecord>,
+    /// What the keeper begins with.
     pub keeper: KeeperStart,
 }
 
+/// Opens the disk of `config`, and decides how it is to be served. Takes as long as its storage
+/// does, and up to twice [`Config::lock_timeout`] for locks.
+///
+/// # Errors
+/// The first thing that stands in the way; all that was opened is closed again.
 pub fn start(config: &Config) -> Result<Start, StartError> {
-    let options: Vec<RawOptions> = config
-        .replicas
-        .iter()
-        .map(|r| raw_options(config, r))
-        .collect();
-    let replicas = open_when_free(&options, config.lock_timeout)?;
+    let options = replicas::options_of(config);
+    let places = config
+        .record
+        .places(&config.replicas, record_files::is_file)?;
+    let start = match places {
+        None => without_record(config, options),
+        Some(places) if options.iter().all(|options| options.read_only) => {
+            only_reading(config, options, &places)
+        }
+        Some(places) => with_record(config, options, &places),
+    }?;
+    replicas::describe(&start.replicas, &start.shape, config.read_only);
+    Ok(start)
+}
+
+/// Nothing is remembered: all replicas must be there, and all of them vote.
+fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, StartError> {
+    let replicas = replicas::open_all_waiting(&options, config.lock_timeout)?;
     let block_bytes = config.block_size.map(|size| size.bytes());
-    let replicas: Vec<Option<Arc<Replica>>> = replicas.into_iter().map(Some).collect();
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
-    describe(&replicas, &shape, config.read_only);
-    let policy = Policy {
-        discard_zeroes: shape.can_zero_exactly,
-        ..config.policy()
-    };
-    let block_sectors = shape.block_bytes / 512;
-    let geometry = Geometry::new(shape.sectors, block_sectors)?;
-    let shared = Arc::new(Shared::new(geometry, policy)?);
+    let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
+    let shared = Shared::new(geometry, policy(config, config.threshold, &shape))?;
     Ok(Start {
-        shared,
+        shared: Arc::new(shared),
         replicas,
         options,
         shape,
@@ -69,53 +95,391 @@ pub fn start(config: &Config) -> Result<Start, StartError> {
     })
 }
 
-/// Opens the replicas, waiting for those that somebody else has locked: a daemon that was killed
-/// keeps its locks until its last operation has landed (rules K2, S2).
-fn open_when_free(
-    options: &[RawOptions],
-    timeout: Duration,
-) -> Result<Vec<Arc<Replica>>, OpenError> {
-    let begin = Instant::now();
-    loop {
-        match open_set(options) {
-            Err(error) if error.is_in_use() && begin.elapsed() < timeout => {
-                if begin.elapsed() < LOCK_RETRY {
-                    info!("{error}; waiting up to {} s for it", timeout.as_secs());
-                }
-                thread::sleep(LOCK_RETRY);
+/// Nothing is written, also not to the record: it only tells who is behind where (rule Z4).
+fn only_reading(
+    config: &Config,
+    options: Vec<RawOptions>,
+    places: &RecordPlaces,
+) -> Result<Start, StartError> {
+    // Whoever writes the record has the replicas for himself: it does not change from here on.
+    let files = RecordFiles::open(places, Access::Look)?;
+    let Some(opened) = read(config, &files)? else {
+        Advice::ReadOnlyWithoutRecord.tell();
+        return without_record(config, options);
+    };
+    let set = open_replicas(config, options, &opened.superblock)?;
+    // What was read before the replicas were locked may be old already.
+    let Some(opened) = read(config, &files)? else {
+        return Err(gone(places));
+    };
+    let ids = RunIds::new().map_err(StartError::Random)?;
+    let disk = settle(config, set, &opened, places.copies.len(), ids, false)?;
+    let keeper = KeeperState {
+        verify_cursor: None,
+        scrub_cursor: None,
+        ..disk.keeper_start(&opened.superblock)
+    };
+    Ok(disk.into_start(None, keeper))
+}
+
+fn with_record(
+    config: &Config,
+    options: Vec<RawOptions>,
+    places: &RecordPlaces,
+) -> Result<Start, StartError> {
+    let mut files = RecordFiles::open(places, Access::Own(config.lock_timeout))?;
+    let Some(opened) = read(config, &files)? else {
+        return first_time(config, options, files);
+    };
+    if config.first_use != FirstUse::Verify {
+        Advice::FirstUseIgnored.tell();
+    }
+    let set = open_replicas(config, options, &opened.superblock)?;
+    let ids = RunIds::new().map_err(StartError::Random)?;
+    let disk = settle(config, set, &opened, places.copies.len(), ids, true)?;
+    let keeper = disk.keeper_start(&opened.superblock);
+    // From here on the copies that are missing are made.
+    let (writable, advice) = copies::prepare(&mut files, &opened);
+    advice.iter().for_each(Advice::tell);
+    let recorder = Recorder::new(opened, &writable, ids.run)?;
+    let record = disk.open_record(config, recorder, files, &writable, ids);
+    Ok(disk.into_start(Some(record), keeper))
+}
+
+/// Rule S5: plain images.
+fn first_time(
+    config: &Config,
+    options: Vec<RawOptions>,
+    mut files: RecordFiles,
+) -> Result<Start, StartError> {
+    let replicas =
+        replicas::open_all_waiting(&options, config.lock_timeout).map_err(StartError::FirstUse)?;
+    let block_bytes = config.block_size.map(|size| size.bytes());
+    let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
+    let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
+    let policy = policy(config, config.threshold, &shape);
+    let mut prints = Vec::with_capacity(replicas.len());
+    for replica in replicas.iter().flatten() {
+        let print = replica.fingerprint();
+        let print = print.map_err(|source| StartError::Fingerprint {
+            name: replica.name().to_owned(),
+            source,
+        })?;
+        prints.push(fingerprints::to_record(&print));
+    }
+    let ids = RunIds::new().map_err(StartError::Random)?;
+    let superblock = first_use::superblock(&geometry, &policy, config.first_use, ids, &prints)
+        .map_err(StartError::Random)?;
+    let marks = Marks::new(replicas.len(), geometry.extents(), true);
+    first_use::mark(config.first_use, replicas.len(), &marks);
+    let disk = SettledDisk {
+        set: ReplicaFiles {
+            replicas,
+            options,
+            shape,
+        },
+        shared: Arc::new(Shared::with_marks(geometry, policy, marks)?),
+        decision: Decision::of_first_use(config.threshold),
+    };
+    let keeper = disk.keeper_start(&superblock);
+
+    let count = files.files().len();
+    let writable = vec![true; count];
+    let length_bytes = superblock.layout().length_bytes();
+    let made = (0..count).try_for_each(|copy| files.create(copy, length_bytes));
+    let recorder = made.map_err(StartError::from).and_then(|()| {
+        let opened = Opened::create(superblock, count);
+        Ok(Recorder::new(opened, &writable, ids.run)?)
+    });
+    let recorder = match recorder {
+        Ok(recorder) => recorder,
+        Err(error) => {
+            // Nothing depends on it yet: half a record would only be in the way.
+            files.remove()?;
+            return Err(error);
+        }
+    };
+    let paths = files.files().iter().map(|file| file.path().display());
+    let places = paths.map(|path| path.to_string()).collect::<Vec<_>>();
+    Advice::FirstUse {
+        places: places.join(", "),
+        how: match config.first_use {
+            FirstUse::Verify => {
+                "all replicas vote, and they are compared once in the background (--assume-clean \
+                 spares that, --adopt-from NAME overwrites all others with one)"
             }
-            result => return result,
+            FirstUse::AssumeClean => "all replicas are taken to be equal",
+            FirstUse::AdoptFrom(_) => "all others are overwritten with the one that is adopted",
+        },
+    }
+    .tell();
+    let record = disk.open_record(config, recorder, files, &writable, ids);
+    Ok(disk.into_start(Some(record), keeper))
+}
+
+/// What the copies say together; `None`: nothing, there is no record.
+fn read(config: &Config, files: &RecordFiles) -> Result<Option<Opened>, Refusal> {
+    if files.is_absent() {
+        return Ok(None);
+    }
+    let options = OpenOptions {
+        force: config.force,
+        ..OpenOptions::default()
+    };
+    match open(&mut files.sources(), &options) {
+        Ok(opened) => Ok(Some(opened)),
+        // Files that were made, and the daemon ended before it wrote to them.
+        Err(Refusal::NoRecord { .. }) => Ok(None),
+        Err(refusal) => Err(refusal),
+    }
+}
+
+fn gone(places: &RecordPlaces) -> StartError {
+    let names = places.copies.iter().map(|path| path.display().to_string());
+    let copies = names.collect::<Vec<_>>().join(", ");
+    StartError::Record(Refusal::NoRecord { copies })
+}
+
+/// The replicas of the disk.
+struct ReplicaFiles {
+    replicas: Vec<Option<Arc<Replica>>>,
+    options: Vec<RawOptions>,
+    shape: SetShape,
+}
+
+/// Replicas that were opened and not compared yet.
+struct Opening {
+    replicas: Vec<Option<Arc<Replica>>>,
+    options: Vec<RawOptions>,
+    candidates: Vec<Candidate>,
+    block_bytes: u32,
+}
+
+/// Opens the replicas of a disk that has a record, as far as it goes.
+fn open_replicas(
+    config: &Config,
+    mut options: Vec<RawOptions>,
+    superblock: &Superblock,
+) -> Result<Opening, StartError> {
+    decision::check_count(usize::from(superblock.replicas), options.len())?;
+    let block_bytes = u32::from(superblock.block_sectors) * 512;
+    let asked = config.block_size.map(|size| size.bytes());
+    if let Some(configured) = asked.filter(|&asked| asked != block_bytes) {
+        return Err(StartError::BlockSize {
+            recorded: block_bytes,
+            configured,
+        });
+    }
+    // They were raw when the disk was first served, whatever the guest has written to its first
+    // sector since.
+    for options in &mut options {
+        options.format.get_or_insert(Format::Raw);
+    }
+    let slots = (0..options.len()).map(ReplicaId::new);
+    let is_out = |slot: &ReplicaId| {
+        let state = superblock.members[slot.index()].state;
+        matches!(state, MemberState::Failed | MemberState::Removed)
+    };
+    let out: ReplicaSet = slots.filter(is_out).collect();
+    let results = replicas::open_waiting(&options, out, config.lock_timeout)?;
+    let mut opening = Opening {
+        replicas: Vec::with_capacity(options.len()),
+        candidates: Vec::with_capacity(options.len()),
+        options,
+        block_bytes,
+    };
+    for (result, options) in results.into_iter().zip(&opening.options) {
+        let name = options.name.clone();
+        let fit = match result {
+            Some(result) => replicas::fit(result, superblock.sectors, block_bytes),
+            None => Err(format!("replica '{name}' is failed")),
+        };
+        let found = match &fit {
+            Ok(replica) => Ok(replica.found()),
+            Err(why) => Err(why.clone()),
+        };
+        opening.candidates.push(Candidate { name, found });
+        opening.replicas.push(fit.ok());
+    }
+    Ok(opening)
+}
+
+/// A disk of which everything is decided.
+struct SettledDisk {
+    set: ReplicaFiles,
+    shared: Arc<Shared>,
+    decision: Decision,
+}
+
+/// Decides how the disk is served and brings it into the state that follows. `recorded`: marks are
+/// written to the record.
+fn settle(
+    config: &Config,
+    opening: Opening,
+    opened: &Opened,
+    copies: usize,
+    ids: RunIds,
+    recorded: bool,
+) -> Result<SettledDisk, StartError> {
+    let superblock = &opened.superblock;
+    let count = opening.options.len();
+    let geometry = Geometry::with_extent_shift(
+        superblock.sectors,
+        superblock.block_sectors.into(),
+        superblock.extent_shift.into(),
+    )?;
+    let marks = Marks::new(count, geometry.extents(), recorded);
+    opened.load(&marks);
+    let members = superblock.members[..count].iter().map(Remembered::of);
+    let decision = decision::decide(&Facts {
+        wanted: Wanted {
+            threshold: config.threshold,
+            pattern: config.read_pattern,
+            force: config.force,
+            read_only: !recorded,
+        },
+        past: Past {
+            threshold: superblock.threshold.into(),
+            pattern: superblock.pattern,
+            clean: superblock.clean,
+            same_boot: superblock.boot_id == ids.boot,
+            dirty: marks.count(Bitmap::Dirty),
+            minority: copies::is_minority(opened, copies),
+            members: members.collect(),
+        },
+        replicas: opening.candidates,
+    })?;
+    let shape = check_set(
+        &opening.replicas,
+        // How few are enough is decided.
+        1,
+        Some(opening.block_bytes),
+        Some(superblock.sectors),
+    )?;
+    decision.advice.iter().for_each(Advice::tell);
+    let advice = marking::apply(&decision, &marks, count);
+    advice.iter().for_each(Advice::tell);
+    let policy = policy(config, decision.threshold, &shape);
+    let shared = Shared::with_marks(geometry, policy, marks)?;
+    if decision.resolve {
+        shared.resolve_dirty();
+    }
+    for replica in decision.absent.iter() {
+        shared.membership.leave_out(replica);
+    }
+    Ok(SettledDisk {
+        set: ReplicaFiles {
+            replicas: opening.replicas,
+            options: opening.options,
+            shape,
+        },
+        shared: Arc::new(shared),
+        decision,
+    })
+}
+
+impl SettledDisk {
+    /// The record with the change that begins the epoch of this run (rule R7).
+    fn open_record(
+        &self,
+        config: &Config,
+        mut recorder: Recorder,
+        files: RecordFiles,
+        writable: &[bool],
+        ids: RunIds,
+    ) -> OpenRecord {
+        recorder.change(|superblock| self.begin(config, superblock, ids));
+        let (paths, mut files): (Vec<_>, Vec<_>) = files.into_files().unzip();
+        for (file, &writable) in files.iter_mut().zip(writable) {
+            file.take_if(|_| !writable);
+        }
+        OpenRecord {
+            recorder,
+            files,
+            paths,
+        }
+    }
+
+    /// State of a replica that was in state `before` when the record was last written.
+    fn state(&self, replica: ReplicaId, before: MemberState) -> MemberState {
+        if matches!(before, MemberState::Failed | MemberState::Removed) {
+            before
+        } else if self.decision.absent.contains(replica) {
+            MemberState::Missing
+        } else if self.shared.membership.behind_extents(replica) > 0 {
+            MemberState::Syncing
+        } else {
+            MemberState::InSync
+        }
+    }
+
+    /// What the record of before holds for the keeper.
+    fn keeper_start(&self, superblock: &Superblock) -> KeeperStart {
+        let mut keeper = KeeperState::fresh();
+        for replica in self.shared.membership.replicas().iter() {
+            let member = &superblock.members[replica.index()];
+            keeper.states[replica.index()] = match self.state(replica, member.state) {
+                MemberState::Failed => ReplicaState::Failed,
+                MemberState::Removed => ReplicaState::Removed,
+                MemberState::Missing => ReplicaState::Missing,
+                MemberState::Syncing => ReplicaState::Syncing,
+                MemberState::InSync | MemberState::Vacant => ReplicaState::InSync,
+            };
+            if member.suspect {
+                keeper.suspects.insert(replica);
+            }
+        }
+        let under_way = |cursor: u64| (cursor != VERIFIED).then_some(cursor);
+        keeper.scrub_cursor = under_way(superblock.scrub_cursor);
+        keeper.verify_cursor = if self.decision.verify {
+            Some(0)
+        } else {
+            under_way(superblock.verify_cursor)
+        };
+        keeper
+    }
+
+    /// What the record says from the moment on at which the disk is served.
+    fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
+        let decision = &self.decision;
+        superblock.clean = false;
+        superblock.cold = self.shared.unresolved.extents() > 0;
+        superblock.boot_id = ids.boot;
+        superblock.threshold = u8::try_from(decision.threshold).expect("at most 16");
+        superblock.pattern = config.read_pattern;
+        if decision.verify {
+            superblock.verify_cursor = 0;
+        }
+        let members = superblock.members.iter_mut().zip(&self.set.replicas);
+        for (slot, (member, replica)) in members.enumerate() {
+            member.state = self.state(ReplicaId::new(slot), member.state);
+            // That of a replica that is not there stays: nobody has opened it since.
+            if let Some(replica) = replica {
+                let print = known::in_use(&replica.found());
+                member.fingerprint = fingerprints::to_record(&print);
+            }
+        }
+    }
+
+    fn into_start(self, record: Option<OpenRecord>, keeper: KeeperStart) -> Start {
+        Start {
+            shared: self.shared,
+            replicas: self.set.replicas,
+            options: self.set.options,
+            shape: self.set.shape,
+            record,
+            keeper,
         }
     }
 }
 
-fn raw_options(config: &Config, replica: &crate::config::Replica) -> RawOptions {
-    let mut options = RawOptions::new(replica.name.clone(), PathBuf::from(&replica.path));
-    options.cache = match replica.cache {
-        CacheChoice::Direct => Cache::Direct,
-        CacheChoice::Buffered => Cache::Buffered,
-    };
-    options.format = replica.format.map(|format| match format {
-        FormatChoice::Raw => Format::Raw,
-    });
-    // Rule Z4: a disk that is read-only to the guest is repaired only where that was asked for.
-    options.read_only = config.read_only && !config.repair;
-    options
-}
-
-fn describe(replicas: &[Option<Arc<Replica>>], shape: &SetShape, guest_is_reader: bool) {
-    for note in &shape.notes {
-        warn!("{note}");
-    }
-    for replica in replicas.iter().flatten() {
-        info!(
-            replica = replica.name(),
-            path = %replica.path().display(),
-            bytes = replica.length_bytes(),
-            "opened"
-        );
-    }
-    if !shape.can_zero_exactly && !guest_is_reader {
-        info!("discards are ignored: not every replica can zero exact ranges");
+/// The policy of this run. A threshold that a minority can reach takes force (rule S6).
+fn policy(config: &Config, threshold: usize, shape: &SetShape) -> Policy {
+    let policy = config.policy();
+    Policy {
+        allow_minority_threshold: policy.allow_minority_threshold || threshold < policy.threshold,
+        threshold,
+        discard_zeroes: shape.can_zero_exactly,
+        ..policy
     }
 }

@@ -167,6 +167,8 @@ pub struct VirtQueue {
     next_used: u16,
     /// Fetched and not published.
     in_flight: u16,
+    /// How many requests the driver has kept in the ring lately.
+    depth: u16,
     /// Completed in [`PublishOrder::Ring`], by place in the ring.
     waiting: Box<[Option<Completion>]>,
     /// To be published next, in this order.
@@ -209,6 +211,7 @@ impl VirtQueue {
             avail_seen: 0,
             next_used: 0,
             in_flight: 0,
+            depth: 0,
             waiting: vec![None; usize::from(size)].into(),
             staged: Vec::with_capacity(usize::from(size)),
             must_signal: true,
@@ -249,6 +252,13 @@ impl VirtQueue {
     #[must_use]
     pub fn in_flight(&self) -> u16 {
         self.in_flight
+    }
+
+    /// How many requests the driver has kept in the ring lately, fetched or not: the most that
+    /// were there at a publication, less one for every publication since. 0 before the first.
+    #[must_use]
+    pub fn depth(&self) -> u16 {
+        self.depth
     }
 
     /// Whether the queue has stopped for good because of an impossible ring. It completes
@@ -382,6 +392,7 @@ impl VirtQueue {
     /// ever be visible.
     #[must_use = "a driver that is not signalled waits"]
     pub fn publish(&mut self, memory: &GuestMemory, published: &mut Vec<u32>) -> bool {
+        self.measure_depth(memory);
         self.stage(published);
         if self.staged.is_empty() {
             return false;
@@ -478,11 +489,16 @@ impl VirtQueue {
         if self.state == State::Broken {
             return false;
         }
-        if self.avail_seen != self.next_avail {
-            return true;
+        if self.avail_seen == self.next_avail {
+            self.look(memory);
         }
+        self.state != State::Broken && self.avail_seen != self.next_avail
+    }
+
+    /// Reads the available index, and stops the queue if it is impossible.
+    fn look(&mut self, memory: &GuestMemory) {
         let Some(available) = self.load(memory, self.avail_at(2), Ordering::Acquire) else {
-            return false;
+            return;
         };
         let (used, size) = (self.next_used, self.size);
         let ahead = available.wrapping_sub(used);
@@ -494,10 +510,19 @@ impl VirtQueue {
                 used,
                 size,
             });
-            return false;
+            return;
         }
         self.avail_seen = available;
-        available != self.next_avail
+    }
+
+    /// Before a publication the driver has made up for the one before it, if it keeps up: what is
+    /// in the ring then is all it keeps in flight.
+    fn measure_depth(&mut self, memory: &GuestMemory) {
+        if self.state != State::Broken {
+            self.look(memory);
+        }
+        let now = self.avail_seen.wrapping_sub(self.next_used);
+        self.depth = now.max(self.depth.saturating_sub(1));
     }
 
     fn wants_signal(&mut self, memory: &GuestMemory, old: u16, new: u16) -> bool {

@@ -105,6 +105,37 @@ fn ring_order_publishes_no_request_before_its_predecessors() {
 }
 
 #[test]
+fn depth_is_what_the_driver_keeps_in_the_ring_lately() {
+    let memory = memory();
+    let mut ring = DriverRing::new(0, 8);
+    let mut queue = queue(&memory, &ring, 0, PublishOrder::Ring);
+    assert_eq!(queue.depth(), 0);
+    let mut tags = Vec::new();
+    for _ in 0..4 {
+        offer_flush(&memory, &mut ring);
+    }
+    let mut fetched: Vec<_> = (0..2).map(|_| fetch(&mut queue, &memory)).collect();
+    // What came after the fetch counts, and so does what is fetched.
+    offer_flush(&memory, &mut ring);
+    queue.complete(fetched.remove(0), 1, 0);
+    assert!(queue.publish(&memory, &mut tags));
+    assert_eq!(queue.depth(), 5);
+    queue.complete(fetched.remove(0), 1, 0);
+    assert!(queue.publish(&memory, &mut tags));
+    assert_eq!(queue.depth(), 4, "there were four");
+    // A driver that keeps one in flight from now on is soon known to.
+    for left in (0..3).rev().chain([0; 4]) {
+        let ticket = fetch(&mut queue, &memory);
+        queue.complete(ticket, 1, 0);
+        assert!(queue.publish(&memory, &mut tags));
+        if left == 0 {
+            offer_flush(&memory, &mut ring);
+        }
+    }
+    assert_eq!(queue.depth(), 1);
+}
+
+#[test]
 #[should_panic(expected = "completed twice")]
 fn completing_twice_is_our_bug() {
     let memory = memory();

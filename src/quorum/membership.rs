@@ -73,6 +73,9 @@ pub struct Membership {
     /// Replicas that are not up, lag, or are behind somewhere: spares a closer look in the healthy
     /// case.
     impaired: AtomicU32,
+    /// What these read back may never reach their medium: a flush failed and they could not be
+    /// opened anew since (rule F3).
+    unflushable: AtomicU32,
     /// c(i): raised by every kick.
     counters: Box<[AtomicU32]>,
     /// Of each replica: when it was first late of late, in milliseconds, and how often since.
@@ -103,6 +106,7 @@ impl Membership {
             up: AtomicU32::new(u32::from(all.bits())),
             lagging: AtomicU32::new(0),
             impaired: AtomicU32::new(0),
+            unflushable: AtomicU32::new(0),
             counters: (0..replicas).map(|_| AtomicU32::new(0)).collect(),
             late: (0..replicas)
                 .map(|_| (AtomicU64::new(0), AtomicU64::new(0)))
@@ -138,6 +142,19 @@ impl Membership {
     #[must_use]
     pub fn lagging(&self) -> ReplicaSet {
         set_of(self.lagging.load(Ordering::Acquire))
+    }
+
+    /// Replicas whose flush failed since they were opened: what they read back proves nothing about
+    /// their medium, so where they are behind they are rewritten without being compared.
+    #[must_use]
+    pub fn unflushable(&self) -> ReplicaSet {
+        set_of(self.unflushable.load(Ordering::Acquire))
+    }
+
+    /// A flush of the replica failed, and too few others are up to do without it.
+    pub fn note_unflushable(&self, replica: ReplicaId) {
+        self.unflushable.fetch_or(bit(replica), Ordering::AcqRel);
+        self.counters[replica.index()].fetch_add(1, Ordering::AcqRel);
     }
 
     /// c(i): a result that was begun under another value proves nothing about the replica.
@@ -349,6 +366,7 @@ impl Membership {
     pub fn admit(&self, replica: ReplicaId) {
         let _one_decision = self.marking.lock().expect("no panic under this lock");
         self.up.fetch_or(bit(replica), Ordering::AcqRel);
+        self.unflushable.fetch_and(!bit(replica), Ordering::AcqRel);
         self.look_at(replica);
     }
 

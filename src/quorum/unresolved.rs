@@ -97,6 +97,14 @@ impl Unresolved {
         partly.filter(|&extent| extent >= first).chain(whole).min()
     }
 
+    /// A range in `extent` that was put into U as such.
+    #[must_use]
+    pub fn part_of(&self, extent: u64) -> Option<SectorRange> {
+        let ranges = self.ranges.lock().expect("no panic under this lock");
+        let inside = |range: &&SectorRange| range.start() >> self.extent_shift == extent;
+        ranges.iter().find(inside).copied()
+    }
+
     /// The extent is equal and durable on all current copies. The caller holds its lock.
     pub fn remove_extent(&self, extent: u64, range: SectorRange) {
         let (word, bit) = self.place(extent);
@@ -215,6 +223,8 @@ mod tests {
         unresolved.insert(SectorRange::new(5 << 4, 4).unwrap());
         assert_eq!(unresolved.next(4), Some(5));
         assert_eq!(unresolved.next(6), Some(130));
+        assert_eq!(unresolved.part_of(5), SectorRange::new(5 << 4, 4));
+        assert_eq!(unresolved.part_of(130), None);
         unresolved.remove_extent(130, range(130));
         assert_eq!((unresolved.extents(), unresolved.next_extent(4)), (1, None));
         assert_eq!((unresolved.next(0), unresolved.next(4)), (Some(3), Some(5)));

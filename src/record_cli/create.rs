@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::{RecordCliError, names};
 use crate::config::{self, Config, FirstUse, RecordPlaces};
+use crate::daemon::fingerprints;
 use crate::daemon::first_use::{self, RunIds};
 use crate::daemon::record_files::{Access, RecordFiles};
 use crate::quorum::{Geometry, Marks};
@@ -32,20 +33,19 @@ pub(super) fn create(
     let block_bytes = config.block_size.map(|size| size.bytes());
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
     let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
-    let mut fingerprints = Vec::with_capacity(replicas.len());
+    let mut found_as = Vec::with_capacity(replicas.len());
     for replica in replicas.iter().flatten() {
         let found = replica.durable_fingerprint();
         let found = found.map_err(|source| RecordCliError::Fingerprint {
             name: replica.name().to_owned(),
             source,
         })?;
-        fingerprints.push(first_use::recorded(&found));
+        found_as.push(fingerprints::to_record(&found));
     }
     let ids = RunIds::new().map_err(RecordCliError::Random)?;
     let policy = config.policy();
-    let superblock =
-        first_use::superblock(&geometry, &policy, config.first_use, ids, &fingerprints)
-            .map_err(RecordCliError::Random)?;
+    let superblock = first_use::superblock(&geometry, &policy, config.first_use, ids, &found_as)
+        .map_err(RecordCliError::Random)?;
     let result = write(&mut files, &superblock, config.first_use, ids);
     if result.is_err() {
         // Nothing depends on it yet: half a record would only be in the way.

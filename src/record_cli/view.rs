@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::forecast::{self, Start};
 use super::{RecordCliError, names};
 use crate::config::{Config, RecordPlaces};
-use crate::daemon::first_use;
+use crate::daemon::fingerprints;
 use crate::daemon::record_files::{Access, RecordFiles};
 use crate::quorum::{Bitmap, PageName, ReadPattern};
 use crate::record::{
@@ -334,13 +334,10 @@ fn found(path: &Path, member: &Member, clean: bool) -> ReplicaFound {
     let Ok(now) = Fingerprint::of_path(path) else {
         return ReplicaFound::Missing;
     };
-    if !clean {
-        return ReplicaFound::Present;
-    }
-    if first_use::is_unchanged(&first_use::recorded(&now), &member.fingerprint) {
-        ReplicaFound::Unchanged
-    } else {
-        ReplicaFound::Changed
+    match fingerprints::from_record(&member.fingerprint) {
+        Some(left) if clean && now.is_unchanged_since(&left) => ReplicaFound::Unchanged,
+        Some(_) if clean => ReplicaFound::Changed,
+        _ => ReplicaFound::Present,
     }
 }
 

@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use thiserror::Error;
-use tracing::{error, info, warn};
+use tracing::{debug, info};
 
 use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
@@ -430,7 +430,11 @@ impl Maintenance {
 
     fn carry_out_for_lane(&mut self, action: Action) {
         match action {
-            Action::Submit(operation) => self.executor.start(&operation),
+            Action::Submit(operation) => {
+                let counters = &self.counters.maintenance().lane;
+                counters.replica(operation.replica).operations.add(1);
+                self.executor.start(&operation);
+            }
             Action::Reply {
                 tag,
                 request,
@@ -444,6 +448,7 @@ impl Maintenance {
             }
             Action::Wake { lane, wakeup } => self.wake(usize::from(lane.0), wakeup),
             Action::Report(report) => {
+                self.counters.maintenance().lane.count_report(&report);
                 self.reports.send(EventData::Report(report));
                 self.tell_keeper(KeeperEvent::Report(report));
             }
@@ -463,11 +468,13 @@ impl Maintenance {
             }
             KeeperAction::Kicked { replica, why } => {
                 let extents = self.shared.membership.behind_extents(replica);
-                self.reports.send(EventData::Report(Report::Kicked {
+                let report = Report::Kicked {
                     replica,
                     why,
                     extents,
-                }));
+                };
+                self.counters.maintenance().lane.count_report(&report);
+                self.reports.send(EventData::Report(report));
                 self.wake_all(Wakeup::MembersChanged);
                 self.take_away(replica);
             }
@@ -476,7 +483,10 @@ impl Maintenance {
                 self.wake_all(Wakeup::MembersChanged);
             }
             KeeperAction::Record => self.tell_recorder(RecordEvent::Poll),
-            KeeperAction::Report(report) => self.reports.send(EventData::Keeper(report)),
+            KeeperAction::Report(report) => {
+                self.counters.maintenance().count_keeper_report(&report);
+                self.reports.send(EventData::Keeper(report));
+            }
             KeeperAction::Save(state) => self.save(state),
         }
     }
@@ -492,25 +502,24 @@ impl Maintenance {
                     write,
                     block,
                     bytes,
-                } => record
-                    .writer
-                    .write(usize::from(copy), block, bytes, (copy, write)),
+                } => {
+                    self.counters.maintenance().record_writes.add(1);
+                    record
+                        .writer
+                        .write(usize::from(copy), block, bytes, (copy, write));
+                }
                 RecordAction::Settled => self.wake_waiting(),
                 RecordAction::Changed(change) => {
                     record.durable = record.durable.max(Some(change));
                 }
                 RecordAction::Excluded { copy, errno } => {
                     let path = record.paths[usize::from(copy)].display();
-                    warn!("the copy {path} of the state record is not used any more");
+                    debug!(errno, "the copy {path} of the state record is left out");
+                    self.counters.maintenance().record_copies_lost.add(1);
                     let errno = errno.unwrap_or(libc::ETIMEDOUT);
                     self.reports.send(EventData::RecordCopyLost { copy, errno });
                 }
                 RecordAction::Lost => {
-                    error!(
-                        "the state record cannot be written on enough of its copies: writes to \
-                         extents that are not dirty yet fail, and no replica can be left behind; \
-                         restart the daemon when the file systems of the copies work again"
-                    );
                     self.shared.lose_record();
                     self.reports.send(EventData::Report(Report::RecordLost));
                     self.wake_waiting();

@@ -160,7 +160,7 @@ impl Maintenance {
 /// What the record says of the members and of the keeper's work.
 pub(super) fn describe(superblock: &mut Superblock, state: &KeeperState, shared: &Shared) {
     superblock.verify_cursor = state.verify_cursor.unwrap_or(VERIFIED);
-    superblock.scrub_cursor = state.scrub_cursor.unwrap_or(0);
+    superblock.scrub_cursor = state.scrub_cursor.unwrap_or(VERIFIED);
     let epoch = superblock.epoch();
     for replica in shared.membership.replicas().iter() {
         let member = &mut superblock.members[replica.index()];

@@ -141,11 +141,6 @@ pub enum KeeperEvent {
     },
     /// Any report of any lane.
     Report(Report),
-    /// A request of the guest waits until enough copies are current in this extent (rule V6).
-    Wanted {
-        /// The extent.
-        extent: u64,
-    },
     /// How many requests guests have made so far, told about once a second or more often: it tells
     /// active from idle.
     GuestRequests {

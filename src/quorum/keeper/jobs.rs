@@ -15,6 +15,8 @@ pub const REQUESTS_MAX: usize = 32;
 pub(super) enum Job {
     /// Resolve and resync an extent; these replicas were behind there.
     Reconcile { extent: u64, returning: ReplicaSet },
+    /// Settle sectors of a write that failed.
+    Resolve { range: SectorRange },
     /// Compare a range, in a pass of this number.
     Check { pass: u32, range: SectorRange },
     /// See whether a lagging replica answers.

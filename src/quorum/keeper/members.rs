@@ -7,15 +7,13 @@ use super::super::event::KickCause;
 use super::super::marks::Bitmap;
 use super::super::shared::Shared;
 use super::budget::{Budgets, Fault, Spent};
+use super::copies::{self, can_spare};
 use super::jobs::Turn;
 use super::life::{Change, ReplicaState};
+use super::progress::Resync;
 use super::rate::Backoff;
-use super::status::bytes_behind;
 use super::{KeeperAction, KeeperConfig, KeeperReport, KeeperStart, Refusal, StateCause};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, Time};
-
-/// From one report of a resync to the next.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// From one look to the next whether the behind marks of a replica that was replaced are durable.
 const MARKS_INTERVAL: Duration = Duration::from_millis(100);
@@ -51,15 +49,6 @@ struct Member {
     resync: Resync,
 }
 
-/// Progress of one replica, since it began to lack something.
-#[derive(Clone, Copy, Default)]
-struct Resync {
-    begun: bool,
-    bytes_done: u64,
-    bytes_told: u64,
-    tell_at: Time,
-}
-
 /// See the module.
 pub(super) struct Members {
     each: Vec<Member>,
@@ -77,25 +66,6 @@ fn is_final(why: KickCause) -> bool {
             false
         }
     }
-}
-
-/// Whether the disk can do without `replica`: at least T others are up, and no extent has it for
-/// its last current copy (CONSISTENCY section 10, last paragraph).
-pub(super) fn can_spare(shared: &Shared, replica: ReplicaId) -> bool {
-    let membership = &shared.membership;
-    let mut others = membership.up();
-    others.remove(replica);
-    if others.count() < shared.policy.threshold {
-        return false;
-    }
-    // Where the one that lacks least is current, there is another copy.
-    let best = others.iter().min_by_key(|&r| membership.behind_extents(r));
-    let best = best.expect("T is at least 1");
-    let mut lacking = membership.marks().iter(Bitmap::Behind(best));
-    lacking.all(|extent| {
-        membership.is_behind(extent, replica)
-            || others.iter().any(|r| !membership.is_behind(extent, r))
-    })
 }
 
 impl Members {
@@ -172,7 +142,7 @@ impl Members {
 
     /// Bytes brought up to date since the replica began to lack something.
     pub(super) fn resynced_bytes(&self, replica: ReplicaId) -> u64 {
-        self.each[replica.index()].resync.bytes_done
+        self.each[replica.index()].resync.bytes_done()
     }
 
     /// Whether a state has changed that is to be saved at once.
@@ -187,7 +157,7 @@ impl Members {
                 Some(Reopening::At(time)) => member.detached.then_some(time),
                 Some(Reopening::Marking { look_at, .. }) => Some(look_at),
                 Some(Reopening::Asked) => None,
-                None => syncing.then_some(member.resync.tell_at),
+                None => syncing.then_some(member.resync.tell_at()),
             }
         });
         times.min()
@@ -294,25 +264,24 @@ impl Members {
     /// The replica is not up any more.
     fn left(&mut self, turn: &mut Turn<'_>, replica: ReplicaId, why: KickCause) {
         let member = self.of(replica);
-        let mut why = why;
-        if let Some(leaving) = member.leaving.take()
-            && is_final(leaving)
-        {
-            why = leaving;
-        }
-        if !is_final(why) {
+        let mut wish = member.leaving.take().filter(|&why| is_final(why));
+        if is_final(why) {
+            wish = Some(why);
+        } else {
             member.budgets.note(turn.now, Fault::Kick);
-            if self.judge(turn, replica) == Spent::All && can_spare(turn.shared, replica) {
-                why = KickCause::Budget;
+            if self.judge(turn, replica) == Spent::All {
+                wish = wish.or(Some(KickCause::Budget));
             }
         }
-        let change = if is_final(why) {
-            Change::Condemned
-        } else {
-            Change::Kicked
+        // One that is needed comes back, and is looked at again.
+        let spared = can_spare(turn.shared, replica);
+        let (change, why) = match wish {
+            Some(wish) if spared => (Change::Condemned, wish),
+            Some(_) | None => (Change::Kicked, why),
         };
         self.change(turn, replica, change, StateCause::Kicked(why));
         let member = self.of(replica);
+        member.leaving = wish.filter(|_| !spared);
         member.detached = false;
         member.resync = Resync::default();
         if turn.now.since(member.up_since) >= member.backoff.most() {
@@ -368,7 +337,7 @@ impl Members {
 
     /// These bytes of the replica were brought up to date.
     pub(super) fn resynced(&mut self, replica: ReplicaId, bytes: u64) {
-        self.of(replica).resync.bytes_done += bytes;
+        self.of(replica).resync.add(bytes);
     }
 
     /// The operator clears the replica.
@@ -429,7 +398,7 @@ impl Members {
         replica: ReplicaId,
     ) -> Result<u64, Refusal> {
         let shared = turn.shared;
-        let (membership, marks) = (&shared.membership, shared.membership.marks());
+        let membership = &shared.membership;
         if !membership.up().contains(replica) {
             return Err(Refusal::NotUp);
         }
@@ -438,20 +407,7 @@ impl Members {
             matches!(state, ReplicaState::Failed | ReplicaState::Removed)
         };
         let gone: ReplicaSet = membership.replicas().iter().filter(gone).collect();
-        let others = membership.replicas().minus(gone);
-        let mut extents = 0;
-        for extent in marks.iter(Bitmap::Behind(replica)) {
-            if !others.iter().all(|r| membership.is_behind(extent, r)) {
-                continue;
-            }
-            for failed in gone.iter() {
-                marks.set(Bitmap::Behind(failed), extent);
-            }
-            marks.set(Bitmap::Dirty, extent);
-            shared.unresolved.insert_extent(extent);
-            let counter = membership.counter(replica);
-            extents += u64::from(membership.clear_behind(extent, replica, counter));
-        }
+        let extents = copies::force(shared, replica, gone);
         if extents == 0 {
             return Err(Refusal::NothingLost);
         }
@@ -503,40 +459,13 @@ impl Members {
         if !lacks {
             let resync = std::mem::take(&mut self.of(replica).resync);
             self.change(turn, replica, Change::CaughtUp, StateCause::CaughtUp);
-            if resync.begun {
-                let bytes_done = resync.bytes_done;
-                turn.actions
-                    .push(KeeperAction::Report(KeeperReport::ResyncDone {
-                        replica,
-                        bytes_done,
-                    }));
+            if let Some(report) = resync.done(replica) {
+                turn.actions.push(KeeperAction::Report(report));
             }
             return;
         }
-        let resync = &mut self.of(replica).resync;
-        let bytes_done = resync.bytes_done;
-        let report = if !resync.begun {
-            resync.begun = true;
-            let bytes_left = bytes_behind(turn.shared, replica);
-            KeeperReport::ResyncBegun {
-                replica,
-                bytes_left,
-            }
-        } else if turn.now < resync.tell_at {
-            return;
-        } else if bytes_done == resync.bytes_told {
-            resync.tell_at = turn.now.after(PROGRESS_INTERVAL);
-            return;
-        } else {
-            let bytes_left = bytes_behind(turn.shared, replica);
-            KeeperReport::ResyncProgress {
-                replica,
-                bytes_left,
-                bytes_done,
-            }
-        };
-        resync.bytes_told = bytes_done;
-        resync.tell_at = turn.now.after(PROGRESS_INTERVAL);
-        turn.actions.push(KeeperAction::Report(report));
+        if let Some(report) = self.of(replica).resync.told(turn, replica) {
+            turn.actions.push(KeeperAction::Report(report));
+        }
     }
 }

@@ -8,17 +8,19 @@
 //!
 //! - `interface`: what it is told and asks for.
 //! - `life`: the states of a replica; `members`: who changes them; `budget`: what a replica may
-//!   do wrong.
+//!   do wrong; `copies`: who can be spared.
 //! - `pump`: resolve and resync; `scrub`: verify and scrub; `probe`: lagging replicas; `sweep`:
 //!   clean extents.
-//! - `jobs`: requests under way; `rate`: bytes in time, delays; `status`: for people.
+//! - `jobs`: requests under way; `rate`: bytes in time, delays; `progress`, `status`: for people.
 
 mod budget;
+mod copies;
 mod interface;
 mod jobs;
 mod life;
 mod members;
 mod probe;
+mod progress;
 mod pump;
 mod rate;
 mod scrub;
@@ -145,7 +147,6 @@ impl Keeper {
             }
             KeeperEvent::OpenFailed { replica } => self.members.open_failed(turn, replica),
             KeeperEvent::Report(report) => self.reported(turn, report),
-            KeeperEvent::Wanted { extent } => self.pump.want(extent),
             KeeperEvent::GuestRequests { total } => {
                 if total > self.guest_requests {
                     self.guest_requests = total;
@@ -166,8 +167,9 @@ impl Keeper {
                         self.members.resynced(replica, bytes);
                     }
                 }
-                self.pump.replied(turn, extent, returning, status);
+                self.pump.reconciled(turn, extent, returning, status);
             }
+            Job::Resolve { range } => self.pump.resolved(turn, range, status),
             Job::Check { pass, range } => {
                 let due = self.scrub.replied(turn, &self.jobs, pass, range, status);
                 self.save_now |= due;

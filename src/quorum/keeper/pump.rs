@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Resolve and resync (rules Y1, Y5, Y7): which extent is reconciled next, and when.
 //!
-//! First extents that requests of the guest wait for, then those with unresolved sectors, then
-//! those in which a replica lacks something that is up and not lagging; each in the order of the
-//! disk. What cannot be reconciled now is passed over until a common moment of retry, so that it
-//! costs the others nothing, and one bit of memory.
+//! First extents with unresolved sectors, then those in which a replica lacks something that is up
+//! and not lagging; each in the order of the disk. Extents that requests of the guest wait for are
+//! reconciled by the lanes of these requests (rule V6). What cannot be reconciled now is passed
+//! over until a common moment of retry, so that it costs the others nothing, and two bits of
+//! memory.
 
 use super::super::event::{Request, Status};
 use super::super::marks::Bitmap;
@@ -12,20 +13,36 @@ use super::super::shared::{CrashTie, Shared};
 use super::KeeperConfig;
 use super::jobs::{Job, Jobs, Turn};
 use super::rate::{Backoff, Bucket};
-use crate::units::{ReplicaSet, Time};
+use crate::units::{ReplicaSet, SectorRange, Time};
 
 /// Extents reconciled at a time: enough to keep replicas busy, few enough that a request of the
 /// guest seldom finds its extent locked.
 const WINDOW: usize = 4;
 
-/// Extents that guests wait for and that are remembered. Those beyond are served in their turn.
-const WANTED_MAX: usize = 64;
+/// A bit an extent, made when the first one is set.
+#[derive(Default)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn contains(&self, extent: u64) -> bool {
+        let (word, bit) = place(extent);
+        self.0.get(word).is_some_and(|bits| bits & bit != 0)
+    }
+
+    fn insert(&mut self, extent: u64, extents: u64) {
+        if self.0.is_empty() {
+            self.0 = vec![0; place(extents).0 + 1];
+        }
+        let (word, bit) = place(extent);
+        self.0[word] |= bit;
+    }
+}
 
 /// Extents that could not be reconciled, until all of them are tried again.
 struct Failures {
-    /// A bit an extent, made when the first one fails.
-    bits: Vec<u64>,
-    count: u64,
+    failed: Bits,
+    /// Those of the time before, which were given another chance since.
+    again: Bits,
     retry_at: Option<Time>,
     cleared_at: Time,
     backoff: Backoff,
@@ -39,26 +56,16 @@ fn place(extent: u64) -> (usize, u64) {
 impl Failures {
     fn new(config: &KeeperConfig) -> Self {
         Self {
-            bits: Vec::new(),
-            count: 0,
+            failed: Bits::default(),
+            again: Bits::default(),
             retry_at: None,
             cleared_at: Time::default(),
             backoff: Backoff::new(config.reopen_delay_min, config.reopen_delay_max),
         }
     }
 
-    fn contains(&self, extent: u64) -> bool {
-        let (word, bit) = place(extent);
-        self.bits.get(word).is_some_and(|bits| bits & bit != 0)
-    }
-
     fn insert(&mut self, now: Time, extent: u64, extents: u64) {
-        let (word, bit) = place(extent);
-        if self.bits.is_empty() {
-            self.bits = vec![0; place(extents).0 + 1];
-        }
-        self.count += u64::from(self.bits[word] & bit == 0);
-        self.bits[word] |= bit;
+        self.failed.insert(extent, extents);
         if self.retry_at.is_none() {
             // A first failure, long after the last one, is not a repetition.
             if now.since(self.cleared_at) > self.backoff.most() {
@@ -68,10 +75,20 @@ impl Failures {
         }
     }
 
+    /// An extent is in order. If it was not when it was tried before, trying is worth while, and
+    /// the others are not kept waiting for long.
+    fn succeeded(&mut self, now: Time, extent: u64) {
+        if self.again.contains(extent) {
+            self.backoff.reset();
+            if let Some(retry_at) = &mut self.retry_at {
+                *retry_at = (*retry_at).min(now.after(self.backoff.take()));
+            }
+        }
+    }
+
     /// Everything may be tried again.
     fn clear(&mut self, now: Time) {
-        self.bits = Vec::new();
-        self.count = 0;
+        self.again = std::mem::take(&mut self.failed);
         self.retry_at = None;
         self.cleared_at = now;
     }
@@ -80,7 +97,6 @@ impl Failures {
 /// Where a candidate was found.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
-    Wanted,
     Unresolved,
     Behind,
 }
@@ -88,7 +104,6 @@ enum Source {
 /// See the module.
 pub(super) struct Pump {
     rate: Bucket,
-    wanted: Vec<u64>,
     unresolved_from: u64,
     behind_from: u64,
     failures: Failures,
@@ -103,7 +118,6 @@ impl Pump {
     pub(super) fn new(config: &KeeperConfig) -> Self {
         Self {
             rate: Bucket::new(config.resync_bytes_per_s),
-            wanted: Vec::new(),
             unresolved_from: 0,
             behind_from: 0,
             failures: Failures::new(config),
@@ -125,14 +139,6 @@ impl Pump {
         self.look = true;
     }
 
-    /// A request of the guest waits for this extent (rule V6).
-    pub(super) fn want(&mut self, extent: u64) {
-        if !self.wanted.contains(&extent) && self.wanted.len() < WANTED_MAX {
-            self.wanted.push(extent);
-        }
-        self.look = true;
-    }
-
     /// Whether everything that can be done is done, so that lesser work may be.
     pub(super) fn is_idle(&self) -> bool {
         !self.look && self.resume_at.is_none()
@@ -143,21 +149,36 @@ impl Pump {
         times.into_iter().flatten().min()
     }
 
-    /// A reconciliation has ended.
-    pub(super) fn replied(
+    /// A reconciliation has ended. `returning`: who was behind before.
+    pub(super) fn reconciled(
         &mut self,
         turn: &Turn<'_>,
         extent: u64,
         returning: ReplicaSet,
         status: Status,
     ) {
-        self.look = true;
         let shared = turn.shared;
+        let mut targets = helpable(shared).intersection(returning).iter();
+        let left = shared.unresolved.holds_extent(extent)
+            || targets.any(|replica| shared.membership.is_behind(extent, replica));
+        self.ended(turn, extent, status, left);
+    }
+
+    /// Unresolved sectors were settled.
+    pub(super) fn resolved(&mut self, turn: &Turn<'_>, range: SectorRange, status: Status) {
+        let left = turn.shared.unresolved.touches(range);
+        let extent = turn.shared.geometry.extent_of(range.start());
+        self.ended(turn, extent, status, left);
+    }
+
+    fn ended(&mut self, turn: &Turn<'_>, extent: u64, status: Status, left: bool) {
+        self.look = true;
         // Good but not done is as little use: it must not be repeated without end.
-        let undone = || needs(shared, extent, helpable(shared).intersection(returning));
-        if status == Status::IoError || undone() {
-            self.failures
-                .insert(turn.now, extent, shared.geometry.extents());
+        if status == Status::IoError || left {
+            let extents = turn.shared.geometry.extents();
+            self.failures.insert(turn.now, extent, extents);
+        } else {
+            self.failures.succeeded(turn.now, extent);
         }
     }
 
@@ -181,7 +202,7 @@ impl Pump {
         self.resume_at = None;
         let helpable = helpable(turn.shared);
         loop {
-            let busy = |job: &Job| matches!(job, Job::Reconcile { .. });
+            let busy = |job: &Job| matches!(job, Job::Reconcile { .. } | Job::Resolve { .. });
             if jobs.iter().filter(busy).count() >= WINDOW || !jobs.has_room() {
                 // A reply makes room, and looks again.
                 return;
@@ -190,9 +211,7 @@ impl Pump {
                 self.look = false;
                 return;
             };
-            if let Some(idle_at) = idle_at
-                && source != Source::Wanted
-            {
+            if let Some(idle_at) = idle_at {
                 if let Some(opens_at) = self.rate.opens_at(turn.now) {
                     self.resume_at = Some(opens_at.min(idle_at));
                     self.look = false;
@@ -201,38 +220,30 @@ impl Pump {
                 let range = turn.shared.geometry.extent_range(extent);
                 self.rate.charge(turn.now, range.len_bytes() as u64);
             }
-            self.accept(extent, source);
-            let returning = turn.shared.membership.returning(extent);
-            let job = Job::Reconcile { extent, returning };
-            jobs.start(turn, job, Request::Reconcile { extent });
-        }
-    }
-
-    fn accept(&mut self, extent: u64, source: Source) {
-        match source {
-            Source::Wanted => self.wanted.retain(|&wanted| wanted != extent),
-            Source::Unresolved => self.unresolved_from = extent + 1,
-            Source::Behind => self.behind_from = extent + 1,
+            match source {
+                Source::Unresolved => self.unresolved_from = extent + 1,
+                Source::Behind => self.behind_from = extent + 1,
+            }
+            let (job, request) = work_on(turn.shared, extent);
+            jobs.start(turn, job, request);
         }
     }
 
     /// The next extent to reconcile.
     fn candidate(
-        &mut self,
+        &self,
         shared: &Shared,
         jobs: &Jobs,
         helpable: ReplicaSet,
     ) -> Option<(u64, Source)> {
         let busy = |extent: u64| {
-            let same = |job| matches!(job, Job::Reconcile { extent: other, .. } if other == extent);
-            jobs.iter().any(same)
+            jobs.iter().any(|job| match job {
+                Job::Reconcile { extent: other, .. } => other == extent,
+                Job::Resolve { range } => shared.geometry.extent_of(range.start()) == extent,
+                Job::Check { .. } | Job::Probe { .. } | Job::Flush => false,
+            })
         };
-        self.wanted
-            .retain(|&extent| needs(shared, extent, helpable));
-        if let Some(&extent) = self.wanted.iter().find(|&&extent| !busy(extent)) {
-            return Some((extent, Source::Wanted));
-        }
-        let free = |extent: u64| !self.failures.contains(extent) && !busy(extent);
+        let free = |extent: u64| !self.failures.failed.contains(extent) && !busy(extent);
         let unresolved = |first: u64| {
             std::iter::successors(shared.unresolved.next(first), |&extent| {
                 shared.unresolved.next(extent + 1)
@@ -275,10 +286,19 @@ fn helpable(shared: &Shared) -> ReplicaSet {
     behind.collect()
 }
 
-/// Whether there is something to be done in `extent`.
-fn needs(shared: &Shared, extent: u64, helpable: ReplicaSet) -> bool {
-    let range = shared.geometry.extent_range(extent);
-    let mut helpable = helpable.iter();
-    shared.unresolved.touches(range)
-        || helpable.any(|replica| shared.membership.is_behind(extent, replica))
+/// How `extent` is brought closer to order. Sectors of a write that failed are settled when they
+/// are read, by whomever (rule W7); whole extents are reconciled.
+fn work_on(shared: &Shared, extent: u64) -> (Job, Request) {
+    let returning = shared.membership.returning(extent);
+    if !shared.unresolved.holds_extent(extent)
+        && let Some(part) = shared.unresolved.part_of(extent)
+    {
+        let range = shared.geometry.first_piece(part);
+        let repair = true;
+        return (Job::Resolve { range }, Request::Check { range, repair });
+    }
+    (
+        Job::Reconcile { extent, returning },
+        Request::Reconcile { extent },
+    )
 }

@@ -213,6 +213,7 @@ impl Lane {
             self.kick(turn, replica, KickCause::FlushFailed(errno));
             return;
         }
+        members.note_unflushable(replica);
         members.mark_behind_where_dirty(replica);
         let extents = members.behind_extents(replica);
         turn.report(Report::FlushFailed {

@@ -4,7 +4,7 @@
 use super::super::event::{During, OperationKind, Outcome, Status, Tag};
 use super::super::mutation::broken;
 use super::super::order::ReadStamp;
-use super::super::policy::ReadPattern;
+use super::super::policy::{REQUEST_SECTORS_MAX, ReadPattern};
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
 use super::reconcile::Waiter;
@@ -114,11 +114,15 @@ impl Read {
             ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
         }
         let rule = Rule::Threshold(threshold);
-        let winners: Vec<ReplicaSet> = (0..sectors).map(|i| ballots.elect(i, rule)).collect();
-        if winners.iter().any(|winner| winner.is_empty()) {
-            return false;
+        // On the stack: reads that meet a write are no reason to allocate.
+        let mut winners = [ReplicaSet::EMPTY; REQUEST_SECTORS_MAX as usize];
+        for (index, winner) in winners[..sectors].iter_mut().enumerate() {
+            *winner = ballots.elect(index, rule);
+            if winner.is_empty() {
+                return false;
+            }
         }
-        for (index, winner) in winners.iter().enumerate() {
+        for (index, winner) in winners[..sectors].iter().enumerate() {
             if !winner.contains(reference)
                 && let Some(source) = winner.iter().next()
             {

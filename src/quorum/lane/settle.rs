@@ -224,6 +224,16 @@ impl Settle {
         !self.winners[index].is_empty() && !self.winners[index].contains(replica)
     }
 
+    /// Whether every sector of the block around `index` has a winner: only whole blocks are
+    /// rewritten.
+    fn is_block_decided(&self, index: usize, block_sectors: u32) -> bool {
+        let block = block_sectors as usize;
+        let first = index - index % block;
+        self.winners[first..first + block]
+            .iter()
+            .all(|winner| !winner.is_empty())
+    }
+
     fn sub_range(&self, first: u32, end: u32) -> SectorRange {
         let start = self.matter.range.start() + u64::from(first);
         SectorRange::new(start, end - first).expect("a run is not empty")
@@ -593,6 +603,7 @@ impl Lane {
         }
         settle.piecewise[replica.index()] = Some(next);
         settle.pending.insert(replica);
+        settle.asked_at = turn.now;
         let range = settle.sub_range(next, (next + block_sectors).min(count));
         let buffer = settle.ballots.of(replica);
         let skip_bytes = next * u32::try_from(SECTOR_LEN).expect("512");

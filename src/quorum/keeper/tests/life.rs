@@ -62,7 +62,7 @@ fn kicked_replica_is_opened_once_it_is_detached() {
     assert_eq!(state(&world, 1), ReplicaState::Missing);
     // An operation of before may still land.
     world.pass(40 * SECOND);
-    assert_eq!(reopenings(&world), []);
+    assert_eq!(reopenings(&world), [0; 0]);
     detach(&mut world, 1);
     assert_eq!(reopenings(&world), [world.now.nanos()]);
     // A word that came late changes nothing.
@@ -184,7 +184,7 @@ fn write_errors_make_suspect_then_failed() {
     assert_eq!(save.suspects, ids(&[0]));
     detach(&mut world, 0);
     world.pass(600 * SECOND);
-    assert_eq!(reopenings(&world), []);
+    assert_eq!(reopenings(&world), [0; 0]);
     world.event(KeeperEvent::Command(Command::Clear { replica }));
     assert_eq!(world.shared.suspects(), ids(&[]));
     assert_eq!(reopenings(&world).len(), 1);
@@ -251,6 +251,58 @@ fn last_current_copy_is_kept_until_there_is_another() {
     }
     world.pass(50 * SECOND);
     assert_eq!(world.shared.membership.up(), ids(&[1, 2]));
+}
+
+#[test]
+fn needed_replica_comes_back_however_much_it_did_wrong() {
+    let mut world = world(|shared| {
+        fall_behind(shared, 1, [5].into_iter());
+        fall_behind(shared, 2, [5].into_iter());
+    });
+    world.tick();
+    for _ in 0..20 {
+        world.event(write_failed(0));
+    }
+    kick(&mut world, 0);
+    assert_eq!(state(&world, 0), ReplicaState::Missing);
+    detach(&mut world, 0);
+    world.pass(SECOND);
+    let replica = id(0);
+    world.event(KeeperEvent::Opened {
+        replica,
+        same: true,
+    });
+    assert!(world.shared.membership.current(5).contains(id(0)));
+    world.serve_all();
+    world.pass(5 * SECOND);
+    assert_eq!(state(&world, 0), ReplicaState::Failed);
+}
+
+#[test]
+fn delay_begins_anew_after_a_replica_was_up_for_long() {
+    let mut world = Setup {
+        config: KeeperConfig {
+            kicks_max: 0,
+            ..KeeperConfig::default()
+        },
+        ..Setup::default()
+    }
+    .build(|_| {});
+    let mut delays = Vec::new();
+    for up_seconds in [5, 5, 5, 61, 5] {
+        world.pass(up_seconds * SECOND);
+        kick(&mut world, 1);
+        detach(&mut world, 1);
+        let from = world.now;
+        while !world.did(KeeperAction::Reopen { replica: id(1) }) {
+            world.pass(SECOND);
+        }
+        delays.push(world.now.since(from).as_secs());
+        open(&mut world, 1, true);
+        world.log.clear();
+    }
+    // The first one was up since the beginning of time.
+    assert_eq!(delays, [1, 2, 4, 1, 2]);
 }
 
 #[test]

@@ -148,6 +148,9 @@ impl World {
                 self.shared.unresolved.remove_extent(extent, range);
             }
         }
+        if let Request::Check { range, .. } = request {
+            self.shared.unresolved.remove(range);
+        }
         Some(self.reply_to(|other| *other == request, status))
     }
 

@@ -12,7 +12,8 @@ use super::{MS, SECOND, Setup, World, extents_of, fall_behind, id, ids, world};
 use crate::units::{SectorRange, Time};
 
 #[test]
-fn order_is_wanted_unresolved_behind_then_scrub() {
+fn order_is_unresolved_behind_then_scrub() {
+    let failed = SectorRange::new((40 << 11) + 8, 16).unwrap();
     let mut world = Setup {
         start: KeeperState {
             verify_cursor: Some(0),
@@ -25,16 +26,20 @@ fn order_is_wanted_unresolved_behind_then_scrub() {
         for extent in [8, 90] {
             shared.unresolved.insert_extent(extent);
         }
-        let failed = SectorRange::new((40 << 11) + 8, 16).unwrap();
         shared.unresolved.insert(failed);
     });
-    world.event(KeeperEvent::Wanted { extent: 150 });
     let served = world.serve_all();
-    assert_eq!(extents_of(&served), [150, 8, 40, 90, 1, 50, 60, 70]);
-    let check = |request: &Request| matches!(request, Request::Check { .. });
-    assert!(served.iter().any(check));
-    // A pass begins when the rest is under way.
-    assert!(served.iter().position(check).unwrap() >= 4);
+    assert_eq!(extents_of(&served), [8, 90, 1, 50, 60, 70, 150]);
+    let checks = served.iter().enumerate().filter_map(|(at, request)| {
+        let Request::Check { range, repair } = *request else {
+            return None;
+        };
+        Some((at, range, repair))
+    });
+    // The sectors of the failed write, then the pass, when the rest is under way.
+    let checks: Vec<_> = checks.collect();
+    assert_eq!(checks[0], (1, failed, true));
+    assert!(checks[1].0 >= 4 && checks[1].1.start() == 0);
     assert_eq!(world.shared.unresolved.next(0), None);
 }
 
@@ -84,6 +89,37 @@ fn resync_is_limited_while_the_guest_is_active() {
 }
 
 #[test]
+fn progress_is_told_every_ten_seconds() {
+    let mut world = Setup {
+        extents: 10_000,
+        ..Setup::default()
+    }
+    .build(|shared| fall_behind(shared, 1, 0..10_000));
+    resynced_bytes(&mut world, 25, true);
+    let told: Vec<_> = world
+        .reports()
+        .into_iter()
+        .filter_map(|report| match report {
+            KeeperReport::ResyncBegun { bytes_left, .. } => Some((bytes_left, 0)),
+            KeeperReport::ResyncProgress {
+                bytes_left,
+                bytes_done,
+                ..
+            } => Some((bytes_left, bytes_done)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(told.len(), 3);
+    let all = 10_000 << 20;
+    assert_eq!(told[0], (all, 0));
+    for (count, (left, done)) in (0..).zip(told) {
+        assert_eq!(left + done, all);
+        let expected = count * (1280 << 20);
+        assert!(done.abs_diff(expected) <= 20 << 20, "{done} of {expected}");
+    }
+}
+
+#[test]
 fn limit_ends_a_second_after_the_last_request() {
     let config = KeeperConfig {
         resync_bytes_per_s: 1 << 10,
@@ -98,9 +134,6 @@ fn limit_ends_a_second_after_the_last_request() {
     assert_eq!(world.open.len(), 1);
     world.pass(990 * MS);
     assert_eq!(world.open.len(), 1);
-    // What a guest waits for is not held back.
-    world.event(KeeperEvent::Wanted { extent: 77 });
-    assert_eq!(world.open.len(), 2);
     world.pass(10 * MS);
     assert_eq!(world.open.len(), 4);
 }
@@ -133,6 +166,27 @@ fn failing_extents_are_tried_again_later_and_keep_nobody_waiting() {
     world.shared.decide_crash_ties(CrashTie::Error);
     let served = world.serve_all();
     assert_eq!(extents_of(&served).len(), 10);
+}
+
+#[test]
+fn delay_is_short_again_when_trying_was_worth_while() {
+    let mut world = world(|shared| fall_behind(shared, 1, 0..2));
+    let mut bad = 2;
+    world.tick();
+    let mut tried = Vec::new();
+    let begin = world.now;
+    while tried.len() < 12 {
+        match world.serve(0, |extent| extent < bad) {
+            Some(Request::Reconcile { extent: 0 }) => {
+                tried.push(world.now.since(begin).as_secs());
+                // The other one can be helped from now on.
+                bad = if tried.len() >= 5 { 1 } else { 2 };
+            }
+            Some(_) => {}
+            None => world.pass(500 * MS),
+        }
+    }
+    assert_eq!(tried[..8], [0, 1, 3, 7, 15, 16, 18, 22]);
 }
 
 #[test]
@@ -319,6 +373,18 @@ fn keeper_flushes_for_a_guest_that_does_not() {
     assert!(!world.shared.membership.is_dirty(9));
     world.pass(100 * SECOND);
     assert_eq!(world.open, []);
+}
+
+#[test]
+fn no_flush_is_wasted_on_what_stays_dirty() {
+    let mut world = world(|shared| {
+        write(shared, 9, Time::from_nanos(1000 * SECOND));
+        let failed = SectorRange::new((9 << 11) + 8, 8).unwrap();
+        shared.unresolved.insert(failed);
+    });
+    world.pass(100 * SECOND);
+    let flush = |(_, request): &(_, Request)| *request == Request::Flush;
+    assert!(!world.open.iter().any(flush));
 }
 
 #[test]

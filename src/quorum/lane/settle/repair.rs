@@ -149,6 +149,7 @@ impl Lane {
         slot: SlotId,
         replica: ReplicaId,
     ) {
+        let block_sectors = turn.shared.geometry.block_sectors();
         let settle = self.settle_mut(slot);
         let result = turn
             .buffers
@@ -157,7 +158,7 @@ impl Lane {
         let mut rewritten = 0;
         let mut right = true;
         for (index, winner) in settle.winners.iter().enumerate() {
-            if winner.is_empty() {
+            if !settle.is_block_decided(index, block_sectors) {
                 continue;
             }
             let at = index * SECTOR_LEN..(index + 1) * SECTOR_LEN;
@@ -221,6 +222,7 @@ impl Lane {
         {
             return;
         }
+        let block_sectors = turn.shared.geometry.block_sectors();
         for index in 0..REPLICAS_MAX {
             let replica = ReplicaId::new(index);
             let settle = self.settle_mut(slot);
@@ -231,7 +233,13 @@ impl Lane {
                 continue;
             }
             settle.rewritten.insert(replica);
-            let ranges = settle.runs(|index| settle.is_wrong(replica, index));
+            // In U a difference is what was to be expected, and no fault of a replica.
+            let rewritten = |index| {
+                settle.is_wrong(replica, index)
+                    && !settle.open[index]
+                    && settle.is_block_decided(index, block_sectors)
+            };
+            let ranges = settle.runs(rewritten);
             for range in ranges {
                 turn.report(Report::Repaired { replica, range });
             }

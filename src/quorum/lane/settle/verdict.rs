@@ -117,7 +117,8 @@ impl Lane {
         let result = turn
             .buffers
             .bytes(settle.result.expect("taken with the ballots"));
-        for replica in settle.targets.intersection(settle.good).iter() {
+        let comparable = settle.targets.minus(turn.shared.membership.unflushable());
+        for replica in comparable.intersection(settle.good).iter() {
             let ballot = turn.buffers.bytes(settle.ballots.of(replica));
             for (index, winner) in settle.winners.iter_mut().enumerate() {
                 let at = index * SECTOR_LEN..(index + 1) * SECTOR_LEN;
@@ -147,6 +148,7 @@ impl Lane {
 
     fn settle_report<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let blkverify = turn.shared.policy.blkverify;
+        let waits = turn.shared.crash_tie() == CrashTie::MajorityOnly;
         let settle = self.settle_mut(slot);
         let Matter {
             range,
@@ -156,7 +158,9 @@ impl Lane {
             repair: _,
         } = settle.matter;
         let voters = settle.good.minus(settle.targets);
-        let undecided = settle.runs(|index| settle.winners[index].is_empty());
+        // What cannot be chosen yet will be: that is no failure.
+        let undecided =
+            settle.runs(|index| settle.winners[index].is_empty() && !(waits && settle.open[index]));
         let differing = settle.runs(|index| {
             let readable = voters.minus(settle.unread[index]);
             !settle.winners[index].contains_all(readable)

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The copies of the record at a start: which of them are written from now on.
+
+use super::advice::Advice;
+use crate::daemon::record_files::RecordFiles;
+use crate::record::{CopyState, Note, Opened};
+
+/// Makes copies that are missing or empty anew, and says of each whether it can be written. Nothing
+/// that holds anything but a copy of this record is touched: it is somebody's.
+pub fn prepare(files: &mut RecordFiles, opened: &Opened) -> (Vec<bool>, Vec<Advice>) {
+    let length_bytes = opened.superblock.layout().length_bytes();
+    let mut writable = Vec::with_capacity(files.files().len());
+    let mut advice: Vec<Advice> = opened.notes.iter().map(of_note).collect();
+    for copy in 0..files.files().len() {
+        let name = files.files()[copy].path().display().to_string();
+        let length = files.files()[copy].file().map(|file| file.metadata());
+        let whole = matches!(&length, Some(Ok(metadata)) if metadata.len() >= length_bytes);
+        let usable = match opened.state(copy) {
+            CopyState::Current | CopyState::Stale if whole => true,
+            CopyState::Current | CopyState::Stale => {
+                let text = format!(
+                    "{name} of the state record is shorter than it was made and is not written any \
+                     more: remove it and start again, and it is made anew"
+                );
+                advice.push(Advice::Copy { text });
+                false
+            }
+            CopyState::Blank | CopyState::Missing => match files.create(copy, length_bytes) {
+                Ok(()) => true,
+                Err(error) => {
+                    let cause = std::error::Error::source(&error);
+                    let cause = cause.map_or(String::new(), |cause| format!(" ({cause})"));
+                    let text = format!("{error}{cause}; the record is kept without it");
+                    advice.push(Advice::Copy { text });
+                    false
+                }
+            },
+            CopyState::Unreadable(_) => false,
+        };
+        writable.push(usable);
+    }
+    for path in files.elsewhere() {
+        let text = format!(
+            "{} is a copy of a state record in a place where none is kept now, left from when the \
+             replicas had another order or number; remove it",
+            path.display()
+        );
+        advice.push(Advice::Copy { text });
+    }
+    (writable, advice)
+}
+
+/// Whether fewer than a majority of the copies could be read: that took force (rule S6).
+#[must_use]
+pub fn is_minority(opened: &Opened, copies: usize) -> bool {
+    let readable =
+        |&copy: &usize| matches!(opened.state(copy), CopyState::Current | CopyState::Stale);
+    (0..copies).filter(readable).count() <= copies / 2
+}
+
+fn of_note(note: &Note) -> Advice {
+    let text = match note {
+        Note::NotUsed { copy, state } => match state {
+            CopyState::Stale => format!(
+                "{copy} of the state record is old and is brought up to date from the others"
+            ),
+            CopyState::Blank | CopyState::Missing => {
+                format!("{copy} of the state record is missing and is made anew")
+            }
+            CopyState::Unreadable(why) => format!(
+                "{copy} of the state record cannot be used ({why}), and is not written any more: \
+                 if nothing else is in it, remove it and start again, and it is made anew"
+            ),
+            CopyState::Current => format!("{copy} of the state record is used"),
+        },
+        Note::PageLost(name) => format!(
+            "page {} of map {} of the state record is lost: all that it speaks of counts as \
+             marked, and is compared and rewritten",
+            name.page,
+            name.bitmap.number()
+        ),
+        Note::DamagedSlots { copy, count } => format!(
+            "{copy} of the state record has {count} damaged blocks, which are written anew; after \
+             a power loss that is nothing to worry about"
+        ),
+    };
+    Advice::Copy { text }
+}

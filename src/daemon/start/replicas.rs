@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Opening the replicas of a disk: as many as there are, with patience for locks (rules K2, S2).
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use crate::config::{self, Config};
+use crate::replica::{
+    Cache, Format, OpenError, RawOptions, RawReplica, Replica, SetShape, check_member, open_each,
+};
+use crate::units::{ReplicaId, ReplicaSet};
+
+/// Pause between two looks at a lock.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// How each replica of `config` is opened, in order.
+#[must_use]
+pub fn options_of(config: &Config) -> Vec<RawOptions> {
+    let options = |replica: &config::Replica| {
+        let mut options = RawOptions::new(replica.name.clone(), PathBuf::from(&replica.path));
+        options.cache = match replica.cache {
+            config::Cache::Direct => Cache::Direct,
+            config::Cache::Buffered => Cache::Buffered,
+        };
+        options.format = replica.format.map(|format| match format {
+            config::Format::Raw => Format::Raw,
+        });
+        // Rule Z4: a disk that is read-only to the guest is repaired only where that was asked for.
+        options.read_only = config.read_only && !config.repair;
+        options
+    };
+    config.replicas.iter().map(options).collect()
+}
+
+/// Opens the replicas, but for those in `skipped`, waiting up to `timeout` for those that somebody
+/// else has locked: a daemon that was killed keeps its locks until its last operation has landed.
+/// The results are in the order of `options`; `None` for those that were skipped.
+///
+/// # Errors
+/// If two of them are the same storage (rule V8); nothing stays open.
+pub fn open_waiting(
+    options: &[RawOptions],
+    skipped: ReplicaSet,
+    timeout: Duration,
+) -> Result<Vec<Option<Result<Arc<Replica>, OpenError>>>, OpenError> {
+    let begin = Instant::now();
+    let wanted: Vec<usize> = (0..options.len())
+        .filter(|&slot| !skipped.contains(ReplicaId::new(slot)))
+        .collect();
+    let subset: Vec<RawOptions> = wanted.iter().map(|&slot| options[slot].clone()).collect();
+    let mut results = open_each(&subset)?;
+    let busy = |result: &Result<Arc<Replica>, OpenError>| matches!(result, Err(error) if error.is_in_use());
+    for error in results.iter().filter_map(|result| result.as_ref().err()) {
+        if error.is_in_use() && !timeout.is_zero() {
+            info!("{error}; waiting up to {} s for it", timeout.as_secs());
+        }
+    }
+    // Those that are open stay open, so that nobody else gets hold of them meanwhile.
+    while results.iter().any(busy) && begin.elapsed() < timeout {
+        thread::sleep(LOCK_RETRY);
+        for at in 0..results.len() {
+            if !busy(&results[at]) {
+                continue;
+            }
+            let open = results.iter().flatten();
+            let others = open.map(|replica| (replica.name(), replica.identity()));
+            let opened = RawReplica::open_beside(&subset[at], others);
+            results[at] = opened.map(|replica| Arc::new(Replica::Raw(replica)));
+        }
+    }
+    let mut all: Vec<_> = options.iter().map(|_| None).collect();
+    for (slot, result) in wanted.into_iter().zip(results) {
+        all[slot] = Some(result);
+    }
+    Ok(all)
+}
+
+/// The same if all of them are needed.
+///
+/// # Errors
+/// Of the first one that cannot be opened; nothing stays open.
+pub fn open_all_waiting(
+    options: &[RawOptions],
+    timeout: Duration,
+) -> Result<Vec<Option<Arc<Replica>>>, OpenError> {
+    let results = open_waiting(options, ReplicaSet::EMPTY, timeout)?;
+    results.into_iter().map(Option::transpose).collect()
+}
+
+/// Closes a replica that cannot serve a disk of `sectors` sectors (rules Z3, L2). The error names
+/// it and says why.
+pub fn fit(
+    result: Result<Arc<Replica>, OpenError>,
+    sectors: u64,
+    block_bytes: u32,
+) -> Result<Arc<Replica>, String> {
+    let replica = result.map_err(|error| error.to_string())?;
+    match check_member(&replica, sectors, block_bytes) {
+        Ok(_) => Ok(replica),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Tells what is served.
+pub fn describe(replicas: &[Option<Arc<Replica>>], shape: &SetShape, guest_is_reader: bool) {
+    for note in &shape.notes {
+        warn!("{note}");
+    }
+    for replica in replicas.iter().flatten() {
+        info!(
+            replica = replica.name(),
+            path = %replica.path().display(),
+            bytes = replica.length_bytes(),
+            "opened"
+        );
+    }
+    if !shape.can_zero_exactly && !guest_is_reader {
+        info!("discards are ignored: not every replica can zero exact ranges");
+    }
+}
