@@ -84,6 +84,8 @@ struct Images {
     /// Of the valid ones.
     sequences: [Option<u64>; 2],
     damaged: usize,
+    /// A slot cannot be read. No torn write does that: it may be the newer image.
+    unreadable: bool,
 }
 
 impl Images {
@@ -92,6 +94,7 @@ impl Images {
             blocks: [Box::new([0; BLOCK_BYTES]), Box::new([0; BLOCK_BYTES])],
             sequences: [None; 2],
             damaged: 0,
+            unreadable: false,
         }
     }
 
@@ -103,6 +106,7 @@ impl Images {
         disk: DiskUuid,
     ) {
         self.sequences = [None; 2];
+        self.unreadable = false;
         let Some(reader) = reader else { return };
         for slot in Slot::BOTH {
             let block = &mut self.blocks[slot.index()];
@@ -112,6 +116,7 @@ impl Images {
                 Err(_) => None,
             };
             self.sequences[slot.index()] = sequence;
+            self.unreadable |= read.is_err();
             let blank = read.is_ok() && block.iter().all(|&byte| byte == 0);
             if sequence.is_none() && !blank {
                 self.damaged += 1;
@@ -209,7 +214,8 @@ pub(super) fn merge<R: ReadBlock>(
                 decode_bits(&images.blocks[slot.index()], |word, value| {
                     bits[word] |= value;
                 });
-            } else if source.counts {
+            }
+            if source.counts && (images.unreadable || images.newest().is_none()) {
                 missing += 1;
             }
         }
