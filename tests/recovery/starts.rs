@@ -162,13 +162,17 @@ fn replicas_in_another_order_are_refused_with_the_right_one() {
     let (mut site, mut model) = stopped(67);
     // The copies of the record stay where they are: they know the order.
     let places = [site.record(0), site.record(1), site.record(2)];
-    let records = places.each_ref().map(|path| fs::read(path).expect("a copy"));
+    let records = places
+        .each_ref()
+        .map(|path| fs::read(path).expect("a copy"));
     site.paths.swap(0, 2);
     let log = site.refused(&[]);
     contains(&log, "another order");
     contains(&log, "give them as replica2, replica1, replica0");
     site.paths.swap(0, 2);
-    let now = places.each_ref().map(|path| fs::read(path).expect("a copy"));
+    let now = places
+        .each_ref()
+        .map(|path| fs::read(path).expect("a copy"));
     assert!(now == records, "a refusal changes nothing");
     serves(&mut site, &mut model, &[]);
 }
@@ -187,7 +191,10 @@ fn copies_of_the_record_that_are_lost_are_made_anew_as_long_as_most_are_left() {
     fs::remove_file(site.record(2)).expect("a copy");
     let log = site.refused(&[]);
     contains(&log, "only 1 of 3 copies of the state record can be used");
-    assert!(!site.record(0).exists(), "nothing is made where nothing is served");
+    assert!(
+        !site.record(0).exists(),
+        "nothing is made where nothing is served"
+    );
     let log = serves(&mut site, &mut model, &["--force"]);
     contains(&log, "DANGEROUS: by force a minority of the copies");
     let log = serves(&mut site, &mut model, &[]);
@@ -265,7 +272,10 @@ fn adopted_images_take_the_content_of_the_one_that_is_named() {
     }
     // The last one written was replica 1.
     let log = serves(&mut site, &mut model, &["--adopt-from", "replica1"]);
-    contains(&log, "all others are overwritten with the one that is adopted");
+    contains(
+        &log,
+        "all others are overwritten with the one that is adopted",
+    );
     let log = serves(&mut site, &mut model, &["--adopt-from", "replica0"]);
     contains(&log, "change nothing here");
 }
@@ -318,7 +328,10 @@ fn a_disk_that_nothing_may_be_written_to_is_not_settled() {
     site.start_with(&["--read-only"]);
     Guest::connect(&site).check_all(&mut model, false);
     site.stop_anyhow();
-    assert_eq!(fs::read(&site.images[0]).expect("an image").len(), SECTORS * SECTOR);
+    assert_eq!(
+        fs::read(&site.images[0]).expect("an image").len(),
+        SECTORS * SECTOR
+    );
     let log = serves(&mut site, &mut model, &[]);
     assert!(!log.contains("WARN"), "{log}");
 }
