@@ -190,8 +190,8 @@ pub struct Recorder {
 
 impl Recorder {
     /// Goes on from an opening. `writable` says of each place whether there is a file of the right
-    /// length that can be written now; files that were missing must have been created, full of
-    /// zeroes. `run` are random bytes of this run.
+    /// length that can be written now; what was missing or could not be opened must have been
+    /// created anew, full of zeroes. `run` are random bytes of this run.
     ///
     /// Nothing is written before the first event. [`Recorder::opening`] is then the change that
     /// begins the epoch of this run (rule R7); what [`Recorder::change`] is told before the first
