@@ -46,6 +46,8 @@ pub struct WardenSetup {
     pub id: ReplicaId,
     /// How it is opened.
     pub options: RawOptions,
+    /// What it was like when it was left, if it is not open and that is known.
+    pub left: Option<Fingerprint>,
     /// Sectors of the disk.
     pub sectors: u64,
     /// Logical blocks of the disk, in bytes.
@@ -78,9 +80,9 @@ struct Warden {
 impl Warden {
     fn new(setup: WardenSetup) -> Self {
         Self {
+            left: setup.left,
             setup,
             watched: Weak::new(),
-            left: None,
             failures: 0,
         }
     }

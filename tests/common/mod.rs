@@ -125,6 +125,26 @@ impl Disk {
         arguments
     }
 
+    /// Other arguments of `serve` from the next start on.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(OsString::from).collect();
+    }
+
+    /// Starts the daemon on the images as they are, which it must refuse. Returns what it says.
+    pub fn refusal(&mut self) -> String {
+        let mut arguments = self.serve_arguments();
+        arguments.extend(["--socket-path".into(), self.socket.clone().into()]);
+        self.process = None;
+        let before = std::fs::read_to_string(self.folder().join("daemon.log"));
+        let before = before.unwrap_or_default().len();
+        let mut process = Process::start(self.folder(), &arguments);
+        let status = process.wait(PATIENCE);
+        let log = process.log();
+        self.process = Some(process);
+        assert_eq!(status.code(), Some(1), "{log}");
+        log[before..].to_owned()
+    }
+
     /// Starts the daemon on the images as they are and waits until it serves.
     pub fn start_again(&mut self) {
         let mut arguments = self.serve_arguments();
