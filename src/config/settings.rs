@@ -156,7 +156,8 @@ pub struct Settings {
 
     /// How often all replicas are read and compared whole, as in 7d or 12h, or off [default: 30d]
     ///
-    /// It goes on where it was after a restart. With --read-pattern fifo it is off.
+    /// Counted from the start or the end of the last one. It goes on where it was after a restart.
+    /// SIGUSR2 begins one at once. With --read-pattern fifo it is off.
     #[arg(long, value_name = "INTERVAL", help_heading = "Resync and scrub")]
     pub scrub_interval: Option<Interval>,
 

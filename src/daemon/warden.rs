@@ -151,7 +151,10 @@ impl Warden {
             .and_then(|file| file.set_len(length_bytes));
         if restored.is_ok() {
             let name = &self.setup.options.name;
-            info!(replica = name, "replica {name} was cut short and has its length again");
+            info!(
+                replica = name,
+                "replica {name} was cut short and has its length again"
+            );
         }
     }
 
