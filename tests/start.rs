@@ -9,12 +9,18 @@
 mod common;
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use common::{Disk, PATIENCE, SECTOR, Setup, Signal, assert_same, eventually};
+use quorum_blk::config::FirstUse;
+use quorum_blk::daemon::first_use::{self, RunIds};
 use quorum_blk::front_end::Options;
+use quorum_blk::quorum::{Geometry, Marks, Policy};
+use quorum_blk::record::{Fingerprint, Opened, RecordAction, RecordEvent, Recorder};
 use quorum_blk::replica::{Cache, RawOptions, RawReplica};
+use quorum_blk::units::Time;
 
 const BYTES: usize = 4 << 20;
 
@@ -125,6 +131,64 @@ fn first_time_needs_all_replicas_and_leaves_nothing_without() {
         "{said}"
     );
     assert!(copies(&disk).iter().all(|copy| !copy.exists()));
+}
+
+/// Makes a record as a first start does, but only the writes to its first copy take place.
+fn half_make_record(disk: &Disk) {
+    let geometry = Geometry::new(BYTES as u64 / 512, 1).unwrap();
+    let ids = RunIds::new().unwrap();
+    let prints = [Fingerprint::default(); 3];
+    let policy = Policy::new(3);
+    let first = first_use::superblock(&geometry, &policy, FirstUse::Verify, ids, &prints).unwrap();
+    let files: Vec<File> = copies(disk)
+        .iter()
+        .map(|copy| {
+            let mut options = File::options();
+            let options = options.read(true).write(true).create(true).truncate(true);
+            let file = options.open(copy).unwrap();
+            file.set_len(first.layout().length_bytes()).unwrap();
+            file
+        })
+        .collect();
+    let marks = Marks::new(3, geometry.extents(), true);
+    let mut recorder = Recorder::new(Opened::create(first, 3), &[true; 3], ids.run).unwrap();
+    let mut actions = Vec::new();
+    recorder.handle(Time::default(), RecordEvent::Poll, &marks, &mut actions);
+    while let Some(action) = actions.pop() {
+        let RecordAction::Write {
+            copy: copy @ 0,
+            write,
+            block,
+            bytes,
+        } = action
+        else {
+            continue;
+        };
+        files[0].write_all_at(&bytes[..], block * 4096).unwrap();
+        let errno = None;
+        let event = RecordEvent::Written { copy, write, errno };
+        recorder.handle(Time::default(), event, &marks, &mut actions);
+    }
+    let block: &mut [u8] = &mut [0; 8];
+    files[0].read_exact_at(block, 0).unwrap();
+    assert_eq!(block, b"qblk-rec", "the first copy is finished");
+}
+
+#[test]
+fn record_whose_making_was_cut_short_is_made_again() {
+    let mut disk = setup().start();
+    disk.stop();
+    half_make_record(&disk);
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("served for the first time"), "{said}");
+    disk.stop();
+    for copy in copies(&disk) {
+        // No room for more than the name.
+        File::create(copy).unwrap();
+    }
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("served for the first time"), "{said}");
+    disk.assert_serves();
 }
 
 #[test]

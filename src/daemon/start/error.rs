@@ -38,7 +38,7 @@ pub enum StartError {
         "{0}. The disk has no state record yet, and the first time all of its replicas must be \
          there"
     )]
-    FirstUse(#[source] OpenError),
+    FirstUse(OpenError),
     /// The replicas do not make a disk.
     #[error(transparent)]
     Set(#[from] SetError),
