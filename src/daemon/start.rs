@@ -31,7 +31,9 @@ use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces};
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
-use crate::replica::{Fingerprint, Format, RawOptions, Replica, SetShape, check_set};
+use crate::replica::{
+    Fingerprint, Format, RawOptions, Replica, SetShape, check_distinct, check_set,
+};
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Wanted};
@@ -65,6 +67,8 @@ pub struct Start {
 /// The first thing that stands in the way; all that was opened is closed again.
 pub fn start(config: &Config) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
+    // Before anything is made of a record: the mistake is in the command line.
+    check_distinct(&options)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;

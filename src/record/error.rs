@@ -132,6 +132,15 @@ pub enum Refusal {
         /// What is not known.
         source: FormatError,
     },
+    /// A number is so large that there is no next one.
+    #[error(
+        "the state record counts to {number}, which no program of ours does: a block of it was \
+         forged. Move the copies away; the replicas are then verified against each other"
+    )]
+    Exhausted {
+        /// The number.
+        number: u64,
+    },
     /// Two files are the same copy.
     #[error(
         "{first} and {second} are both copy {index} of the state record: one was made by copying \

@@ -78,12 +78,18 @@ pub(super) struct Merged {
     pub lost: Vec<PageName>,
 }
 
+/// An image that cannot be read now may be readable tomorrow. It is newer than those that can be
+/// read by fewer images than this.
+const UNREAD_IMAGES: u64 = 1 << 32;
+
 /// The two images of a page on a copy.
 struct Images {
     blocks: [Box<Block>; 2],
     /// Of the valid ones.
     sequences: [Option<u64>; 2],
     damaged: usize,
+    /// A slot cannot be read. No torn write does that: it may be the newer image.
+    unreadable: bool,
 }
 
 impl Images {
@@ -92,6 +98,7 @@ impl Images {
             blocks: [Box::new([0; BLOCK_BYTES]), Box::new([0; BLOCK_BYTES])],
             sequences: [None; 2],
             damaged: 0,
+            unreadable: false,
         }
     }
 
@@ -103,6 +110,7 @@ impl Images {
         disk: DiskUuid,
     ) {
         self.sequences = [None; 2];
+        self.unreadable = false;
         let Some(reader) = reader else { return };
         for slot in Slot::BOTH {
             let block = &mut self.blocks[slot.index()];
@@ -112,6 +120,7 @@ impl Images {
                 Err(_) => None,
             };
             self.sequences[slot.index()] = sequence;
+            self.unreadable |= read.is_err();
             let blank = read.is_ok() && block.iter().all(|&byte| byte == 0);
             if sequence.is_none() && !blank {
                 self.damaged += 1;
@@ -134,8 +143,11 @@ impl Images {
         self.newest().map_or(Slot::A, Slot::other)
     }
 
+    /// What the next image must be numbered beyond.
     fn newest_sequence(&self) -> u64 {
-        self.sequences.iter().flatten().copied().max().unwrap_or(0)
+        let newest = self.sequences.iter().flatten().copied().max();
+        let unread = if self.unreadable { UNREAD_IMAGES } else { 0 };
+        newest.unwrap_or(0).saturating_add(unread)
     }
 
     fn equals(&self, slot: Slot, bits: &PageBits) -> bool {
@@ -209,7 +221,8 @@ pub(super) fn merge<R: ReadBlock>(
                 decode_bits(&images.blocks[slot.index()], |word, value| {
                     bits[word] |= value;
                 });
-            } else if source.counts {
+            }
+            if source.counts && (images.unreadable || images.newest().is_none()) {
                 missing += 1;
             }
         }
@@ -220,8 +233,8 @@ pub(super) fn merge<R: ReadBlock>(
         for (images, copy) in images.iter().zip(&mut copies) {
             let newest = images.newest();
             copy.slots.push(images.next());
-            copy.matches
-                .push(newest.is_some_and(|slot| images.equals(slot, bits)));
+            let matches = newest.is_some_and(|slot| images.equals(slot, bits));
+            copy.matches.push(matches && !images.unreadable);
         }
     }
     for (copy, images) in copies.iter_mut().zip(&images) {

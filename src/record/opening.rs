@@ -14,7 +14,7 @@ use super::merge::{PageSource, merge};
 use super::mutation::RecordMutation;
 use super::mutation::broken;
 use super::opened::{CopyState, Note, Opened, OpenedCopy};
-use super::superblock::{DiskUuid, FIRST_EPOCH, Superblock};
+use super::superblock::{DiskUuid, FIRST_EPOCH, SEQUENCE_LIMIT, Superblock};
 
 /// Reads blocks of a copy: a file, or memory.
 pub trait ReadBlock {
@@ -142,6 +142,11 @@ pub fn open<R: ReadBlock>(
     }
     let merged = merge(&mut pages, &superblock, absent, allowed);
     drop(pages);
+    let largest = merged.pages.sequences().iter().copied().max();
+    let largest = sequence_max
+        .max(history.newest().epoch)
+        .max(largest.unwrap_or(0));
+    check_numbers(largest)?;
 
     let mut notes = Vec::new();
     let mut free = (0..superblock.copies).filter(|index| known & (1 << index) == 0);
@@ -376,6 +381,14 @@ fn minority<R>(candidates: &[Candidate<'_, R>], readable: usize, needed: usize) 
         needed,
         problems: problems.collect::<Vec<_>>().join("; "),
     }
+}
+
+/// There are numbers left for what is to be written.
+pub(super) fn check_numbers(number: u64) -> Result<(), Refusal> {
+    if number > SEQUENCE_LIMIT {
+        return Err(Refusal::Exhausted { number });
+    }
+    Ok(())
 }
 
 /// The record and the configuration agree.

@@ -28,7 +28,7 @@ use super::merge::{MergedPages, survey};
 use super::mutation::RecordMutation;
 use super::mutation::broken;
 use super::opened::Opened;
-use super::opening::ReadBlock;
+use super::opening::{ReadBlock, check_numbers};
 use super::page::{decode_bits, encode_into};
 use super::superblock::{FIRST_EPOCH, Superblock};
 use crate::quorum::{Marks, PAGE_WORDS, PageBits, PageName};
@@ -353,15 +353,19 @@ impl Recorder {
         }
         // Even what cannot be used must be older than what is written over it.
         let mut superblock_slot = Slot::A;
+        let (mut epoch, mut sequence) = (0, 0);
         if let Ok(heads) = read_heads(name, reader)? {
             superblock_slot = heads.next_slot();
             if let Some(newest) = heads.newest() {
                 check_return(name, newest, &self.wanted)?;
-                self.epoch_max = self.epoch_max.max(newest.epoch());
-                self.sequence_max = self.sequence_max.max(newest.sequence);
+                (epoch, sequence) = (newest.epoch(), newest.sequence);
             }
         }
         let survey = survey(reader, &self.wanted);
+        let pages = survey.sequences.iter().copied().max();
+        check_numbers(epoch.max(sequence).max(pages.unwrap_or(0)))?;
+        self.epoch_max = self.epoch_max.max(epoch);
+        self.sequence_max = self.sequence_max.max(sequence);
         for (own, found) in self.sequences.iter_mut().zip(survey.sequences) {
             *own = found.max(*own);
         }

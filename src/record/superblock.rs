@@ -44,6 +44,9 @@ pub(super) const FIRST_EPOCH: u64 = 1;
 /// Epochs and sequences end here, so that the next one always exists (rule R9).
 pub(super) const SEQUENCE_MAX: u64 = u64::MAX >> 1;
 
+/// Up to here no counter comes by itself. Beyond, an opening refuses rather than run out.
+pub(super) const SEQUENCE_LIMIT: u64 = SEQUENCE_MAX / 2;
+
 /// Sectors of the largest disk: its bytes can be counted in a file offset.
 const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
 

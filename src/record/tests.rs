@@ -4,4 +4,6 @@
 mod support;
 
 mod basics;
+mod damage;
+mod format;
 mod power;

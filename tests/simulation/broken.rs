@@ -85,7 +85,7 @@ fn is_noticed(broken: Broken, profiles: &[Profile], rules: &[&str]) {
 fn mutation_is_noticed(mutation: Mutation, profiles: &[Profile], rules: &[&str]) {
     let broken = Broken {
         mutation: Some(mutation),
-        breach: None,
+        ..Broken::default()
     };
     is_noticed(broken, profiles, rules);
 }
@@ -138,8 +138,8 @@ fn q3_deferral_ignored_is_noticed() {
 #[test]
 fn l1_parts_queued_for_one_by_one_are_noticed() {
     let broken = Broken {
-        mutation: None,
         breach: Some(Breach::PartsNotAnnounced),
+        ..Broken::default()
     };
     is_noticed(broken, &[HEALTHY], &["I14", "I1", "I2"]);
 }
@@ -147,8 +147,8 @@ fn l1_parts_queued_for_one_by_one_are_noticed() {
 #[test]
 fn l4_guest_memory_written_uncopied_is_noticed() {
     let broken = Broken {
-        mutation: None,
         breach: Some(Breach::GuestMemoryNotCopied),
+        ..Broken::default()
     };
     is_noticed(broken, &[HEALTHY], &["I1", "I2", "I14", "I15"]);
 }

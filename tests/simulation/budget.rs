@@ -18,8 +18,17 @@ pub struct Budget {
     /// Faults that are still at work on a sector, counted per replica.
     held: Vec<[u8; REPLICAS]>,
     held_bits: Vec<u16>,
-    /// Replicas that are, or may any moment be, behind in an extent.
+    /// Replicas that may any moment be behind in an extent, because of a fault.
     doomed: Vec<u16>,
+    /// Until when; a fault that nothing came of is forgotten.
+    doomed_until: Vec<[u64; REPLICAS]>,
+    /// Replicas that are behind in an extent, or not up.
+    absent: Vec<u16>,
+    /// Extents that nobody may spoil: their copies may all be different already.
+    frozen: Vec<bool>,
+    /// How long a fault counts that may leave a replica behind; `u64::MAX`: for ever.
+    doom_lasts: u64,
+    pub now: u64,
     /// Sectors that cannot be read near a sector, counted per replica.
     shaded: Vec<[u8; REPLICAS]>,
     shaded_bits: Vec<u16>,
@@ -49,6 +58,7 @@ impl Budget {
     pub fn new(limit: usize, geometry: &Geometry) -> Self {
         let count = index(geometry.sectors());
         let extent_shift = geometry.extent_shift();
+        let extents = (count >> extent_shift) + 1;
         Self {
             limit: u32::try_from(limit).expect("a few replicas"),
             block_sectors: index(u64::from(geometry.block_sectors())),
@@ -56,14 +66,65 @@ impl Budget {
             tainted: vec![0; count],
             held: vec![[0; REPLICAS]; count],
             held_bits: vec![0; count],
-            doomed: vec![0; (count >> extent_shift) + 1],
+            doomed: vec![0; extents],
+            doomed_until: vec![[0; REPLICAS]; extents],
+            absent: vec![0; extents],
+            frozen: vec![false; extents],
+            doom_lasts: u64::MAX,
+            now: 0,
             shaded: vec![[0; REPLICAS]; count],
             shaded_bits: vec![0; count],
             reads: vec![0; count],
             writes: vec![0; count],
             rare: 0,
-            repairs: vec![[0; REPLICAS]; (count >> extent_shift) + 1],
+            repairs: vec![[0; REPLICAS]; extents],
         }
+    }
+
+    /// From now on replicas come back, and faults are forgotten after this time.
+    pub fn forget_after(&mut self, lasts: u64) {
+        self.doom_lasts = lasts;
+    }
+
+    /// Forgets old faults.
+    pub fn expire(&mut self) {
+        for (doomed, until) in self.doomed.iter_mut().zip(&self.doomed_until) {
+            for (replica, &until) in until.iter().enumerate() {
+                if until <= self.now {
+                    *doomed &= !bit(replica);
+                }
+            }
+        }
+    }
+
+    /// Who is behind in an extent or not up, and whether all its copies may be different.
+    pub fn set_absent(&mut self, extent: u64, absent: u16, frozen: bool) {
+        self.absent[index(extent)] = absent;
+        self.frozen[index(extent)] = frozen;
+    }
+
+    /// Nothing is in flight any more.
+    pub fn restart(&mut self) {
+        let count = self.tainted.len();
+        self.held = vec![[0; REPLICAS]; count];
+        self.held_bits = vec![0; count];
+        self.reads = vec![0; count];
+        self.writes = vec![0; count];
+        self.doomed.fill(0);
+        self.doomed_until.fill([0; REPLICAS]);
+        for repairs in &mut self.repairs {
+            *repairs = [0; REPLICAS];
+        }
+    }
+
+    /// Copies whose content is silently wrong.
+    pub fn tainted_copies(&self, sector: u64) -> u16 {
+        self.tainted[index(sector)]
+    }
+
+    /// Whether more copies of the sector are bad than may be.
+    pub fn is_overdrawn(&self, sector: u64) -> bool {
+        self.bad(index(sector)).count_ones() > self.limit
     }
 
     pub fn sector_count(&self) -> u64 {
@@ -83,6 +144,7 @@ impl Budget {
             | self.held_bits[sector]
             | self.shaded_bits[sector]
             | self.doomed[self.extent(sector)]
+            | self.absent[self.extent(sector)]
     }
 
     /// The sectors of the block of `sector`.
@@ -121,14 +183,15 @@ impl Budget {
 
     /// Whether `replica` may be bad in `range`.
     pub fn admits(&self, range: SectorRange, replica: usize) -> bool {
-        sectors(range).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit)
+        !self.is_frozen(range)
+            && sectors(range).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit)
     }
 
     /// Whether the content of `range` may change on `replica` without a write. While a settlement
     /// is at work there, its repair may fail because of that, which costs the extent; then there
     /// must be room for that as well.
     pub fn admits_rot(&mut self, range: SectorRange, replica: usize) -> bool {
-        if self.is_being_written(range) {
+        if self.is_being_written(range) || self.is_frozen(range) {
             return false;
         }
         if self.is_being_settled(range, replica) {
@@ -149,6 +212,11 @@ impl Budget {
     /// show that, and nobody could tell.
     fn is_being_written(&self, range: SectorRange) -> bool {
         sectors(range).any(|s| self.writes[s] > 0)
+    }
+
+    fn is_frozen(&self, range: SectorRange) -> bool {
+        let extent = |sector: u64| self.extent(index(sector));
+        (extent(range.start())..=extent(range.end() - 1)).any(|extent| self.frozen[extent])
     }
 
     /// Whether a settlement may have read `range` and be about to repair it.
@@ -192,32 +260,43 @@ impl Budget {
     /// Whether `replica` may fall behind in the extent of `range`; then it is expected to.
     pub fn doom(&mut self, range: SectorRange, replica: usize) -> bool {
         let extent = self.extent(index(range.start()));
-        if self.doomed[extent] & bit(replica) != 0 {
-            return true;
-        }
         let first = extent << self.extent_shift;
         let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
-        let fits = (first..last).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
+        let fits = self.doomed[extent] & bit(replica) != 0
+            || (first..last).all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
         if fits {
             self.doomed[extent] |= bit(replica);
+            let until = &mut self.doomed_until[extent][replica];
+            *until = self.now.saturating_add(self.doom_lasts).max(*until);
         }
         fits
     }
 
     /// Like [`Budget::doom`] for the whole disk.
     pub fn doom_everywhere(&mut self, replica: usize) -> bool {
+        self.doom_until(replica, self.now.saturating_add(self.doom_lasts))
+    }
+
+    /// Like [`Budget::doom_everywhere`] until some time.
+    pub fn doom_until(&mut self, replica: usize, time: u64) -> bool {
         let fits = (0..self.tainted.len())
             .all(|s| (self.bad(s) | bit(replica)).count_ones() <= self.limit);
         if fits {
-            for extent in &mut self.doomed {
+            for (extent, until) in self.doomed.iter_mut().zip(&mut self.doomed_until) {
                 *extent |= bit(replica);
+                until[replica] = until[replica].max(time);
             }
         }
         fits
     }
 
+    pub fn is_doomed_everywhere(&self, replica: usize) -> bool {
+        (0..self.tainted.len() as u64).all(|sector| self.is_doomed(sector, replica))
+    }
+
     pub fn is_doomed(&self, sector: u64, replica: usize) -> bool {
-        self.doomed[self.extent(index(sector))] & bit(replica) != 0
+        let extent = self.extent(index(sector));
+        (self.doomed[extent] | self.absent[extent]) & bit(replica) != 0
     }
 
     /// Whether a silent fault, other than being behind, explains what is wrong with the copy.

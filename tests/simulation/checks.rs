@@ -4,7 +4,7 @@
 use crate::budget::index;
 use crate::content::written;
 use crate::guest::{GuestRequest, Kind};
-use crate::quorum::{BadCause, BufferId, ReadPattern, Report, Status, Tag};
+use crate::quorum::{BadCause, BufferId, CrashTie, KickCause, ReadPattern, Report, Status, Tag};
 use crate::trace::{Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
 use crate::world::World;
@@ -36,7 +36,7 @@ impl World {
                 self.check_data(lane, &request, data)
             }
             Kind::Write => self.check_write(&request),
-            Kind::Flush => self.check_flush(&request),
+            Kind::Flush => self.check_flush(lane, tag, &request),
             Kind::Nothing => Ok(()),
         }
     }
@@ -91,13 +91,18 @@ impl World {
                 }
             }
         }
+        let extent = self.shape.geometry.extent_of(request.range.start());
+        if !self.is_dirty_for_good(extent) || !self.are_behind_for_good(extent, &current) {
+            let what = "acknowledged before it is remembered who lacks the write";
+            return violation("I2", format!("{}: {what}", request.range));
+        }
         self.model.acknowledged(request.range, request.version);
         Ok(())
     }
 
     /// I5, as far as it goes without power loss: T replicas were flushed since the request, the
     /// others are behind wherever a write had completed.
-    fn check_flush(&mut self, request: &GuestRequest) -> Verdict {
+    fn check_flush(&mut self, lane: usize, tag: Tag, request: &GuestRequest) -> Verdict {
         let replicas = self.shape.policy.replicas;
         let mut flushed = 0;
         for replica in 0..replicas {
@@ -108,7 +113,9 @@ impl World {
             for extent in (0..self.shape.geometry.extents()).filter(|e| request.covers >> e & 1 > 0)
             {
                 let id = ReplicaId::new(replica);
-                if !self.shared.membership.is_behind(extent, id) {
+                let members = &self.shared.membership;
+                // What is clean was flushed before.
+                if members.is_dirty(extent) && !members.is_behind(extent, id) {
                     let what = format!(
                         "a flush is acknowledged, replica {replica} was not flushed and is \
                          current in extent {extent}"
@@ -124,6 +131,26 @@ impl World {
             );
         }
         self.tally.count("flushes");
+        self.check_durable(request)?;
+        if let Some(settled) = self.guests.take_covered(lane, tag) {
+            self.model.flushed(&settled);
+        }
+        Ok(())
+    }
+
+    /// I5: whatever had ended before is durable on all copies that are current.
+    fn check_durable(&self, request: &GuestRequest) -> Verdict {
+        for (replica, disk) in self.disks.iter().enumerate() {
+            let id = ReplicaId::new(replica);
+            for sector in disk.unflushed(request.began) {
+                let extent = self.shape.geometry.extent_of(sector);
+                let behind = self.shared.membership.is_behind(extent, id);
+                if !behind && !self.budget.is_tainted(sector, replica) {
+                    let what = format!("sector {sector} is not durable on {id:?}, which is current");
+                    return violation("I5", format!("a flush is acknowledged and {what}"));
+                }
+            }
+        }
         Ok(())
     }
 
@@ -142,10 +169,13 @@ impl World {
                 self.check_blame(replica, range, cause)
             }
             Report::Failure { range, .. } => {
-                if self.profile.beyond_budget {
+                // Before it is known whether requests will be repeated, nothing is chosen.
+                let early = self.shared.crash_tie() == CrashTie::MajorityOnly;
+                if self.profile.beyond_budget || early {
                     return Ok(());
                 }
-                violation("I14", format!("failure reported at {range}"))
+                let disorder = self.list_disorder();
+                violation("I14", format!("failure reported at {range}; {disorder}"))
             }
             Report::Transient { .. } => {
                 self.tally.count("transient differences");
@@ -169,6 +199,22 @@ impl World {
                 self.tally.count("failed flushes");
                 Ok(())
             }
+            Report::Kicked { replica, why, .. } => {
+                self.tally.count("kicks");
+                if let KickCause::FlushFailed(_) = why {
+                    self.tally.count("failed flushes");
+                }
+                self.check_kick(replica, why)
+            }
+            Report::Lagging { .. } => {
+                self.tally.count("lagging");
+                Ok(())
+            }
+            Report::Chosen { .. } => {
+                self.tally.count("choices");
+                Ok(())
+            }
+            Report::RecordLost => violation("R1", "the record was lost without a fault"),
             Report::VerifyFailed { .. } => {
                 violation("report", format!("{report:?} is impossible here"))
             }
@@ -207,6 +253,15 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Only who met a fault is not relied on any more.
+    fn check_kick(&self, replica: ReplicaId, why: KickCause) -> Verdict {
+        if self.profile.beyond_budget || self.budget.is_doomed_everywhere(replica.index()) {
+            return Ok(());
+        }
+        let what = format!("{replica:?} is kicked ({why:?}) without a fault");
+        violation("I15", what)
     }
 
     /// Only who met a fault falls behind.

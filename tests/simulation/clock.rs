@@ -4,6 +4,7 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
+use crate::life::Event;
 use crate::quorum::Wakeup;
 use crate::units::SectorRange;
 
@@ -26,6 +27,8 @@ pub enum Happening {
     Land { late: usize },
     /// A fault of one operation no longer counts against the budget.
     Forget { replica: usize, range: SectorRange },
+    /// Something in the life of the daemon, of its record or of a member.
+    Life(Event),
 }
 
 struct Entry {
@@ -73,6 +76,11 @@ impl Clock {
         self.number += 1;
         let (at, number) = (self.now + delay, self.number);
         self.heap.push(Entry { at, number, what });
+    }
+
+    /// Only what `stays` will happen.
+    pub fn keep(&mut self, stays: impl Fn(&Happening) -> bool) {
+        self.heap.retain(|entry| stays(&entry.what));
     }
 
     /// Moves on to the next thing to happen.

@@ -24,7 +24,7 @@ pub enum Fault {
     /// Ends with this errno; of a write, the sectors in `landed` reach the medium.
     Errno {
         errno: i32,
-        landed: u32,
+        landed: u64,
     },
     Short,
     /// What is read of one sector is not what the medium holds.
@@ -35,7 +35,7 @@ pub enum Fault {
     Lost,
     /// Called complete; only these sectors reach the medium.
     Torn {
-        landed: u32,
+        landed: u64,
     },
     /// Called complete; the data reach this sector and those after it instead.
     Misdirected {
@@ -47,6 +47,8 @@ pub enum Fault {
     },
     /// Ends when the run does.
     Hang,
+    /// Nothing is there that could take it.
+    Gone,
 }
 
 impl Fault {
@@ -314,7 +316,7 @@ impl Plan {
         }
         if torn {
             tally.count("torn write");
-            let landed = mask_of(range) & rng_mask(rng);
+            let landed = mask_of(range) & rng.next();
             for (bit, s) in (range.start()..range.end()).enumerate() {
                 if landed & (1 << bit) == 0 {
                     budget.taint(s, replica);
@@ -360,8 +362,8 @@ fn misdirection(
 fn write_error(rng: &mut Rng, range: SectorRange) -> Fault {
     let landed = match rng.below(3) {
         0 => 0,
-        1 => u32::MAX,
-        _ => rng_mask(rng),
+        1 => u64::MAX,
+        _ => rng.next(),
     };
     Fault::Errno {
         errno: rng.pick(&[5, 28]),
@@ -369,17 +371,13 @@ fn write_error(rng: &mut Rng, range: SectorRange) -> Fault {
     }
 }
 
-fn rng_mask(rng: &mut Rng) -> u32 {
-    u32::try_from(rng.next() >> 32).expect("32 bits")
-}
-
 /// All sectors of `range`, a bit each.
-pub fn mask_of(range: SectorRange) -> u32 {
-    (1 << range.count()) - 1
+pub fn mask_of(range: SectorRange) -> u64 {
+    u64::MAX >> (64 - range.count())
 }
 
 /// The sectors whose bit is set in `mask`, with their place in `range`.
-pub fn masked(range: SectorRange, mask: u32) -> impl Iterator<Item = (usize, u64)> {
+pub fn masked(range: SectorRange, mask: u64) -> impl Iterator<Item = (usize, u64)> {
     (range.start()..range.end())
         .enumerate()
         .filter(move |(bit, _)| mask & (1 << bit) != 0)

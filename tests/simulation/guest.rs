@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest: what it asks for, without any regard for what it has asked for already.
 
+use std::collections::BTreeMap;
+
 use crate::budget::index;
 use crate::clock::Happening;
 use crate::content::{garbled, written};
+use crate::faults::MS;
+use crate::life::{Event, Stop};
 use crate::model::Floors;
 use crate::profile::Ailment;
 use crate::quorum::{Request, Status, Tag};
@@ -71,6 +75,8 @@ pub struct Guests {
     unpublished: Vec<Vec<(usize, Tag, SectorRange)>>,
     /// Extents with a write that the guest saw complete.
     pub written: u64,
+    /// For each flush in flight, the versions that it covers.
+    snapshots: BTreeMap<(usize, Tag), Vec<u64>>,
 }
 
 impl Guests {
@@ -82,7 +88,25 @@ impl Guests {
             waiting: 0,
             unpublished: vec![Vec::new(); index(extents)],
             written: 0,
+            snapshots: BTreeMap::new(),
         }
+    }
+
+    /// Nothing that was asked for is known any more; what completed before the `power` was lost
+    /// may be lost with it.
+    pub fn restart(&mut self, lanes: usize, power: bool) {
+        self.lanes = vec![Vec::new(); lanes];
+        self.waiting = 0;
+        self.unpublished.iter_mut().for_each(Vec::clear);
+        self.snapshots.clear();
+        if power {
+            self.written = 0;
+        }
+    }
+
+    /// Whether no request waits for its reply.
+    pub fn is_quiet(&self) -> bool {
+        self.waiting == 0
     }
 
     /// Whether all requests were sent and replied to.
@@ -153,6 +177,16 @@ impl Guests {
         }
     }
 
+    /// The flush covers these versions.
+    pub fn note_covered(&mut self, lane: usize, tag: Tag, settled: Vec<u64>) {
+        self.snapshots.insert((lane, tag), settled);
+    }
+
+    /// What the flush covers, now that it is over.
+    pub fn take_covered(&mut self, lane: usize, tag: Tag) -> Option<Vec<u64>> {
+        self.snapshots.remove(&(lane, tag))
+    }
+
     /// A write whose reply the guest has not seen and that overlaps `range`.
     pub fn unpublished_write(&self, extent: u64, range: SectorRange) -> Option<SectorRange> {
         let writes = &self.unpublished[index(extent)];
@@ -166,7 +200,7 @@ impl Guests {
 impl World {
     /// The guest sends its next request on this queue, if it has one and the lane takes it.
     pub fn guest_turn(&mut self, lane: usize) -> Verdict {
-        if self.guests.left == 0 {
+        if self.guests.left == 0 || self.life.stop != Stop::No {
             return Ok(());
         }
         let worker = &self.workers[lane];
@@ -234,10 +268,7 @@ impl World {
     /// Gives a write its version, when its place among all writes is taken.
     pub fn number(&mut self, guest: &mut GuestRequest) {
         if guest.kind == Kind::Write && guest.version == 0 {
-            guest.version = self.model.next_version();
-            if guest.zero {
-                self.model.zeroing(guest.range, guest.version);
-            }
+            guest.version = self.model.next_version(guest.range, guest.zero);
         }
     }
 
@@ -266,6 +297,9 @@ impl World {
         } else {
             block * self.rng.between(1, 2)
         };
+        // Never a whole extent: that is how reconciliations are known.
+        let whole = 1 << geometry.extent_shift();
+        let count = if count < whole { count } else { block };
         let count = count.min(geometry.sectors() - start);
         let count = u32::try_from(count).expect("a short request");
         geometry.first_piece(SectorRange::new(start, count).expect("not empty"))
@@ -288,6 +322,11 @@ impl World {
                 self.tally.count("unreadable sector");
             }
         }
+        let leaves = self.profile.life.map_or(0, |life| life.leaves);
+        if self.rng.chance(leaves) {
+            let (_, replica) = self.some_copy();
+            self.leave(replica);
+        }
         let ailment = self.profile.ailment;
         if ailment != Ailment::None
             && self.plan.slow.is_none()
@@ -297,13 +336,18 @@ impl World {
             let (_, replica) = self.some_copy();
             if self.plan.afflict(ailment, replica, &mut self.budget) {
                 self.tally.count("ailing replica");
+                if self.profile.life.is_some() {
+                    let lasts = self.rng.between(5 * MS, 300 * MS);
+                    self.clock.after(lasts, Happening::Life(Event::Relieve));
+                }
             }
         }
     }
 
     fn some_copy(&mut self) -> (u64, usize) {
         let sector = self.rng.below(self.shape.geometry.sectors());
-        (sector, self.rng.index(self.shape.policy.replicas))
+        let replica = self.rng.index(self.shape.policy.replicas);
+        (sector, self.life.faulty.unwrap_or(replica))
     }
 
     /// A sector of one replica holds something else from now on: noise, what it held at some

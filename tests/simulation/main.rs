@@ -64,21 +64,37 @@ mod units;
 #[path = "../../src/quorum/mod.rs"]
 mod quorum;
 
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the record has parts only the daemon uses"
+)]
+#[path = "../../src/record/mod.rs"]
+mod record;
+
 mod broken;
 mod budget;
+mod cache;
 mod checks;
 mod clock;
 mod content;
+mod copies;
+mod crash;
 mod disk;
 mod faults;
 mod guest;
+mod life;
+mod lives;
+mod maintenance;
 mod model;
 mod operations;
 mod pool;
 mod profile;
+mod remembered;
 mod rings;
 mod rng;
 mod run;
 mod scripted;
+mod start;
 mod trace;
 mod world;

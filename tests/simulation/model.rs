@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the guest may see (invariant I1).
+//! What the guest may see (invariants I1, I8).
 //!
 //! Writes of a sector take effect in the order in which they were sent, because overlapping
 //! requests are served in that order. So a sector's past is a row of versions, and a read may
@@ -8,7 +8,12 @@
 //! later has shown something older, it has not; that it was shown while it was in flight obliges to
 //! nothing, because it takes more than N-T faults to make it fail.
 //!
-//! Zeroes do not say which write they are of, so showing them obliges to nothing. That also leaves
+//! When the daemon is killed, every write in flight has failed in this sense, and nothing else has
+//! happened. When the power is lost, a sector holds the version of the last flush or one that was
+//! sent since. Whatever is shown then is settled, and survives the next loss of power like something
+//! flushed (rule Y1).
+//!
+//! Zeroes do not say which write they are of, so showing them obliges to little. That also leaves
 //! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
 //! being written twice may count the ballot of a replica from before both writes and that of
 //! another from after both, if these are equal, although they were never equal at one moment.
@@ -26,12 +31,16 @@ const ZEROES_KEPT: usize = 256;
 struct Sector {
     /// Nothing older may be returned any more.
     floor: u64,
-    /// The last version that was acknowledged.
-    acknowledged: u64,
+    /// The last version that was acknowledged, or shown when it could not be undone any more.
+    settled: u64,
+    /// The last version that is known to survive a loss of power.
+    durable: u64,
     /// Versions that read as zeroes.
     zeroes: Vec<u64>,
     /// Failed writes and when they failed.
     failed: Vec<(u64, u64)>,
+    /// Versions after the durable one.
+    sent: Vec<u64>,
 }
 
 /// What a read must not fall behind, per sector of its range.
@@ -43,40 +52,50 @@ pub struct Model {
     /// Failed writes that are known not to have happened, and since when.
     dead: BTreeMap<(u64, u64), u64>,
     newest: u64,
+    /// Versions up to this one are of before the last crash.
+    before_crash: u64,
+    /// Versions up to this one are of before the last loss of power.
+    before_loss: u64,
+    /// What is not flushed may be lost.
+    volatile: bool,
 }
 
 impl Model {
-    pub fn new(sector_count: u64) -> Self {
+    pub fn new(sector_count: u64, volatile: bool) -> Self {
         let sectors = (0..sector_count)
             .map(|_| Sector {
                 floor: 0,
-                acknowledged: 0,
+                settled: 0,
+                durable: 0,
                 zeroes: vec![0],
                 failed: Vec::new(),
+                sent: Vec::new(),
             })
             .collect();
         Self {
             sectors,
             dead: BTreeMap::new(),
             newest: 0,
+            before_crash: 0,
+            before_loss: 0,
+            volatile,
         }
     }
 
-    /// A new write.
-    pub fn next_version(&mut self) -> u64 {
+    /// A new write of `range`, of zeroes or not.
+    pub fn next_version(&mut self, range: SectorRange, zero: bool) -> u64 {
         self.newest += 1;
-        self.newest
-    }
-
-    /// A write of zeroes was sent.
-    pub fn zeroing(&mut self, range: SectorRange, version: u64) {
         for s in range.start()..range.end() {
-            let zeroes = &mut self.sectors[index(s)].zeroes;
-            if zeroes.len() == ZEROES_KEPT {
-                zeroes.remove(0);
+            let sector = &mut self.sectors[index(s)];
+            sector.sent.push(self.newest);
+            if zero {
+                if sector.zeroes.len() == ZEROES_KEPT {
+                    sector.zeroes.remove(0);
+                }
+                sector.zeroes.push(self.newest);
             }
-            zeroes.push(version);
         }
+        self.newest
     }
 
     pub fn floors(&self, range: SectorRange) -> Floors {
@@ -91,8 +110,11 @@ impl Model {
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.floor = sector.floor.max(version);
-            sector.acknowledged = sector.acknowledged.max(version);
+            sector.settled = sector.settled.max(version);
             sector.failed.retain(|(failed, _)| *failed > version);
+            if !self.volatile {
+                sector.survives(version);
+            }
         }
     }
 
@@ -101,8 +123,45 @@ impl Model {
             let sector = &mut self.sectors[index(s)];
             sector.failed.push((version, step));
             if sector.floor == version {
-                sector.floor = sector.acknowledged;
+                sector.floor = sector.settled;
             }
+        }
+    }
+
+    /// The versions that a flush which begins now makes durable, sector by sector.
+    pub fn settled(&self) -> Vec<u64> {
+        self.sectors.iter().map(|sector| sector.settled).collect()
+    }
+
+    /// Such a flush was acknowledged.
+    pub fn flushed(&mut self, settled: &[u64]) {
+        for (sector, &version) in self.sectors.iter_mut().zip(settled) {
+            sector.survives(version);
+        }
+    }
+
+    /// The daemon is gone, and with the `power` what was not flushed.
+    pub fn crash(&mut self, power: bool, step: u64) {
+        for (s, sector) in (0..).zip(&mut self.sectors) {
+            if power {
+                sector.settled = sector.durable;
+            }
+            sector.floor = sector.settled;
+            let (floor, dead, failed) = (sector.floor, &self.dead, &mut sector.failed);
+            failed.retain(|&(version, _)| version > floor);
+            for &version in &sector.sent {
+                let known = failed.iter().any(|&(known, _)| known == version);
+                if version > floor && !known && !dead.contains_key(&(s, version)) {
+                    failed.push((version, step));
+                }
+            }
+        }
+        let sectors = &self.sectors;
+        self.dead
+            .retain(|&(s, version), _| version > sectors[index(s)].durable);
+        self.before_crash = self.newest;
+        if power {
+            self.before_loss = self.newest;
         }
     }
 
@@ -126,6 +185,15 @@ impl Model {
         self.legal(sector, value, floor, u64::MAX).is_some()
     }
 
+    /// What is known of a sector, for people.
+    pub fn describe(&self, sector: u64) -> String {
+        let known = &self.sectors[index(sector)];
+        format!(
+            "nothing older than {} is legal (settled {}, durable {}, failed {:?})",
+            known.floor, known.settled, known.durable, known.failed
+        )
+    }
+
     /// A read that began at step `began` returned `value`.
     pub fn shown(
         &mut self,
@@ -142,19 +210,59 @@ impl Model {
                 version_of(value, sector)
             ));
         };
+        let before_crash = self.before_crash;
+        let durable = !self.volatile || version <= self.before_loss;
         let known = &mut self.sectors[index(sector)];
         let dead = &mut self.dead;
+        if value == 0 {
+            // Which write it was of is certain enough if all of them are of before a crash.
+            if known.zeroes.last().is_some_and(|&last| last <= before_crash) {
+                let zeroes = &known.zeroes;
+                known.failed.retain(|&(failed, when)| {
+                    let died = failed > version && when < began && !zeroes.contains(&failed);
+                    if died {
+                        dead.insert((sector, failed), now);
+                    }
+                    !died && failed > version
+                });
+                known.floor = known.floor.max(version);
+                known.settle(version, durable);
+            }
+            return Ok(());
+        }
         let failed_meanwhile = |&(failed, when): &(u64, u64)| failed == version && when >= began;
-        if value != 0 && !known.failed.iter().any(failed_meanwhile) {
+        if !known.failed.iter().any(failed_meanwhile) {
             known.floor = known.floor.max(version);
+            // Sectors of a write that failed are resolved before they are shown.
+            let mut resolved = version <= before_crash;
             known.failed.retain(|&(failed, when)| {
                 let died = failed > version && when < began;
+                resolved |= failed >= version && when < began;
                 if died {
                     dead.insert((sector, failed), now);
                 }
                 !died && failed > version
             });
+            if resolved {
+                known.settle(version, durable);
+            }
         }
         Ok(())
+    }
+}
+
+impl Sector {
+    /// The version is there to stay, also if the power goes if it is `durable`.
+    fn settle(&mut self, version: u64, durable: bool) {
+        self.settled = self.settled.max(version);
+        if durable {
+            self.survives(version);
+        }
+    }
+
+    fn survives(&mut self, version: u64) {
+        self.durable = self.durable.max(version);
+        let durable = self.durable;
+        self.sent.retain(|&sent| sent > durable);
     }
 }

@@ -7,7 +7,6 @@ use crate::budget::index;
 use crate::clock::Happening;
 use crate::content::garbled;
 use crate::faults::{Candidate, Fault, MS, mask_of, masked};
-use crate::pool::REQUEST_SECTORS;
 use crate::quorum::{BufferId, Event, Operation, OperationKind, Outcome};
 use crate::trace::{Line, Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
@@ -29,17 +28,19 @@ pub struct InFlight {
     fault: Fault,
     repair: bool,
     /// Sectors that were transferred at submission; the rest are at completion.
-    transferred: u32,
+    transferred: u64,
     submitted: u64,
+    /// Which one it is of all operations of the run.
+    number: u64,
 }
 
 /// A write that was called complete and has not reached the medium.
 pub struct Landing {
     pub replica: usize,
     pub range: SectorRange,
-    pub values: [u64; REQUEST_SECTORS],
+    pub values: Vec<u64>,
     /// Writes that had reached each sector when this one was called complete.
-    pub landings: [u32; REQUEST_SECTORS],
+    pub landings: Vec<u32>,
 }
 
 /// All operations of a run.
@@ -51,10 +52,19 @@ pub struct Operations {
     writes: Vec<Vec<usize>>,
     /// Which activities repair which replica.
     repairing: BTreeSet<(Activity, usize)>,
+    /// Activities that read a replica block by block, since it could not read the whole.
+    piecewise: BTreeSet<(Activity, usize)>,
+    /// Activities that work on a whole extent, as no request of the guest does.
+    reconciling: BTreeSet<Activity>,
     late: Vec<Landing>,
+    /// Those of them that have not landed.
+    pub late_left: usize,
     /// Per replica, when its last successful flush began.
     flushed: Vec<u64>,
     flushing: Vec<usize>,
+    /// Operations in flight on each replica.
+    outstanding: Vec<usize>,
+    count: u64,
 }
 
 impl Operations {
@@ -65,9 +75,14 @@ impl Operations {
             parked: Vec::new(),
             writes: vec![Vec::new(); index(extents)],
             repairing: BTreeSet::new(),
+            piecewise: BTreeSet::new(),
+            reconciling: BTreeSet::new(),
             late: Vec::new(),
+            late_left: 0,
             flushed: vec![0; replicas],
             flushing: vec![0; replicas],
+            outstanding: vec![0; replicas],
+            count: 0,
         }
     }
 
@@ -88,7 +103,38 @@ impl Operations {
         self.free.len() == self.slots.len()
     }
 
+    /// Whether nothing is in flight on the replica.
+    pub fn none_on(&self, replica: usize) -> bool {
+        self.outstanding[replica] == 0
+    }
+
+    /// Replicas that are being written in the extent.
+    pub fn written_in(&self, extent: u64) -> impl Iterator<Item = ReplicaId> + '_ {
+        let writes = self.writes[index(extent)].iter();
+        writes.map(|&slot| {
+            let flight = self.slots[slot].as_ref().expect("in flight");
+            flight.operation.replica
+        })
+    }
+
+    /// What is in flight, by slot.
+    pub fn in_flight(&self) -> Vec<usize> {
+        let slots = self.slots.iter().enumerate();
+        slots
+            .filter_map(|(slot, operation)| operation.as_ref().map(|_| slot))
+            .collect()
+    }
+
+    /// Nobody will hear of what is in flight any more.
+    pub fn forget_all(&mut self) {
+        let (replicas, extents) = (self.flushed.len(), self.writes.len());
+        let count = self.count;
+        *self = Self::new(replicas, extents as u64);
+        self.count = count;
+    }
+
     fn insert(&mut self, operation: InFlight) -> usize {
+        self.outstanding[operation.operation.replica.index()] += 1;
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() - 1
@@ -138,6 +184,9 @@ impl World {
             }
         }
         if let Some((range, writes)) = target(operation.kind) {
+            if !writes && range == self.extent_around(range) {
+                self.operations.reconciling.insert(activity);
+            }
             if repair {
                 self.budget.repair_begins(range, replica);
             }
@@ -154,24 +203,27 @@ impl World {
         };
         let (rng, budget, tally) = (&mut self.rng, &mut self.budget, &mut self.tally);
         let mut fault = Fault::None;
-        if !self.calm {
+        if !self.life.attached[replica] || !self.life.present[replica] {
+            fault = Fault::Gone;
+        } else if !self.calm && self.life.may_fail(replica) {
             let beyond = self.profile.beyond_budget;
             fault = self.plan.fault(rng, &candidate, budget, tally, beyond);
         }
         let latency = match self.calm {
             true => rng.between(10_000, 500_000),
+            false if !self.life.may_fail(replica) => rng.between(20_000, 2 * MS),
             false => self.plan.latency(rng, &candidate, budget, tally),
         };
         // An operation meets the medium at any moment of its time, and not all at once.
         let early = match self.rng.below(8) {
             0..4 => 0,
-            4..7 => u32::MAX,
-            _ => u32::try_from(self.rng.below(1 << 16)).expect("16 bits"),
+            4..7 => u64::MAX,
+            _ => self.rng.next(),
         };
         let early = match fault {
             Fault::Hang => 0,
             // At once, while the budget has room for it elsewhere.
-            Fault::Misdirected { .. } => u32::MAX,
+            Fault::Misdirected { .. } => u64::MAX,
             _ => early,
         };
         let slot = self.operations.insert(InFlight {
@@ -182,7 +234,9 @@ impl World {
             repair,
             transferred: early,
             submitted: self.step,
+            number: self.operations.count,
         });
+        self.operations.count += 1;
         if let Some((range, true)) = target(operation.kind) {
             let extent = self.shape.geometry.extent_of(range.start());
             self.operations.writes[index(extent)].push(slot);
@@ -193,12 +247,21 @@ impl World {
             self.note_spoiling(fault, operation);
         }
         self.transfer(slot, early);
-        if fault == Fault::Hang {
+        if fault == Fault::Hang && self.profile.life.is_none() {
             self.operations.parked.push(slot);
+        } else if fault == Fault::Hang {
+            let latency = self.rng.between(100 * MS, 4_000 * MS);
+            self.clock.after(latency, Happening::Complete { slot });
         } else {
             self.clock.after(latency, Happening::Complete { slot });
         }
         Ok(())
+    }
+
+    /// All of the extent that `range` lies in.
+    fn extent_around(&self, range: SectorRange) -> SectorRange {
+        let geometry = self.shape.geometry;
+        geometry.extent_range(geometry.extent_of(range.start()))
     }
 
     fn note_spoiling(&mut self, fault: Fault, operation: Operation) {
@@ -227,8 +290,13 @@ impl World {
         {
             return violation("L2", format!("an operation on {range}"));
         }
-        // A repair goes on when its replica falls behind meanwhile.
-        if !repair && self.was_behind(extent, replica) {
+        // A repair goes on when its replica falls behind meanwhile. What is being brought up to date
+        // is read to see where it differs, and a replica that lags to see whether it still does.
+        let exempt = repair
+            || self.operations.reconciling.contains(&activity)
+            || self.operations.piecewise.contains(&(activity, replica.index()))
+            || self.shared.membership.lagging().contains(replica);
+        if !exempt && self.was_behind(extent, replica) {
             let rule = if writes { "W3" } else { "I6" };
             let what = format!("{replica:?} is behind in extent {extent} and is asked for {range}");
             return violation(rule, what);
@@ -236,10 +304,10 @@ impl World {
         if !writes {
             return Ok(());
         }
-        if !self.shared.membership.is_dirty(extent) {
+        if !self.is_dirty_for_good(extent) {
             return violation(
                 "I3",
-                format!("a write to {range}, whose extent is not dirty"),
+                format!("a write to {range}, whose extent is not dirty for good"),
             );
         }
         for &slot in &self.operations.writes[index(extent)] {
@@ -271,7 +339,7 @@ impl World {
     }
 
     /// Moves the sectors in `mask` between buffer and medium.
-    fn transfer(&mut self, slot: usize, mask: u32) {
+    fn transfer(&mut self, slot: usize, mask: u64) {
         let flight = *self.operations.slots[slot].as_ref().expect("in flight");
         let replica = flight.operation.replica.index();
         match flight.operation.kind {
@@ -299,7 +367,7 @@ impl World {
                         // What is in guest memory at this moment.
                         value = garbled(self.rng.next());
                     }
-                    self.land(replica, sector, value);
+                    self.land(replica, sector, value, flight.number);
                 }
                 if let Fault::Misdirected { to } = flight.fault {
                     for (place, sector) in masked(range, mask) {
@@ -310,7 +378,7 @@ impl World {
             }
             OperationKind::WriteZeroes { range, .. } => {
                 for (_, sector) in masked(range, mask & landing_mask(flight.fault, range)) {
-                    self.land(replica, sector, 0);
+                    self.land(replica, sector, 0, flight.number);
                 }
                 if let Fault::Misdirected { to } = flight.fault {
                     for (_, sector) in masked(range, mask) {
@@ -322,13 +390,66 @@ impl World {
         }
     }
 
-    fn land(&mut self, replica: usize, sector: u64, value: u64) {
-        self.put_on_medium(replica, sector, value);
-        self.budget.cleanse(sector, replica);
+    /// The daemon is gone: of what is still to be transferred the sectors in `mask` are.
+    pub fn transfer_rest(&mut self, slot: usize, mask: u64) {
+        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
+        let replica = flight.operation.replica.index();
+        match target(flight.operation.kind) {
+            Some((range, true)) => {
+                self.transfer(slot, mask & !flight.transferred);
+                self.disks[replica].ended(range, flight.number, self.step);
+            }
+            Some((_, false)) => {}
+            // It may have failed, and nobody was told.
+            None => {
+                let well = flight.fault == Fault::None;
+                if mask != 0 {
+                    self.disks[replica].flushed(flight.submitted, well, &mut self.rng);
+                }
+            }
+        }
     }
 
-    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64) {
-        if self.disks[replica].write(sector, value) {
+    /// The write goes on although the daemon is gone.
+    pub fn outlive(&mut self, slot: usize) {
+        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
+        let replica = flight.operation.replica.index();
+        let (range, data) = match flight.operation.kind {
+            OperationKind::Write {
+                range,
+                buffer,
+                skip_bytes,
+            } => (range, Some((buffer, skip_bytes))),
+            OperationKind::WriteZeroes { range, .. } => (range, None),
+            OperationKind::Read { .. } | OperationKind::Flush => return,
+        };
+        let pool = &self.workers[flight.lane].pool;
+        let mask = landing_mask(flight.fault, range) & !flight.transferred;
+        let values = masked(range, mask).map(|(place, sector)| {
+            let value = data.map_or(0, |(buffer, skip_bytes)| {
+                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
+                pool.value(buffer, skip + place)
+            });
+            (replica, sector, value)
+        });
+        self.life.strays.push(values.collect());
+        let number = self.life.strays.len() - 1;
+        let later = self.rng.below(30 * MS);
+        let what = crate::life::Event::Stray { number };
+        self.clock.after(later, Happening::Life(what));
+    }
+
+    fn land(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
+        self.put_on_medium(replica, sector, value, operation);
+        if self.budget.is_tainted(sector, replica) {
+            // To stay: what was wrong there does not come back.
+            self.disks[replica].rot(sector, value);
+            self.budget.cleanse(sector, replica);
+        }
+    }
+
+    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
+        if self.disks[replica].write(sector, value, operation) {
             self.budget.unshade(sector, replica);
         }
     }
@@ -352,6 +473,7 @@ impl World {
         self.operations.free.push(slot);
         let operation = flight.operation;
         let replica = operation.replica.index();
+        self.operations.outstanding[replica] -= 1;
         if let Some((range, writes)) = target(operation.kind) {
             if writes {
                 let extent = self.shape.geometry.extent_of(range.start());
@@ -361,6 +483,7 @@ impl World {
                     .position(|&other| other == slot)
                     .expect("listed");
                 writes.swap_remove(at);
+                self.disks[replica].ended(range, flight.number, self.step);
             }
             if let Fault::Late { after } = flight.fault {
                 self.postpone(&flight, range, after);
@@ -372,12 +495,17 @@ impl World {
         }
         if matches!(operation.kind, OperationKind::Flush) {
             self.operations.flushing[replica] -= 1;
-            if outcome == Outcome::Done {
+            let well = outcome == Outcome::Done;
+            self.disks[replica].flushed(flight.submitted, well, &mut self.rng);
+            if well {
                 let begun = &mut self.operations.flushed[replica];
                 *begun = flight.submitted.max(*begun);
             }
         }
         let op = operation.op;
+        if outcome != Outcome::Done && buffer_of(operation.kind).is_some_and(|(_, fills)| fills) {
+            self.operations.piecewise.insert((flight.activity, replica));
+        }
         self.deliver(flight.lane, Event::Completed { op, outcome })?;
         if let Some((range, writes)) = target(operation.kind) {
             if flight.repair {
@@ -403,6 +531,7 @@ impl World {
         }
         match flight.fault {
             Fault::Errno { errno, .. } => Outcome::Failed { errno },
+            Fault::Gone => Outcome::Failed { errno: 19 },
             Fault::Short => {
                 let (range, _) = target(operation.kind).expect("only reads are short");
                 let expected = u32::try_from(range.len_bytes()).expect("a short request");
@@ -434,11 +563,12 @@ impl World {
     /// Keeps the data of a late write until they land.
     fn postpone(&mut self, flight: &InFlight, range: SectorRange, after: u64) {
         let replica = flight.operation.replica.index();
+        let count = index(u64::from(range.count()));
         let mut landing = Landing {
             replica,
             range,
-            values: [0; REQUEST_SECTORS],
-            landings: [0; REQUEST_SECTORS],
+            values: vec![0; count],
+            landings: vec![0; count],
         };
         for (place, sector) in masked(range, mask_of(range)) {
             landing.landings[place] = self.disks[replica].landings(sector);
@@ -451,16 +581,17 @@ impl World {
             }
         }
         self.operations.late.push(landing);
+        self.operations.late_left += 1;
         let late = self.operations.late.len() - 1;
         self.clock.after(after, Happening::Land { late });
     }
 }
 
 /// The sectors of a write that reach the place they were meant for.
-fn landing_mask(fault: Fault, range: SectorRange) -> u32 {
+fn landing_mask(fault: Fault, range: SectorRange) -> u64 {
     match fault {
         Fault::None | Fault::Short | Fault::Garbled { .. } | Fault::Hang => mask_of(range),
         Fault::Errno { landed, .. } | Fault::Torn { landed } => landed,
-        Fault::Lost | Fault::Misdirected { .. } | Fault::Late { .. } => 0,
+        Fault::Lost | Fault::Misdirected { .. } | Fault::Late { .. } | Fault::Gone => 0,
     }
 }

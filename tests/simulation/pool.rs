@@ -9,6 +9,9 @@ use crate::quorum::{BufferId, Buffers, Purpose};
 /// Longest request of the simulated guest, in sectors.
 pub const REQUEST_SECTORS: usize = 16;
 
+/// Longest piece of an extent that maintenance works on at once, in sectors.
+const PIECE_SECTORS: usize = 64;
+
 struct Buffer {
     bytes: Vec<u8>,
     taken: bool,
@@ -121,7 +124,7 @@ impl Pool {
 
 impl Buffers for Pool {
     fn take(&mut self, len_bytes: usize, purpose: Purpose) -> Option<BufferId> {
-        if len_bytes > REQUEST_SECTORS * SECTOR_LEN {
+        if len_bytes > PIECE_SECTORS * SECTOR_LEN {
             self.misuse
                 .set(Some("a buffer longer than any request was taken"));
         }
@@ -135,6 +138,9 @@ impl Buffers for Pool {
         }
         let id = BufferId(self.free.pop()?);
         let buffer = self.get(id);
+        if buffer.bytes.len() < len_bytes {
+            buffer.bytes.resize(len_bytes, 0xAA);
+        }
         buffer.taken = true;
         buffer.guest = false;
         Some(id)

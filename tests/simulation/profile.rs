@@ -8,7 +8,7 @@ use crate::rng::Rng;
 
 /// How often each fault is tried, per million operations (or guest requests where said). The
 /// budget decides whether it happens.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Rates {
     pub read_error: u64,
     pub read_short: u64,
@@ -40,6 +40,30 @@ pub enum Ailment {
     Hung,
 }
 
+/// How the daemon lives, where it has a state record and is ended and started again.
+#[derive(Clone, Copy, Debug)]
+pub struct Lives {
+    /// K to choose from.
+    pub copies: &'static [usize],
+    /// Steps of a daemon, about; 0: one daemon lives all the run.
+    pub steps: u64,
+    /// Of a thousand ends: losses of power, clean stops. The rest are kills.
+    pub power: u64,
+    pub stops: u64,
+    /// Replicas have volatile caches.
+    pub volatile: bool,
+    /// Per million guest requests: a member leaves for a while.
+    pub leaves: u64,
+    /// Per million: a member is not there at a start.
+    pub left_out: u64,
+    /// Per million clean stops: somebody changes a member.
+    pub changed: u64,
+    /// Per million writes of the record.
+    pub record_faults: u64,
+    /// One replica alone fails.
+    pub single: bool,
+}
+
 /// A kind of run.
 #[derive(Clone, Copy, Debug)]
 pub struct Profile {
@@ -58,6 +82,8 @@ pub struct Profile {
     pub beyond_budget: bool,
     /// Guest requests of one run.
     pub requests: u64,
+    /// If there is a record.
+    pub life: Option<Lives>,
 }
 
 pub const QUIET: Rates = Rates {
@@ -90,6 +116,7 @@ pub const HEALTHY: Profile = Profile {
     mix: MIX,
     beyond_budget: false,
     requests: 20_000,
+    life: None,
 };
 
 pub const ERRORS: Profile = Profile {
@@ -275,7 +302,8 @@ pub struct Shape {
 impl Profile {
     /// Whether no replica ever fails in this kind of run (invariant I15).
     pub fn is_faultless(&self) -> bool {
-        self.name == HEALTHY.name
+        let ends = self.life.is_some_and(|life| life.steps > 0);
+        self.rates == QUIET && self.ailment == Ailment::None && !ends
     }
 
     /// Copies that may be bad at once. A minority threshold decides by the larger group, and two
@@ -300,6 +328,11 @@ impl Profile {
         policy.write_grace_min = Duration::from_millis(20);
         policy.write_grace_max = Duration::from_millis(100);
         policy.flush_grace = Duration::from_millis(200);
+        // Operations hang for the rest of the run, and cost no more than what they are meant to.
+        policy.io_timeout = match self.life {
+            None => Duration::from_secs(3600),
+            Some(_) => Duration::from_secs(1),
+        };
         let block_sectors = rng.pick(&[1, 1, 8]);
         let sectors = rng.pick(&[64, 128, 256, 512]);
         let extent_shift = rng.pick(&[4, 5, 6]);

@@ -72,6 +72,11 @@ impl Rings {
         self.unsent.is_empty()
     }
 
+    /// Nobody looks at the reply: it is as good as published.
+    pub fn note_copied(&mut self, request: RequestId) {
+        self.copied.push(request);
+    }
+
     fn part(&mut self, tag: Tag) -> Option<&mut Part> {
         let parts = self.rings.iter_mut().flatten().flat_map(|e| &mut e.parts);
         parts.into_iter().find(|part| part.tag == tag)
@@ -137,6 +142,10 @@ impl World {
                 return Ok(());
             }
             let tag = self.guests.add(lane, guest);
+            if guest.kind == Kind::Flush && self.profile.life.is_some() {
+                let settled = self.model.settled();
+                self.guests.note_covered(lane, tag, settled);
+            }
             let rings = &mut self.workers[lane].rings;
             rings.unsent.pop_front();
             let sending = rings.sending;

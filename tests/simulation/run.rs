@@ -5,6 +5,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use crate::lives;
 use crate::profile::{self, Profile};
 use crate::trace::{Tally, Violation};
 use crate::world::{Broken, World};
@@ -155,13 +156,30 @@ fn all_profiles_hold_every_invariant() {
     }
 }
 
+#[test]
+fn lives_hold_every_invariant() {
+    let requests = number("SIM_REQUESTS").unwrap_or(QUICK);
+    let seed = number("SIM_SEED").unwrap_or(1);
+    let only = std::env::var("SIM_PROFILE").ok();
+    for profile in lives::ALL {
+        if only.as_ref().is_none_or(|only| only == profile.name) {
+            let share = match only {
+                Some(_) => requests,
+                None => requests / lives::ALL.len() as u64,
+            };
+            campaign(profile, share, seed);
+        }
+    }
+}
+
 /// Repeats one run: SIM_SEED, SIM_PROFILE.
 #[test]
 fn replay() {
     let (Some(seed), Ok(name)) = (number("SIM_SEED"), std::env::var("SIM_PROFILE")) else {
         return;
     };
-    let profile = profile::ALL.into_iter().find(|p| p.name == name);
+    let mut known = profile::ALL.into_iter().chain(lives::ALL);
+    let profile = known.find(|p| p.name == name);
     let profile = profile.unwrap_or_else(|| panic!("there is no profile {name}"));
     match simulate(profile, seed, Broken::default()) {
         Ok(tally) => println!("{name}, seed {seed}: nothing wrong\n{tally}"),

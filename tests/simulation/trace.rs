@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::faults::Fault;
-use crate::quorum::{Action, Event, Operation};
+use crate::life;
+use crate::quorum::{Action, Event, KeeperAction, Operation};
 
 /// Lines that a failure shows.
 const LINES: usize = 60;
@@ -34,6 +35,11 @@ pub enum Line {
     Asked(Action),
     Injected(Fault, Operation),
     Spoiled { replica: usize, sector: u64 },
+    Lived(life::Event),
+    Recorded { copy: u8, block: u64, errno: Option<i32> },
+    Ended { power: bool },
+    Began { missing: u8, lacking: u8, clean: bool, present: u16 },
+    Kept(KeeperAction),
 }
 
 /// The last lines of a run.

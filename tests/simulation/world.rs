@@ -3,21 +3,29 @@
 
 use crate::budget::{Budget, REPLICAS, index};
 use crate::clock::{Clock, Happening};
+use crate::copies::Copies;
 use crate::disk::Disk;
 use crate::faults::{MS, Plan};
 use crate::guest::{GuestRequest, Guests};
 use crate::model::Model;
+use crate::life::Life;
+use crate::maintenance::Maintenance;
 use crate::operations::{Landing, Operations, REMEMBERED};
 use crate::pool::Pool;
 use crate::profile::{Ailment, Profile, Shape};
-use crate::quorum::{Action, Event, Lane, LaneId, Mutation, Request, Shared};
+use crate::quorum::{Action, Event, KeeperEvent, Lane, LaneId, Mutation, Request, Shared, Wakeup};
+use crate::record::RecordMutation;
+use crate::remembered::Seen;
 use crate::rings::{Planned, Rings};
 use crate::rng::Rng;
 use crate::trace::{Line, Tally, Trace, Verdict, violation};
-use crate::units::{ReplicaId, ReplicaSet, SectorRange, Time};
+use crate::units::{ReplicaId, SectorRange, Time};
 
 /// Virtual time without a reply after which the run counts as stuck.
 const STUCK_AFTER: u64 = 5_000 * MS;
+
+/// The same where replicas come and go, and daemons with them.
+const STUCK_IN_LIFE_AFTER: u64 = 120_000 * MS;
 
 /// A rule of the device, not of the core, that this run breaks on purpose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -26,12 +34,21 @@ pub enum Breach {
     GuestMemoryNotCopied,
     /// L1: the parts of a request are queued for one by one.
     PartsNotAnnounced,
+    /// F4: what the cache of the host holds of a replica is believed when it is opened.
+    CacheKept,
+    /// S3: a replica that was changed while the disk was stopped is believed.
+    FingerprintIgnored,
+    /// S4: after a kill nothing is resolved.
+    DirtyTrusted,
+    /// K2: writes of the killed daemon land after the next one has begun.
+    FlightOutlivesLock,
 }
 
 /// What a run is to break.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Broken {
     pub mutation: Option<Mutation>,
+    pub record: Option<RecordMutation>,
     pub breach: Option<Breach>,
 }
 
@@ -48,6 +65,17 @@ pub struct Worker {
     pub pool: Pool,
     pub rings: Rings,
     tick_pending: bool,
+}
+
+impl Worker {
+    fn new(lane: usize, buffers: usize, reserve: usize, rings: u64) -> Self {
+        Self {
+            lane: Lane::new(LaneId(u8::try_from(lane).expect("few lanes"))),
+            pool: Pool::new(buffers, reserve),
+            rings: Rings::new(usize::try_from(rings).expect("few")),
+            tick_pending: false,
+        }
+    }
 }
 
 /// Everything of one run.
@@ -73,11 +101,18 @@ pub struct World {
     pub repaired_at: Vec<[u64; REPLICAS]>,
     /// No new faults: the run is being wound up.
     pub calm: bool,
-    /// Who was behind in each extent after the last event, and how many such marks there were.
-    behind: Vec<ReplicaSet>,
-    behind_marks: u64,
+    /// What was marked after the last event.
+    pub seen: Seen,
+    /// What was marked before it.
+    pub before: Seen,
+    /// What outlives a daemon, where daemons end.
+    pub life: Life,
+    /// The copies of the state record, if there is one.
+    pub copies: Option<Copies>,
+    /// The maintenance of the daemon, if there is a record.
+    pub maintenance: Option<Maintenance>,
     actions: Vec<Action>,
-    last_reply: u64,
+    pub last_reply: u64,
 }
 
 impl World {
@@ -89,69 +124,108 @@ impl World {
         shared.mutation = broken.mutation;
         let replicas = policy.replicas;
         let sectors = geometry.sectors();
-        let ailing = profile.ailment != Ailment::None;
-        let guest_buffers = shape.buffers + if ailing { 800 } else { 0 };
-        let workers = (0..shape.lanes)
-            .map(|lane| Worker {
-                lane: Lane::new(LaneId(u8::try_from(lane).expect("few lanes"))),
-                pool: Pool::new(guest_buffers, replicas + 1),
-                rings: Rings::new(usize::try_from(rng.between(1, 3)).expect("few")),
-                tick_pending: false,
-            })
-            .collect();
-        Self {
-            budget: Budget::new(profile.budget(policy), &geometry),
+        let volatile = profile.life.is_some_and(|life| life.volatile);
+        let mut budget = Budget::new(profile.budget(policy), &geometry);
+        if profile.life.is_some() {
+            budget.forget_after(600 * MS);
+        }
+        let mut world = Self {
+            budget,
             plan: Plan::new(profile.rates),
             operations: Operations::new(replicas, geometry.extents()),
             guests: Guests::new(shape.lanes, requests, geometry.extents()),
-            model: Model::new(sectors),
-            disks: (0..replicas).map(|_| Disk::new(sectors)).collect(),
+            model: Model::new(sectors, volatile),
+            disks: (0..replicas).map(|_| Disk::new(sectors, volatile)).collect(),
             spoiled_at: vec![[0; REPLICAS]; index(sectors)],
             repaired_at: vec![[0; REPLICAS]; index(sectors)],
+            life: Life::new(&profile, replicas, &mut rng),
+            copies: None,
+            maintenance: None,
+            seen: Seen::default(),
+            before: Seen::default(),
             profile,
             broken,
             rng,
             clock: Clock::default(),
             step: 0,
             shared,
-            workers,
+            workers: Vec::new(),
             trace: Trace::new(),
             tally: Tally::default(),
             calm: false,
-            behind: vec![ReplicaSet::EMPTY; index(geometry.extents())],
-            behind_marks: 0,
             actions: Vec::new(),
             last_reply: 0,
             shape,
+        };
+        world.hire();
+        world
+    }
+
+    /// New workers: nothing is left of those that were.
+    pub fn hire(&mut self) {
+        let ailing = self.profile.ailment != Ailment::None;
+        let buffers = self.shape.buffers + if ailing { 800 } else { 0 };
+        let reserve = self.shape.policy.replicas + 1;
+        self.workers.clear();
+        for lane in 0..self.shape.lanes {
+            let rings = self.rng.between(1, 3);
+            self.workers.push(Worker::new(lane, buffers, reserve, rings));
+        }
+        if self.profile.life.is_some() {
+            let lane = self.shape.lanes;
+            self.workers.push(Worker::new(lane, 64, reserve, 1));
         }
     }
 
     /// The whole run.
     pub fn run(&mut self) -> Verdict {
-        for lane in 0..self.workers.len() {
-            for _ in 0..self.shape.depth {
-                let delay = self.rng.below(MS);
-                self.clock.after(delay, Happening::Guest { lane });
-            }
+        if self.profile.life.is_some() {
+            self.create_record()?;
+        } else {
+            self.connect();
         }
         while !self.guests.all_replied() || self.workers.iter().any(|w| !w.rings.all_sent()) {
             if !self.advance()? {
                 let waiting = self.guests.list_waiting();
                 return violation("I14", format!("nothing will happen any more{waiting}"));
             }
-            if self.clock.now() - self.last_reply > STUCK_AFTER {
+            let patience = match self.profile.life {
+                None => STUCK_AFTER,
+                Some(_) => STUCK_IN_LIFE_AFTER,
+            };
+            if self.clock.now() - self.last_reply > patience {
                 let waiting = self.guests.list_waiting();
                 return violation("I14", format!("no reply for a long time{waiting}"));
             }
         }
         self.calm = true;
         self.release_hung();
-        while self.advance()? {}
+        self.wind_up()?;
         self.check_idle()?;
         self.final_pass()?;
+        self.wind_up()?;
         self.check_idle()?;
         self.check_end()?;
         self.collect();
+        Ok(())
+    }
+
+    /// The guest begins to send requests.
+    pub fn connect(&mut self) {
+        for lane in 0..self.shape.lanes {
+            for _ in 0..self.shape.depth {
+                let delay = self.rng.below(MS);
+                self.clock.after(delay, Happening::Guest { lane });
+            }
+        }
+    }
+
+    /// Lets everything come to its end.
+    fn wind_up(&mut self) -> Verdict {
+        if self.maintenance.is_some() {
+            return self.settle_down();
+        }
+        while self.advance()? {}
         Ok(())
     }
 
@@ -168,14 +242,18 @@ impl World {
             let range = SectorRange::new(start, count.min(left)).expect("not empty");
             let range = geometry.first_piece(range);
             start = range.end();
-            lane = (lane + 1) % self.workers.len();
+            lane = (lane + 1) % self.shape.lanes;
             let request = GuestRequest::read(range, self.model.floors(range), self.step);
             let part = Planned {
                 guest: request,
                 request: Request::Read { range },
             };
             self.begin(lane, vec![part])?;
-            while self.advance()? {}
+            let asked = self.clock.now();
+            while !self.workers[lane].rings.is_idle()
+                && self.clock.now() < asked + STUCK_AFTER
+                && self.advance()?
+            {}
             if !self.workers[lane].rings.is_idle() {
                 return violation("I9", format!("the last read of {range} got no reply"));
             }
@@ -184,11 +262,12 @@ impl World {
     }
 
     /// Handles the next happening. Returns whether there was one.
-    fn advance(&mut self) -> Verdict<bool> {
+    pub fn advance(&mut self) -> Verdict<bool> {
         let Some(what) = self.clock.next() else {
             return Ok(false);
         };
         self.step += 1;
+        self.budget.now = self.clock.now();
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,
@@ -201,6 +280,16 @@ impl World {
             }
             Happening::Land { late } => self.land_late(late),
             Happening::Forget { replica, range } => self.budget.release(range, replica),
+            Happening::Life(what) => self.live(what)?,
+        }
+        if self.maintenance.is_some() {
+            if self.step.is_multiple_of(64) {
+                self.budget.expire();
+            }
+            self.maintain()?;
+        }
+        if self.life.crash_is_due(self.step) && !self.calm {
+            self.end_daemon()?;
         }
         Ok(true)
     }
@@ -218,10 +307,10 @@ impl World {
         if let Some(misuse) = worker.pool.misuse() {
             return violation("V7", misuse);
         }
+        self.note_marks()?;
         self.carry_out(lane, &actions)?;
         actions.clear();
         self.actions = actions;
-        self.note_behind();
         let worker = &mut self.workers[lane];
         if let Some(deadline) = worker.lane.deadline()
             && !worker.tick_pending
@@ -246,6 +335,10 @@ impl World {
                     status,
                     data,
                 } => {
+                    if lane == self.shape.lanes {
+                        self.note_maintained(tag, request, status);
+                        continue;
+                    }
                     self.last_reply = now;
                     self.check_reply(lane, tag, status, data)?;
                     self.note_reply(lane, tag, request);
@@ -259,30 +352,27 @@ impl World {
                     self.clock
                         .after(delay, Happening::Wake { lane: to, wakeup });
                 }
-                Action::Report(report) => self.check_report(report)?,
+                Action::Report(report) => {
+                    self.check_report(report)?;
+                    self.tell_keeper(KeeperEvent::Report(report));
+                }
+                Action::Record => self.poll_record()?,
+                Action::Kicked { replica, why } => {
+                    self.tell_members_changed(Some(lane));
+                    self.tell_keeper(KeeperEvent::Kicked { replica, why });
+                    self.life.detaching[replica.index()] = true;
+                }
             }
         }
         Ok(())
     }
 
-    /// Whether the replica was behind before the event that is being handled. What one event
-    /// leads to has no order between its parts: a mark may be younger than an operation.
-    pub fn was_behind(&self, extent: u64, replica: ReplicaId) -> bool {
-        self.behind[index(extent)].contains(replica)
-    }
-
-    fn note_behind(&mut self) {
-        let members = &self.shared.membership;
-        let marks = members
-            .replicas()
-            .iter()
-            .map(|r| members.behind_extents(r))
-            .sum();
-        if marks != self.behind_marks {
-            self.behind_marks = marks;
-            for (extent, behind) in (0..).zip(&mut self.behind) {
-                *behind = members.replicas().minus(members.current(extent));
-            }
+    /// Wakes all lanes, but not this one.
+    pub fn tell_members_changed(&mut self, except: Option<usize>) {
+        for lane in (0..self.workers.len()).filter(|&lane| Some(lane) != except) {
+            let delay = self.rng.below(200_000);
+            let wakeup = Wakeup::MembersChanged;
+            self.clock.after(delay, Happening::Wake { lane, wakeup });
         }
     }
 
@@ -297,7 +387,7 @@ impl World {
 
     /// A write that was called complete long ago reaches the medium, on top of what is there.
     fn land_late(&mut self, late: usize) {
-        let Landing { replica, range, .. } = *self.operations.landing(late);
+        let &Landing { replica, range, .. } = self.operations.landing(late);
         if !self.budget.admits_landing(range, replica) {
             self.clock.after(MS, Happening::Land { late });
             return;
@@ -306,7 +396,9 @@ impl World {
             let landing = self.operations.landing(late);
             let (value, seen) = (landing.values[place], landing.landings[place]);
             let overtaken = self.disks[replica].landings(sector) != seen;
-            self.put_on_medium(replica, sector, value);
+            self.put_on_medium(replica, sector, value, u64::MAX);
+            // To stay: that it came so late is fault enough.
+            self.disks[replica].rot(sector, value);
             self.spoiled_at[index(sector)][replica] = self.step;
             if overtaken {
                 self.budget.taint(sector, replica);
@@ -314,6 +406,7 @@ impl World {
                 self.budget.cleanse(sector, replica);
             }
         }
+        self.operations.late_left -= 1;
         // Who has read what was there before may still speak of it.
         let forget = Happening::Forget { replica, range };
         self.clock.after(REMEMBERED, forget);

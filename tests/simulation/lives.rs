@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Kinds of runs with a state record: daemons that are killed, stopped and started again.
+
+use crate::profile::{Ailment, HEALTHY, Lives, Profile, QUIET, Rates};
+
+/// Nobody leaves, nothing fails, nothing ends.
+const PEACE: Lives = Lives {
+    copies: &[1, 3, 3, 5],
+    steps: 0,
+    power: 0,
+    stops: 0,
+    volatile: true,
+    leaves: 0,
+    left_out: 0,
+    changed: 0,
+    record_faults: 0,
+    single: false,
+};
+
+/// A daemon with a record, and no faults at all.
+pub const RECORDED: Profile = Profile {
+    name: "recorded",
+    requests: 20_000,
+    life: Some(PEACE),
+    ..HEALTHY
+};
+
+/// Kills alone.
+pub const KILLS: Profile = Profile {
+    name: "kills",
+    life: Some(Lives {
+        steps: 2_500,
+        stops: 100,
+        ..PEACE
+    }),
+    ..RECORDED
+};
+
+/// Losses of power alone.
+pub const POWER: Profile = Profile {
+    name: "power",
+    life: Some(Lives {
+        steps: 2_500,
+        power: 600,
+        stops: 100,
+        ..PEACE
+    }),
+    mix: [500, 40, 30, 60],
+    ..RECORDED
+};
+
+/// What a replica may do wrong without being silently wrong.
+const LOUD: Rates = Rates {
+    read_error: 1_000,
+    read_short: 300,
+    write_error: 1_000,
+    hang: 50,
+    slow: 500,
+    flush_error: 5_000,
+    flush_hang: 1_000,
+    unreadable: 1_000,
+    ..QUIET
+};
+
+/// One replica does what it can.
+pub const FAULTY: Profile = Profile {
+    name: "faulty",
+    replicas: &[3, 3, 4, 5],
+    rates: Rates {
+        read_garbled: 300,
+        write_lost: 300,
+        write_torn: 300,
+        write_misdirected: 300,
+        write_late: 300,
+        rot: 3_000,
+        ..LOUD
+    },
+    life: Some(Lives {
+        leaves: 1_000,
+        record_faults: 2_000,
+        single: true,
+        ..PEACE
+    }),
+    mix: [500, 40, 30, 40],
+    requests: 10_000,
+    ..HEALTHY
+};
+
+/// The same, and kills.
+pub const FAULTY_KILLS: Profile = Profile {
+    name: "faulty-kills",
+    life: Some(Lives {
+        steps: 2_500,
+        stops: 150,
+        leaves: 1_000,
+        left_out: 150_000,
+        changed: 300_000,
+        record_faults: 2_000,
+        single: true,
+        ..PEACE
+    }),
+    ..FAULTY
+};
+
+/// Rot and writes that get lost, and kills.
+pub const SILENT_KILLS: Profile = Profile {
+    name: "silent-kills",
+    rates: Rates {
+        read_garbled: 1_000,
+        write_lost: 1_000,
+        write_torn: 500,
+        write_misdirected: 500,
+        rot: 10_000,
+        ..QUIET
+    },
+    life: Some(Lives {
+        steps: 2_500,
+        stops: 50,
+        ..PEACE
+    }),
+    ..FAULTY
+};
+
+/// Up to N-T replicas, and not always the same.
+pub const ROTATING: Profile = Profile {
+    name: "rotating",
+    replicas: &[3, 4, 5, 5],
+    ailment: Ailment::Slow,
+    life: Some(Lives {
+        steps: 2_500,
+        stops: 100,
+        leaves: 1_500,
+        left_out: 100_000,
+        changed: 300_000,
+        record_faults: 2_000,
+        ..PEACE
+    }),
+    ..FAULTY
+};
+
+/// The same, and losses of power.
+pub const ROTATING_POWER: Profile = Profile {
+    name: "rotating-power",
+    life: Some(Lives {
+        steps: 2_500,
+        power: 400,
+        stops: 100,
+        leaves: 1_500,
+        left_out: 100_000,
+        changed: 300_000,
+        record_faults: 2_000,
+        ..PEACE
+    }),
+    ..ROTATING
+};
+
+/// Short lives: most daemons end during their start or the resync after it.
+pub const HASTY: Profile = Profile {
+    name: "hasty",
+    rates: LOUD,
+    life: Some(Lives {
+        steps: 300,
+        power: 300,
+        stops: 50,
+        leaves: 3_000,
+        left_out: 200_000,
+        changed: 300_000,
+        record_faults: 10_000,
+        ..PEACE
+    }),
+    requests: 4_000,
+    ..ROTATING
+};
+
+pub const ALL: [Profile; 9] = [
+    RECORDED,
+    KILLS,
+    POWER,
+    FAULTY,
+    FAULTY_KILLS,
+    SILENT_KILLS,
+    ROTATING,
+    ROTATING_POWER,
+    HASTY,
+];
