@@ -332,6 +332,69 @@ fn killed_daemon_is_told_of_and_everything_is_made_equal() {
 }
 
 #[test]
+fn versions_that_nobody_can_vote_on_after_a_crash_become_one() {
+    let mut disk = setup().replicas(2).start();
+    write(&disk, 3);
+    disk.end(Signal::Kill);
+    disk.spoil(1, AT, 8, 4);
+    disk.start_again();
+    // Without the rule for crashes: one vote against one.
+    expect(&disk, 3);
+    disk.await_sectors(1, AT, &[3; 8 * SECTOR]);
+    stop_and_compare(&mut disk);
+}
+
+#[test]
+fn replaced_replica_is_known_in_its_new_file_also_after_a_crash() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    // Beside the old one, so that it cannot get its inode.
+    let new = disk.folder().join("new");
+    fs::write(&new, vec![0xee; BYTES]).unwrap();
+    fs::rename(&new, &disk.images[1]).unwrap();
+    let from = log(&mut disk).len();
+    let said = log_of_start(&mut disk);
+    assert!(
+        said.contains("is not the file or device that it was"),
+        "{said}"
+    );
+    await_resync(&mut disk, from, "replica1");
+    disk.end(Signal::Kill);
+    let said = log_of_start(&mut disk);
+    assert!(!said.contains("is not the file"), "{said}");
+    expect(&disk, 1);
+    stop_and_compare(&mut disk);
+}
+
+#[test]
+fn replicas_that_were_written_off_are_overwritten_when_they_come_back() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    hide(&disk, 1);
+    let other = disk.folder().join("other");
+    fs::rename(&disk.images[2], &other).unwrap();
+    disk.spoil(0, AT, 8, 2);
+    let said = disk.refusal();
+    assert!(
+        said.contains("every replica that is there was changed"),
+        "{said}"
+    );
+    disk.set_arguments(&["--force"]);
+    let from = log(&mut disk).len();
+    disk.start_again();
+    // As they were left, and no extent was written since: but they are not the disk any more.
+    unhide(&disk, 1);
+    fs::rename(&other, &disk.images[2]).unwrap();
+    await_resync(&mut disk, from, "replica1");
+    await_resync(&mut disk, from, "replica2");
+    expect(&disk, 2);
+    disk.assert_nothing_reported();
+    stop_and_compare(&mut disk);
+}
+
+#[test]
 fn exchanged_replicas_are_refused_with_the_right_order() {
     for clean in [true, false] {
         let mut disk = setup().start();

@@ -37,7 +37,7 @@ pub enum StartError {
     #[error(
         "the disk has no state record yet, and the first time all of its replicas must be there"
     )]
-    FirstUse(OpenError),
+    FirstUse(#[source] OpenError),
     /// The replicas do not make a disk.
     #[error(transparent)]
     Set(#[from] SetError),
