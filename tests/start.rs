@@ -497,6 +497,31 @@ fn lost_copies_of_the_record_are_made_anew_as_long_as_most_are_left() {
 }
 
 #[test]
+fn copy_of_the_record_is_not_made_where_its_replica_is_missing() {
+    let mut disk = setup().start();
+    disk.stop();
+    // A file system that is not mounted: its folder is there, and empty.
+    let record = copies(&disk).swap_remove(2);
+    let other = disk.folder().join("other");
+    fs::rename(&record, &other).unwrap();
+    hide(&disk, 2);
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("is missing, as its replica is"), "{said}");
+    write(&disk, 1);
+    disk.stop();
+    assert!(!record.exists());
+    fs::rename(&other, &record).unwrap();
+    unhide(&disk, 2);
+    let from = log(&mut disk).len();
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("is old and is brought up to date"), "{said}");
+    assert_eq!(lacking(&mut disk, from, "replica2"), 1 << 20);
+    stop_and_compare(&mut disk);
+    let said = log_of_start(&mut disk);
+    assert!(!said.contains("WARN"), "{said}");
+}
+
+#[test]
 fn file_that_is_no_copy_of_the_record_is_not_touched() {
     let mut disk = setup().start();
     disk.stop();
