@@ -497,6 +497,31 @@ fn lost_copies_of_the_record_are_made_anew_as_long_as_most_are_left() {
 }
 
 #[test]
+fn record_that_may_be_old_makes_no_replica_win_by_its_age() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    let records = copies(&disk);
+    let other = disk.folder().join("other");
+    // A run without a replica and the copy beside it, and then that copy is all that is left.
+    fs::rename(&records[2], &other).unwrap();
+    hide(&disk, 2);
+    disk.start_again();
+    write(&disk, 2);
+    disk.stop();
+    fs::rename(&other, &records[2]).unwrap();
+    unhide(&disk, 2);
+    fs::remove_file(&records[0]).unwrap();
+    fs::remove_file(&records[1]).unwrap();
+    disk.set_arguments(&["--force"]);
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("a minority of the copies"), "{said}");
+    expect(&disk, 2);
+    disk.await_sectors(2, AT, &[2; 8 * SECTOR]);
+    stop_and_compare(&mut disk);
+}
+
+#[test]
 fn copy_of_the_record_is_not_made_where_its_replica_is_missing() {
     let mut disk = setup().start();
     disk.stop();
