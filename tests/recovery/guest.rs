@@ -83,9 +83,8 @@ impl Guest {
     fn submit(&mut self, model: &mut Model, random: &mut Random) -> Result<bool, Gone> {
         let count = 1 + random.below(WRITE_SECTORS_MAX);
         let start = random.below(model.sectors() - count);
-        let free = |other: &InFlight| {
-            start + count <= other.start || other.start + other.count <= start
-        };
+        let free =
+            |other: &InFlight| start + count <= other.start || other.start + other.count <= start;
         if !self.in_flight.iter().all(free) {
             return Ok(false);
         }

@@ -9,13 +9,14 @@ use crate::guest::Guest;
 use crate::model::Model;
 use crate::site::{SECTORS, Site};
 
-/// Works with a flush now and then, until the daemon is killed in the middle of it.
+/// Works with a flush now and then, until the daemon is killed in the middle of it; then `lose`
+/// loses what is not flushed. Returns how many sectors that were.
 fn work_and_lose_power(
     site: &mut Site,
     model: &mut Model,
     random: &mut Random,
-    lose: impl Fn(&Site),
-) {
+    lose: impl Fn(&Site) -> u64,
+) -> u64 {
     let mut guest = Guest::connect(site);
     for _ in 0..1 + random.below(3) {
         let requests = 20 + random.below(100);
@@ -34,14 +35,16 @@ fn work_and_lose_power(
     });
     drop(guest);
     site.kill();
-    lose(site);
+    let lost = lose(site);
     model.lose_power();
+    lost
 }
 
-/// Loses what `replica` has not flushed; by the toss of a coin if there is a seed.
-fn drop_unsynced(site: &Site, replica: usize, seed: Option<usize>) {
+/// Loses what `replica` has not flushed, all or, with a seed, by the toss of a coin. Returns how
+/// many sectors.
+fn drop_unsynced(site: &Site, replica: usize, seed: Option<usize>) -> u64 {
     let command = seed.map_or("drop".to_owned(), |seed| format!("drop {seed}"));
-    site.fault(replica).ask(&command);
+    site.fault(replica).ask(&command)
 }
 
 fn buffered(replicas: &[usize]) -> Option<Site> {
@@ -74,16 +77,18 @@ fn one_replica_that_lost_its_unflushed_writes_changes_nothing() {
     };
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(41);
+    let mut lost = 0;
     for round in 0..8 {
         let seed = (round % 2 == 1).then_some(round);
-        work_and_lose_power(&mut site, &mut model, &mut random, |site| {
-            drop_unsynced(site, 2, seed);
+        lost += work_and_lose_power(&mut site, &mut model, &mut random, |site| {
+            drop_unsynced(site, 2, seed)
         });
         site.start();
         let mut guest = Guest::connect(&site);
         guest.check_all(&mut model, true);
         site.assert_no_failure();
     }
+    assert!(lost > 100, "only {lost} sectors were lost");
     settle(site, &mut model, &[2]);
 }
 
@@ -95,12 +100,12 @@ fn a_host_that_lost_power_keeps_what_was_flushed() {
     };
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(42);
+    let mut lost = 0;
     for round in 0..10 {
-        work_and_lose_power(&mut site, &mut model, &mut random, |site| {
-            for replica in all {
-                let seed = (round % 3 > 0).then_some(10 * round + replica);
-                drop_unsynced(site, replica, seed);
-            }
+        lost += work_and_lose_power(&mut site, &mut model, &mut random, |site| {
+            let seed = |replica| (round % 3 > 0).then_some(10 * round + replica);
+            let lost = all.map(|replica| drop_unsynced(site, replica, seed(replica)));
+            lost.iter().sum()
         });
         site.start();
         let mut guest = Guest::connect(&site);
@@ -108,6 +113,7 @@ fn a_host_that_lost_power_keeps_what_was_flushed() {
         guest.check_all(&mut model, true);
         site.assert_no_failure();
     }
+    assert!(lost > 300, "only {lost} sectors were lost");
     settle(site, &mut model, &all);
 }
 
@@ -121,9 +127,8 @@ fn what_was_read_after_a_power_loss_survives_the_next_one() {
     let mut random = Random::new(43);
     for round in 0..6 {
         work_and_lose_power(&mut site, &mut model, &mut random, |site| {
-            for replica in all {
-                drop_unsynced(site, replica, Some(10 * round + replica));
-            }
+            let lost = all.map(|replica| drop_unsynced(site, replica, Some(10 * round + replica)));
+            lost.iter().sum()
         });
         for again in 0..2 {
             site.start();
@@ -164,8 +169,7 @@ fn power_lost_while_a_replica_is_away_brings_back_no_old_data() {
     });
     drop(guest);
     work_and_lose_power(&mut site, &mut model, &mut random, |site| {
-        drop_unsynced(site, 0, Some(1));
-        drop_unsynced(site, 1, Some(2));
+        drop_unsynced(site, 0, Some(1)) + drop_unsynced(site, 1, Some(2))
     });
     std::fs::rename(&away, &site.images[2]).expect("a file of ours");
     site.start();

@@ -229,7 +229,9 @@ impl Site {
     #[track_caller]
     pub fn await_state(&self, index: usize, state: &str) {
         let what = format!("replica{index} {state}");
-        self.wait_for(SETTLED, &what, || self.state(index).as_deref() == Some(state));
+        self.wait_for(SETTLED, &what, || {
+            self.state(index).as_deref() == Some(state)
+        });
     }
 
     /// Fails if a request found no quorum.
@@ -254,13 +256,8 @@ impl Site {
     /// Waits until all replicas hold the same bytes; the guest must not write meanwhile.
     #[track_caller]
     pub fn await_equal(&self) {
-        let mut difference = String::new();
         let deadline = Instant::now() + SETTLED;
-        loop {
-            match self.difference() {
-                None => return,
-                Some(found) => difference = found,
-            }
+        while let Some(difference) = self.difference() {
             let log = self.log();
             assert!(Instant::now() < deadline, "{difference}\n{log}");
             std::thread::sleep(Duration::from_millis(50));
