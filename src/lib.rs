@@ -5,13 +5,16 @@
 //! The map, from the inside out; imports point upwards only:
 //!
 //! - [`units`]: sectors, ranges, replicas, time.
-//! - [`quorum`]: the voting core, a state machine without I/O.
-//! - [`record`]: what the disk remembers of itself: on-disk format, opening, updates.
+//! - [`quorum`]: the voting core and the keeper of a disk, state machines without I/O.
+//! - [`record`]: what the disk remembers of itself: on-disk format, opening, and when what is
+//!   written, a state machine without I/O too.
 //! - [`io`], [`replica`]: the ring, the buffers, and how an operation becomes I/O on a replica.
 //! - [`device`]: the virtio-blk and vhost-user side: descriptor chains, config space, connections.
 //! - [`config`]: what the user asked for, checked.
 //! - [`control`]: events for people and programs, counters.
-//! - [`daemon`]: workers, signals, the life of the process.
+//! - [`daemon`]: how a disk is started, workers, maintenance, signals, the life of the process.
+//! - [`cli`], [`record_cli`]: the command line; `quorum-blk record`, which looks at a disk's record
+//!   while, or before, no daemon has it.
 //! - [`front_end`], [`demo`]: a small virtio-blk driver of our own and the demonstration that uses it.
 
 pub mod cli;

@@ -284,8 +284,8 @@ fn replicas_that_cannot_be_opened_are_named_with_the_cure() {
             .unwrap();
         assert_eq!(output.status.code(), Some(1));
         let text = stderr(&output);
-        let begin = format!("quorum-blk: replica 'replica3' ({}): ", path.display());
-        assert!(text.starts_with(&begin), "{text}");
+        let named = format!("replica 'replica3' ({}): ", path.display());
+        assert_eq!(text.matches(&named).count(), 1, "{text}");
         assert_eq!(text.matches(message).count(), 1, "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(!socket.exists());
@@ -541,6 +541,49 @@ fn record_is_made_shown_and_forgotten() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert_eq!(stdout(&output).lines().count(), 3);
     assert!(!copies.iter().any(|copy| copy.exists()));
+}
+
+#[test]
+fn disk_that_is_served_makes_its_record_and_needs_most_of_it() {
+    let disk = Disk::new();
+    let mut daemon = disk.start(&[]);
+    let log = daemon.log_until("ready for a front-end");
+    assert!(log.contains("served for the first time"), "{log}");
+    let output = record(&disk, &["forget", "--yes"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+    daemon.signal("-TERM");
+    assert_eq!(daemon.wait().0, Some(0));
+    let output = record(&disk, &["show"]);
+    let text = stdout(&output);
+    assert!(text.contains("The last stop was clean"), "{text}");
+    // One copy of three may be lost: it is made anew.
+    std::fs::remove_file(disk.path("a.qrec")).unwrap();
+    let mut daemon = disk.start(&[]);
+    daemon.log_until("ready for a front-end");
+    daemon.signal("-TERM");
+    assert_eq!(daemon.wait().0, Some(0));
+    assert!(disk.path("a.qrec").exists());
+    // Two may not, but by force.
+    std::fs::remove_file(disk.path("a.qrec")).unwrap();
+    std::fs::remove_file(disk.path("c.qrec")).unwrap();
+    let socket = disk.path("s");
+    let output = disk
+        .serve(&["--socket-path", socket.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(
+        text.contains("only 1 of 3 copies of the state record can be used"),
+        "{text}"
+    );
+    assert!(text.contains("--force"), "{text}");
+    let mut daemon = disk.start(&["--force"]);
+    let log = daemon.log_until("ready for a front-end");
+    assert!(log.contains("DANGEROUS: by force a minority"), "{log}");
+    daemon.signal("-TERM");
+    assert_eq!(daemon.wait().0, Some(0));
+    assert!(disk.path("c.qrec").exists());
 }
 
 #[test]

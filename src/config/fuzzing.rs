@@ -32,5 +32,8 @@ pub fn fuzz_config_toml(data: &[u8]) {
             .expect("an accepted configuration has a valid policy");
         assert!(config.queue_size.is_power_of_two());
         assert!((1..=config.num_queues).contains(&config.workers));
+        if let Ok(Some(places)) = config.record.places(&config.replicas, |_| true) {
+            assert!(matches!(places.copies.len(), 1 | 3 | 5));
+        }
     }
 }

@@ -238,12 +238,16 @@ mod tests {
             refused.contains("--resync-rate 1000 bytes is too slow"),
             "{refused}"
         );
-        let mut settings = Settings::default();
-        settings.scrub = Some(ScrubMode::Repair);
+        let settings = Settings {
+            scrub: Some(ScrubMode::Repair),
+            ..Settings::default()
+        };
         let refused = Upkeep::from_settings(&settings, false, true).unwrap_err();
         assert_eq!(refused, ConfigError::ScrubWithoutRepair);
-        let mut settings = Settings::default();
-        settings.scrub_interval = Some(Interval(Some(Duration::from_secs(3600))));
+        let settings = Settings {
+            scrub_interval: Some(Interval(Some(Duration::from_secs(3600)))),
+            ..Settings::default()
+        };
         let refused = Upkeep::from_settings(&settings, true, false).unwrap_err();
         assert_eq!(refused, ConfigError::ScrubWithoutVotes);
     }
@@ -254,8 +258,10 @@ mod tests {
         let upkeep = Upkeep::from_settings(&settings, false, false).unwrap();
         assert!(!upkeep.scrub_repairs);
         assert_eq!(upkeep.scrub_interval, None);
-        let mut settings = Settings::default();
-        settings.scrub_interval = Some(Interval(None));
+        let settings = Settings {
+            scrub_interval: Some(Interval(None)),
+            ..Settings::default()
+        };
         let upkeep = Upkeep::from_settings(&settings, true, true).unwrap();
         assert_eq!(upkeep.scrub_interval, None);
     }

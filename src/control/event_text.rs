@@ -114,12 +114,19 @@ pub(super) fn log(event: &Event, names: &Names) {
             extents,
         } => {
             let name = names.replica(replica);
+            let next = match why {
+                KickCause::Budget | KickCause::Operator => "stays out until it is replaced",
+                KickCause::Hung
+                | KickCause::FlushFailed(_)
+                | KickCause::Vanished
+                | KickCause::Absent => "will be opened again",
+            };
             let why = kick_text(why);
             warn!(
                 replica = name,
                 behind_extents = extents,
                 "replica {name} is not used any more: {why}; it is behind in {extents} extents and \
-                 will be opened again{more}"
+                 {next}{more}"
             );
         }
         Report::Lagging { replica } => {

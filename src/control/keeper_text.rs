@@ -18,20 +18,20 @@ pub(super) fn log(report: &KeeperReport, names: &Names, more: &Suppressed) {
             why,
         } => {
             let name = names.replica(replica);
-            let is_good_news = match to {
-                ReplicaState::InSync => true,
-                ReplicaState::Syncing => why != StateCause::Behind,
-                ReplicaState::Missing => why == StateCause::Cleared,
-                ReplicaState::Failed | ReplicaState::Removed => false,
+            // Of a kick there was a warning already.
+            let is_news_to_act_on = match to {
+                ReplicaState::InSync | ReplicaState::Missing => false,
+                ReplicaState::Syncing => why == StateCause::Behind,
+                ReplicaState::Failed | ReplicaState::Removed => true,
             };
             let (from, state, why) = (state_name(from), state_name(to), state_text(why));
-            if is_good_news {
-                info!(
+            if is_news_to_act_on {
+                warn!(
                     replica = name,
                     state, "replica {name} is {state} now, after {from}: {why}{more}"
                 );
             } else {
-                warn!(
+                info!(
                     replica = name,
                     state, "replica {name} is {state} now, after {from}: {why}{more}"
                 );

@@ -124,17 +124,17 @@ impl fmt::Display for DiskStatus {
         let width = self.replicas.iter().map(|replica| replica.name.len()).max();
         let width = width.unwrap_or(0);
         for replica in &self.replicas {
-            write!(f, "  {:<width$}  {:<8}", replica.name, replica.state)?;
+            write!(f, "  {:<width$}  {}", replica.name, replica.state)?;
             if replica.lagging {
-                write!(f, " lagging")?;
+                write!(f, ", lagging")?;
             }
             if replica.suspect {
-                write!(f, " suspect")?;
+                write!(f, ", suspect")?;
             }
             if replica.behind_extents > 0 {
                 write!(
                     f,
-                    " behind in {} extents: {} to go, {} done",
+                    ", behind in {} extents: {} to go, {} done",
                     replica.behind_extents,
                     size(replica.behind_bytes),
                     size(replica.resynced_bytes)
@@ -226,8 +226,8 @@ mod tests {
         let text = status.to_string();
         let lines = [
             "the disk is degraded",
-            "  two    in-sync  lagging",
-            "  three  syncing  behind in 2 extents: 2 MiB to go, 0 bytes done",
+            "  two    in-sync, lagging",
+            "  three  syncing, behind in 2 extents: 2 MiB to go, 0 bytes done",
             "extents: 3 dirty",
             "scrub: at sector 250 of 1000 (25 %)",
         ];

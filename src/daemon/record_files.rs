@@ -313,6 +313,8 @@ impl RecordFile {
         CopySource {
             name: self.path.display().to_string(),
             found: match &self.state {
+                // Nothing can have been in it: there was no room for it when it was made.
+                State::Open(open) if is_empty(open) => Found::Missing,
                 State::Open(open) => Found::Present(BlockReader(open)),
                 State::Missing => Found::Missing,
                 State::Unusable(why) => Found::Unreadable(why.clone()),
@@ -404,6 +406,10 @@ fn link_end(path: &Path) -> PathBuf {
         }
     }
     end
+}
+
+fn is_empty(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.len() == 0)
 }
 
 fn unusable(error: &io::Error) -> State {
@@ -579,6 +585,16 @@ mod tests {
         let mut files = RecordFiles::open(&folder.places(&["a"], &[]), NOW).unwrap();
         files.create(0, 8192).unwrap();
         assert_eq!(fs::read(folder.path("a")).unwrap(), vec![0; 8192]);
+    }
+
+    #[test]
+    fn empty_file_holds_no_copy() {
+        let folder = Folder::new();
+        fs::write(folder.path("a"), b"").unwrap();
+        let mut files = RecordFiles::open(&folder.places(&["a"], &[]), NOW).unwrap();
+        assert!(matches!(files.sources()[0].found, Found::Missing));
+        files.create(0, 8192).unwrap();
+        assert!(matches!(files.sources()[0].found, Found::Present(_)));
     }
 
     #[test]

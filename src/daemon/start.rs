@@ -10,6 +10,7 @@
 //! - `replicas`: opening them; `known`: how one is known again;
 //! - `copies`: the copies of the record;
 //! - `decision`: what follows, a pure function; `marking`: the marks that follow from that;
+//! - `settled`: what the record and the keeper begin with;
 //! - `advice`: what the operator is told; `error`: why a disk is not served.
 
 mod advice;
@@ -19,6 +20,7 @@ mod error;
 mod known;
 mod marking;
 mod replicas;
+mod settled;
 
 use std::sync::Arc;
 
@@ -26,19 +28,18 @@ use super::fingerprints;
 use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
-use crate::config::{Config, FirstUse, RecordPlaces};
-use crate::quorum::{
-    Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, ReplicaState, Shared,
+use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces};
+use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
+use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
+use crate::replica::{
+    Fingerprint, Format, RawOptions, Replica, SetShape, check_distinct, check_set,
 };
-use crate::record::{
-    MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, VERIFIED, open,
-};
-use crate::replica::{Format, RawOptions, Replica, SetShape, check_set};
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Wanted};
 pub use error::StartError;
 use known::Remembered;
+use settled::{ReplicaFiles, SettledDisk};
 
 /// A disk that is ready to be served, as soon as the opening change of its record is durable.
 pub struct Start {
@@ -49,6 +50,8 @@ pub struct Start {
     pub replicas: Vec<Option<Arc<Replica>>>,
     /// How each of them is opened again.
     pub options: Vec<RawOptions>,
+    /// What each of those that are not up must be like to be the one that left, if that is known.
+    pub left: Vec<Option<Fingerprint>>,
     /// The disk that they make.
     pub shape: SetShape,
     /// Its record, locked, with its opening change prepared. `None`: nothing is remembered.
@@ -64,6 +67,8 @@ pub struct Start {
 /// The first thing that stands in the way; all that was opened is closed again.
 pub fn start(config: &Config) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
+    // Before anything is made of a record: the mistake is in the command line.
+    check_distinct(&options)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
@@ -87,6 +92,7 @@ fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, St
     let shared = Shared::new(geometry, policy(config, config.threshold, &shape))?;
     Ok(Start {
         shared: Arc::new(shared),
+        left: vec![None; replicas.len()],
         replicas,
         options,
         shape,
@@ -113,7 +119,7 @@ fn only_reading(
         return Err(gone(places));
     };
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, places.copies.len(), ids, false)?;
+    let disk = settle(config, set, &opened, ids, false)?;
     let keeper = KeeperState {
         verify_cursor: None,
         scrub_cursor: None,
@@ -136,10 +142,11 @@ fn with_record(
     }
     let set = open_replicas(config, options, &opened.superblock)?;
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, places.copies.len(), ids, true)?;
+    let disk = settle(config, set, &opened, ids, true)?;
     let keeper = disk.keeper_start(&opened.superblock);
     // From here on the copies that are missing are made.
-    let (writable, advice) = copies::prepare(&mut files, &opened);
+    let (writable, advice) =
+        copies::prepare(&mut files, &opened, config.record == RecordConfig::Beside);
     advice.iter().for_each(Advice::tell);
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
@@ -174,6 +181,7 @@ fn first_time(
     first_use::mark(config.first_use, replicas.len(), &marks);
     let disk = SettledDisk {
         set: ReplicaFiles {
+            left: vec![None; replicas.len()],
             replicas,
             options,
             shape,
@@ -240,13 +248,6 @@ fn gone(places: &RecordPlaces) -> StartError {
     StartError::Record(Refusal::NoRecord { copies })
 }
 
-/// The replicas of the disk.
-struct ReplicaFiles {
-    replicas: Vec<Option<Arc<Replica>>>,
-    options: Vec<RawOptions>,
-    shape: SetShape,
-}
-
 /// Replicas that were opened and not compared yet.
 struct Opening {
     replicas: Vec<Option<Arc<Replica>>>,
@@ -304,20 +305,12 @@ fn open_replicas(
     Ok(opening)
 }
 
-/// A disk of which everything is decided.
-struct SettledDisk {
-    set: ReplicaFiles,
-    shared: Arc<Shared>,
-    decision: Decision,
-}
-
 /// Decides how the disk is served and brings it into the state that follows. `recorded`: marks are
 /// written to the record.
 fn settle(
     config: &Config,
     opening: Opening,
     opened: &Opened,
-    copies: usize,
     ids: RunIds,
     recorded: bool,
 ) -> Result<SettledDisk, StartError> {
@@ -330,7 +323,12 @@ fn settle(
     )?;
     let marks = Marks::new(count, geometry.extents(), recorded);
     opened.load(&marks);
-    let members = superblock.members[..count].iter().map(Remembered::of);
+    let members: Vec<Remembered> = superblock.members[..count]
+        .iter()
+        .map(Remembered::of)
+        .collect();
+    let left = members.iter().map(|member| member.left(superblock.clean));
+    let left = left.collect();
     let decision = decision::decide(&Facts {
         wanted: Wanted {
             threshold: config.threshold,
@@ -344,8 +342,8 @@ fn settle(
             clean: superblock.clean,
             same_boot: superblock.boot_id == ids.boot,
             dirty: marks.count(Bitmap::Dirty),
-            minority: copies::is_minority(opened, copies),
-            members: members.collect(),
+            minority: opened.is_minority(),
+            members,
         },
         replicas: opening.candidates,
     })?;
@@ -370,107 +368,13 @@ fn settle(
     Ok(SettledDisk {
         set: ReplicaFiles {
             replicas: opening.replicas,
+            left,
             options: opening.options,
             shape,
         },
         shared: Arc::new(shared),
         decision,
     })
-}
-
-impl SettledDisk {
-    /// The record with the change that begins the epoch of this run (rule R7).
-    fn open_record(
-        &self,
-        config: &Config,
-        mut recorder: Recorder,
-        files: RecordFiles,
-        writable: &[bool],
-        ids: RunIds,
-    ) -> OpenRecord {
-        recorder.change(|superblock| self.begin(config, superblock, ids));
-        let (paths, mut files): (Vec<_>, Vec<_>) = files.into_files().unzip();
-        for (file, &writable) in files.iter_mut().zip(writable) {
-            file.take_if(|_| !writable);
-        }
-        OpenRecord {
-            recorder,
-            files,
-            paths,
-        }
-    }
-
-    /// State of a replica that was in state `before` when the record was last written.
-    fn state(&self, replica: ReplicaId, before: MemberState) -> MemberState {
-        if matches!(before, MemberState::Failed | MemberState::Removed) {
-            before
-        } else if self.decision.absent.contains(replica) {
-            MemberState::Missing
-        } else if self.shared.membership.behind_extents(replica) > 0 {
-            MemberState::Syncing
-        } else {
-            MemberState::InSync
-        }
-    }
-
-    /// What the record of before holds for the keeper.
-    fn keeper_start(&self, superblock: &Superblock) -> KeeperStart {
-        let mut keeper = KeeperState::fresh();
-        for replica in self.shared.membership.replicas().iter() {
-            let member = &superblock.members[replica.index()];
-            keeper.states[replica.index()] = match self.state(replica, member.state) {
-                MemberState::Failed => ReplicaState::Failed,
-                MemberState::Removed => ReplicaState::Removed,
-                MemberState::Missing => ReplicaState::Missing,
-                MemberState::Syncing => ReplicaState::Syncing,
-                MemberState::InSync | MemberState::Vacant => ReplicaState::InSync,
-            };
-            if member.suspect {
-                keeper.suspects.insert(replica);
-            }
-        }
-        let under_way = |cursor: u64| (cursor != VERIFIED).then_some(cursor);
-        keeper.scrub_cursor = under_way(superblock.scrub_cursor);
-        keeper.verify_cursor = if self.decision.verify {
-            Some(0)
-        } else {
-            under_way(superblock.verify_cursor)
-        };
-        keeper
-    }
-
-    /// What the record says from the moment on at which the disk is served.
-    fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
-        let decision = &self.decision;
-        superblock.clean = false;
-        superblock.cold = self.shared.unresolved.extents() > 0;
-        superblock.boot_id = ids.boot;
-        superblock.threshold = u8::try_from(decision.threshold).expect("at most 16");
-        superblock.pattern = config.read_pattern;
-        if decision.verify {
-            superblock.verify_cursor = 0;
-        }
-        let members = superblock.members.iter_mut().zip(&self.set.replicas);
-        for (slot, (member, replica)) in members.enumerate() {
-            member.state = self.state(ReplicaId::new(slot), member.state);
-            // That of a replica that is not there stays: nobody has opened it since.
-            if let Some(replica) = replica {
-                let print = known::in_use(&replica.found());
-                member.fingerprint = fingerprints::to_record(&print);
-            }
-        }
-    }
-
-    fn into_start(self, record: Option<OpenRecord>, keeper: KeeperStart) -> Start {
-        Start {
-            shared: self.shared,
-            replicas: self.set.replicas,
-            options: self.set.options,
-            shape: self.set.shape,
-            record,
-            keeper,
-        }
-    }
 }
 
 /// The policy of this run. A threshold that a minority can reach takes force (rule S6).

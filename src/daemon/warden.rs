@@ -5,6 +5,7 @@
 //! The maintenance thread gives orders and is told by mail; it never waits for a warden, which may
 //! hang on a dead network file system for as long as that pleases.
 
+use std::fs::OpenOptions;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -15,7 +16,7 @@ use tracing::{debug, info, warn};
 use super::worker::Message;
 use crate::device::mailbox::Mailbox;
 use crate::replica::{Fingerprint, Presence, RawOptions, Replica, open_one_beside};
-use crate::units::ReplicaId;
+use crate::units::{ReplicaId, SECTOR_BYTES};
 
 /// From one look to the next.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
@@ -46,6 +47,8 @@ pub struct WardenSetup {
     pub id: ReplicaId,
     /// How it is opened.
     pub options: RawOptions,
+    /// What it was like when it was left, if it is not open and that is known.
+    pub left: Option<Fingerprint>,
     /// Sectors of the disk.
     pub sectors: u64,
     /// Logical blocks of the disk, in bytes.
@@ -78,9 +81,9 @@ struct Warden {
 impl Warden {
     fn new(setup: WardenSetup) -> Self {
         Self {
+            left: setup.left,
             setup,
             watched: Weak::new(),
-            left: None,
             failures: 0,
         }
     }
@@ -130,7 +133,30 @@ impl Warden {
         self.setup.maintenance.post(Message::Vanished { replica });
     }
 
+    /// A file that was cut short gets its length back: it is the one that was lost, and what is
+    /// missing in it is copied to it like all that it missed.
+    fn restore_length(&self) {
+        let path = &self.setup.options.path;
+        let length_bytes = self.setup.sectors * SECTOR_BYTES;
+        let (Some(left), Ok(now)) = (self.left, Fingerprint::of_path(path)) else {
+            return;
+        };
+        let ours = (now.inode, now.device) == (left.inode, left.device);
+        if !ours || now.size_bytes >= length_bytes || self.setup.options.read_only {
+            return;
+        }
+        let restored = OpenOptions::new()
+            .write(true)
+            .open(path)
+            .and_then(|file| file.set_len(length_bytes));
+        if restored.is_ok() {
+            let name = &self.setup.options.name;
+            info!(replica = name, "replica {name} was cut short and has its length again");
+        }
+    }
+
     fn open(&mut self, others: &[Option<Arc<Replica>>]) {
+        self.restore_length();
         let setup = &self.setup;
         let name = &setup.options.name;
         let opened = open_one_beside(&setup.options, others, setup.sectors, setup.block_bytes);

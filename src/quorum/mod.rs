@@ -4,6 +4,13 @@
 //! A lane is handed events and a time and appends actions; what lanes must agree on is shared,
 //! small and in one place. There is no file, socket, thread, clock, random source or unordered
 //! map in here, so that the same logic runs under io_uring and in a seeded simulator.
+//!
+//! - [`Lane`]: requests in flight, settlements, resyncs of extents, flush runs.
+//! - [`Keeper`]: what is maintained and when; it sends requests to a lane like a guest.
+//! - [`Shared`]: [`Membership`] (who is current where) with [`Marks`] (D and B, wanted and
+//!   durable), [`Order`] (range locks), [`Unresolved`] (U), flush runs, and [`Activity`] (what was
+//!   flushed since it was written).
+//! - [`Policy`], [`Geometry`]: how the disk decides, and its shape.
 
 mod activity;
 mod buffers;

@@ -78,6 +78,10 @@ pub(super) struct Merged {
     pub lost: Vec<PageName>,
 }
 
+/// An image that cannot be read now may be readable tomorrow. It is newer than those that can be
+/// read by fewer images than this.
+const UNREAD_IMAGES: u64 = 1 << 32;
+
 /// The two images of a page on a copy.
 struct Images {
     blocks: [Box<Block>; 2],
@@ -139,8 +143,11 @@ impl Images {
         self.newest().map_or(Slot::A, Slot::other)
     }
 
+    /// What the next image must be numbered beyond.
     fn newest_sequence(&self) -> u64 {
-        self.sequences.iter().flatten().copied().max().unwrap_or(0)
+        let newest = self.sequences.iter().flatten().copied().max();
+        let unread = if self.unreadable { UNREAD_IMAGES } else { 0 };
+        newest.unwrap_or(0).saturating_add(unread)
     }
 
     fn equals(&self, slot: Slot, bits: &PageBits) -> bool {
@@ -226,8 +233,8 @@ pub(super) fn merge<R: ReadBlock>(
         for (images, copy) in images.iter().zip(&mut copies) {
             let newest = images.newest();
             copy.slots.push(images.next());
-            copy.matches
-                .push(newest.is_some_and(|slot| images.equals(slot, bits)));
+            let matches = newest.is_some_and(|slot| images.equals(slot, bits));
+            copy.matches.push(matches && !images.unreadable);
         }
     }
     for (copy, images) in copies.iter_mut().zip(&images) {

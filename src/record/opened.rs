@@ -64,6 +64,8 @@ pub struct Opened {
     pub notes: Vec<Note>,
     /// A minority of the copies may go on alone.
     pub(super) force: bool,
+    /// It took force: too few copies could be read to know that nothing is newer.
+    pub(super) minority: bool,
     /// The record is new: no copy holds anything.
     pub(super) fresh: bool,
     /// Every epoch that was met.
@@ -98,6 +100,7 @@ impl Opened {
         Self {
             notes: Vec::new(),
             force: false,
+            minority: false,
             fresh: true,
             known: superblock.history,
             sequence_max: 0,
@@ -111,6 +114,13 @@ impl Opened {
     #[must_use]
     pub fn state(&self, copy: usize) -> &CopyState {
         &self.copies[copy].state
+    }
+
+    /// Whether a minority of the copies was taken as the truth (rule S6): what the others knew is
+    /// lost.
+    #[must_use]
+    pub fn is_minority(&self) -> bool {
+        self.minority
     }
 
     /// The merged bits of a page.

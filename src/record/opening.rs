@@ -177,6 +177,7 @@ pub fn open<R: ReadBlock>(
         superblock,
         notes,
         force: options.force,
+        minority: forced,
         fresh: false,
         known: history,
         sequence_max,

@@ -4,9 +4,8 @@
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::{RecordCliError, names};
+use super::{PATIENCE, RecordCliError, names};
 use crate::config::{self, Config, FirstUse, RecordPlaces};
 use crate::daemon::fingerprints;
 use crate::daemon::first_use::{self, RunIds};
@@ -22,7 +21,7 @@ pub(super) fn create(
     places: &RecordPlaces,
     out: &mut impl Write,
 ) -> Result<(), RecordCliError> {
-    let mut files = RecordFiles::open(places, Access::Own(Duration::ZERO))?;
+    let mut files = RecordFiles::open(places, Access::Own(PATIENCE))?;
     if let Some(there) = files.files().iter().find(|file| file.file().is_some()) {
         return Err(RecordCliError::Exists {
             place: there.path().display().to_string(),

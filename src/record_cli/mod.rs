@@ -24,6 +24,9 @@ use crate::record::{RecorderError, Refusal};
 use crate::replica::{OpenError, SetError};
 use view::View;
 
+/// How long a daemon that has just ended, or was killed, may keep its locks (rule K2).
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// A command about a state record that was not carried out.
 #[derive(Debug, Error)]
 pub enum RecordCliError {
@@ -135,7 +138,7 @@ fn places(config: &Config) -> Result<RecordPlaces, RecordCliError> {
 }
 
 fn forget(places: &RecordPlaces, yes: bool, out: &mut impl Write) -> Result<(), RecordCliError> {
-    let files = RecordFiles::open(places, Access::Own(Duration::ZERO))?;
+    let files = RecordFiles::open(places, Access::Own(PATIENCE))?;
     if files.is_absent() {
         return Err(RecordCliError::Absent {
             places: names(places),

@@ -3,6 +3,8 @@
 //! `docs/operation.md` describes the fields.
 
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -18,6 +20,9 @@ use crate::record::{
 };
 use crate::replica::Fingerprint;
 use crate::units::{ReplicaId, SECTOR_BYTES};
+
+/// Who has the record for longer serves the disk.
+const IN_USE_DOUBT: Duration = Duration::from_millis(300);
 
 /// A state record for people and programs.
 #[derive(Debug, Serialize)]
@@ -162,6 +167,7 @@ impl View {
             elsewhere: Vec::new(),
         };
         let files = RecordFiles::open(&places, Access::Look)?;
+        wait_for_end(&files);
         let mut sources = files.sources();
         // Files that were not named are as good as missing, for a record that has more copies.
         let copies = sources.iter_mut().filter_map(copies_of).max();
@@ -188,6 +194,7 @@ impl View {
                 places: names(places),
             });
         }
+        wait_for_end(&files);
         let expected = Expected {
             replicas: u8::try_from(config.replicas.len()).ok(),
             ..Expected::default()
@@ -245,6 +252,15 @@ impl View {
         };
         view.start = forecast::start(&view, refusal.as_ref());
         view
+    }
+}
+
+/// A daemon that has just ended may have its locks for a moment longer: it would be a pity to say
+/// that it serves.
+fn wait_for_end(files: &RecordFiles) {
+    let begin = Instant::now();
+    while files.are_in_use() && begin.elapsed() < IN_USE_DOUBT {
+        thread::sleep(Duration::from_millis(10));
     }
 }
 

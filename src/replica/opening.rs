@@ -27,15 +27,11 @@ pub fn open_set(options: &[RawOptions]) -> Result<Vec<Arc<Replica>>, OpenError> 
     Ok(open)
 }
 
-/// Opens every replica of a set that can be opened, and tells of each of the others why not; the
-/// results are in the order of `options`.
+/// Whether no two of the replicas are the same storage, as far as they can be looked at.
 ///
 /// # Errors
-/// [`OpenFault::Duplicate`] if two of them are the same storage (rule V8), whether they could be
-/// opened or not: that is wrong with the whole set, and nothing stays open.
-pub fn open_each(
-    options: &[RawOptions],
-) -> Result<Vec<Result<Arc<Replica>, OpenError>>, OpenError> {
+/// [`OpenFault::Duplicate`] if two of them are (rule V8).
+pub fn check_distinct(options: &[RawOptions]) -> Result<(), OpenError> {
     // Looked at before any is opened: of two that are the same storage the first may fail for a
     // reason of its own, and the second would then be taken for the only one.
     let mut seen: Vec<(&str, Identity)> = Vec::with_capacity(options.len());
@@ -53,6 +49,19 @@ pub fn open_each(
         }
         seen.push((&options.name, identity));
     }
+    Ok(())
+}
+
+/// Opens every replica of a set that can be opened, and tells of each of the others why not; the
+/// results are in the order of `options`.
+///
+/// # Errors
+/// [`OpenFault::Duplicate`] if two of them are the same storage (rule V8), whether they could be
+/// opened or not: that is wrong with the whole set, and nothing stays open.
+pub fn open_each(
+    options: &[RawOptions],
+) -> Result<Vec<Result<Arc<Replica>, OpenError>>, OpenError> {
+    check_distinct(options)?;
     let mut open: Vec<Arc<Replica>> = Vec::with_capacity(options.len());
     let mut results = Vec::with_capacity(options.len());
     for options in options {

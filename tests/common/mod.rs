@@ -121,8 +121,38 @@ impl Disk {
         if !direct_possible(&self.images[0]) {
             arguments.extend(["--cache".into(), "buffered".into()]);
         }
+        // New images are compared in the background, which finds what a test means to be found by
+        // something else. Whoever has a say about the record of its own has it.
+        let own = ["--record", "--adopt-from", "--assume-clean", "--config"];
+        let said = |argument: &OsString| {
+            let argument = argument.to_string_lossy();
+            own.iter().any(|own| argument.starts_with(own))
+        };
+        if !self.arguments.iter().any(said) {
+            arguments.push("--assume-clean".into());
+        }
         arguments.extend(self.arguments.iter().cloned());
         arguments
+    }
+
+    /// Other arguments of `serve` from the next start on.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(OsString::from).collect();
+    }
+
+    /// Starts the daemon on the images as they are, which it must refuse. Returns what it says.
+    pub fn refusal(&mut self) -> String {
+        let mut arguments = self.serve_arguments();
+        arguments.extend(["--socket-path".into(), self.socket.clone().into()]);
+        self.process = None;
+        let before = std::fs::read_to_string(self.folder().join("daemon.log"));
+        let before = before.unwrap_or_default().len();
+        let mut process = Process::start(self.folder(), &arguments);
+        let status = process.wait(PATIENCE);
+        let log = process.log();
+        self.process = Some(process);
+        assert_eq!(status.code(), Some(1), "{log}");
+        log[before..].to_owned()
     }
 
     /// Starts the daemon on the images as they are and waits until it serves.

@@ -20,6 +20,7 @@ pub enum Signal {
     Interrupt,
     Kill,
     User1,
+    User2,
 }
 
 /// A daemon. Killed when dropped; its log is printed if a test fails meanwhile.
@@ -76,6 +77,7 @@ impl Process {
             Signal::Interrupt => libc::SIGINT,
             Signal::Kill => libc::SIGKILL,
             Signal::User1 => libc::SIGUSR1,
+            Signal::User2 => libc::SIGUSR2,
         };
         let process = libc::pid_t::try_from(self.child.id()).expect("process numbers fit");
         // SAFETY: the child has not been waited for, or the number is not in use; kill has no

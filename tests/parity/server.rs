@@ -101,6 +101,8 @@ fn ours(socket: &Path, setup: &Setup, images: &[Image]) -> Command {
     command.arg("serve").arg("--socket-path").arg(socket);
     command.args(["--threshold", &setup.threshold.to_string()]);
     command.args(["--repair", on_off(setup.repair)]);
+    // The peer remembers nothing either.
+    command.args(["--record", "none"]);
     // What the peer calls every disk.
     command.args(["--serial", "vhost_user_blk"]);
     for image in images {

@@ -37,7 +37,7 @@ use crate::quorum::{
     LaneId, OpId, Outcome, Report, Shared, Tag, Wakeup,
 };
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
-use crate::replica::{Executor, ExecutorConfig, ExecutorError, RawOptions, Replica};
+use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
 use crate::units::{ReplicaId, Time};
 use roster::Roster;
 use stop::Stop;
@@ -70,6 +70,8 @@ pub struct MaintenanceSetup {
     pub replicas: Vec<Option<Arc<Replica>>>,
     /// How each of them is opened.
     pub options: Vec<RawOptions>,
+    /// What those that are not open were like when they were left, if that is known.
+    pub left: Vec<Option<Fingerprint>>,
     /// Logical blocks of the disk, in bytes.
     pub block_bytes: u32,
     /// Ring and buffers.
@@ -206,10 +208,12 @@ impl Maintenance {
             })
             .transpose()?;
         let mut wardens = Vec::with_capacity(setup.options.len());
-        for (index, options) in setup.options.into_iter().enumerate() {
+        let options = setup.options.into_iter().zip(setup.left);
+        for (index, (options, left)) in options.enumerate() {
             let setup = WardenSetup {
                 id: ReplicaId::new(index),
                 options,
+                left,
                 sectors: setup.shared.geometry.sectors(),
                 block_bytes: setup.block_bytes,
                 maintenance: Arc::clone(mailbox),

@@ -140,8 +140,12 @@ impl Maintenance {
                 let open = replica
                     .as_ref()
                     .filter(|_| up.contains(ReplicaId::new(index)));
-                let print = open.and_then(|replica| fingerprint_of(replica));
-                superblock.members[index].fingerprint = print.unwrap_or_default();
+                // What is said of those that are not up stays: it is of the time before this run,
+                // or good for nothing.
+                if let Some(replica) = open {
+                    let print = fingerprint_of(replica).unwrap_or_default();
+                    superblock.members[index].fingerprint = print;
+                }
             }
         });
         self.stop.phase = Phase::Closing(change);

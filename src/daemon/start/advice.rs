@@ -163,7 +163,7 @@ impl fmt::Display for Advice {
                 Doubt::Replaced => write!(
                     f,
                     "replica '{name}' is not the file or device that it was when the disk was last \
-                     served: it will be rewritten from the others"
+                     served: it will be rewritten from the others; stop now if it is there by mistake"
                 ),
                 Doubt::Unknown => write!(
                     f,

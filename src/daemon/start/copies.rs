@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The copies of the record at a start: which of them are written from now on.
 
+use std::path::Path;
+
 use super::advice::Advice;
 use crate::daemon::record_files::RecordFiles;
 use crate::record::{CopyState, Note, Opened};
 
 /// Makes copies that are missing or empty anew, and says of each whether it can be written. Nothing
 /// that holds anything but a copy of this record is touched: it is somebody's.
-pub fn prepare(files: &mut RecordFiles, opened: &Opened) -> (Vec<bool>, Vec<Advice>) {
+///
+/// With `beside` the copies are beside replicas. There none is made where the replica is missing:
+/// its file system may not be mounted.
+pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<bool>, Vec<Advice>) {
     let length_bytes = opened.superblock.layout().length_bytes();
     let mut writable = Vec::with_capacity(files.files().len());
-    let mut advice: Vec<Advice> = opened.notes.iter().map(of_note).collect();
+    let mut advice: Vec<Advice> = opened.notes.iter().filter_map(of_note).collect();
     for copy in 0..files.files().len() {
         let name = files.files()[copy].path().display().to_string();
         let length = files.files()[copy].file().map(|file| file.metadata());
@@ -25,8 +30,17 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened) -> (Vec<bool>, Vec<Advi
                 advice.push(Advice::Copy { text });
                 false
             }
+            CopyState::Missing if beside && !has_replica(files.files()[copy].path()) => {
+                let text = format!("{name} of the state record is missing, as its replica is");
+                advice.push(Advice::Copy { text });
+                false
+            }
             CopyState::Blank | CopyState::Missing => match files.create(copy, length_bytes) {
-                Ok(()) => true,
+                Ok(()) => {
+                    let text = format!("{name} of the state record was missing: it is made anew");
+                    advice.push(Advice::Copy { text });
+                    true
+                }
                 Err(error) => {
                     let cause = std::error::Error::source(&error);
                     let cause = cause.map_or(String::new(), |cause| format!(" ({cause})"));
@@ -50,28 +64,23 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened) -> (Vec<bool>, Vec<Advi
     (writable, advice)
 }
 
-/// Whether fewer than a majority of the copies could be read: that took force (rule S6).
-#[must_use]
-pub fn is_minority(opened: &Opened, copies: usize) -> bool {
-    let readable =
-        |&copy: &usize| matches!(opened.state(copy), CopyState::Current | CopyState::Stale);
-    (0..copies).filter(readable).count() <= copies / 2
+/// Whether there is a replica beside which the copy at `path` is.
+fn has_replica(path: &Path) -> bool {
+    path.with_extension("").exists()
 }
 
-fn of_note(note: &Note) -> Advice {
+fn of_note(note: &Note) -> Option<Advice> {
     let text = match note {
         Note::NotUsed { copy, state } => match state {
             CopyState::Stale => format!(
                 "{copy} of the state record is old and is brought up to date from the others"
             ),
-            CopyState::Blank | CopyState::Missing => {
-                format!("{copy} of the state record is missing and is made anew")
-            }
+            // Told when it is known what is done about it.
+            CopyState::Blank | CopyState::Missing | CopyState::Current => return None,
             CopyState::Unreadable(why) => format!(
                 "{copy} of the state record cannot be used ({why}), and is not written any more: \
                  if nothing else is in it, remove it and start again, and it is made anew"
             ),
-            CopyState::Current => format!("{copy} of the state record is used"),
         },
         Note::PageLost(name) => format!(
             "page {} of map {} of the state record is lost: all that it speaks of counts as \
@@ -84,5 +93,5 @@ fn of_note(note: &Note) -> Advice {
              a power loss that is nothing to worry about"
         ),
     };
-    Advice::Copy { text }
+    Some(Advice::Copy { text })
 }

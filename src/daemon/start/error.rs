@@ -35,8 +35,7 @@ pub enum StartError {
     Open(#[from] OpenError),
     /// A replica cannot be opened, and nothing is known about it (rule S5).
     #[error(
-        "{0}. The disk has no state record yet, and the first time all of its replicas must be \
-         there"
+        "the disk has no state record yet, and the first time all of its replicas must be there"
     )]
     FirstUse(#[source] OpenError),
     /// The replicas do not make a disk.

@@ -81,6 +81,16 @@ impl Remembered {
         }
     }
 
+    /// What the replica must be like when it comes back, if it is to be the one that left: to be
+    /// asked of one that is not there. `None`: it cannot be known.
+    #[must_use]
+    pub fn left(&self, clean: bool) -> Option<Fingerprint> {
+        match self.mark(clean) {
+            Mark::All(kept) => Some(kept),
+            Mark::Inode(_) | Mark::None => None,
+        }
+    }
+
     /// Whether what was `found` in another slot is this replica. `present`: there is something
     /// else in its own slot.
     #[must_use]

@@ -17,6 +17,9 @@ use crate::units::{ReplicaId, ReplicaSet};
 /// Pause between two looks at a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
+/// What became of opening a replica.
+pub type OpenResult = Result<Arc<Replica>, OpenError>;
+
 /// How each replica of `config` is opened, in order.
 #[must_use]
 pub fn options_of(config: &Config) -> Vec<RawOptions> {
@@ -46,7 +49,7 @@ pub fn open_waiting(
     options: &[RawOptions],
     skipped: ReplicaSet,
     timeout: Duration,
-) -> Result<Vec<Option<Result<Arc<Replica>, OpenError>>>, OpenError> {
+) -> Result<Vec<Option<OpenResult>>, OpenError> {
     let begin = Instant::now();
     let wanted: Vec<usize> = (0..options.len())
         .filter(|&slot| !skipped.contains(ReplicaId::new(slot)))
@@ -93,11 +96,7 @@ pub fn open_all_waiting(
 
 /// Closes a replica that cannot serve a disk of `sectors` sectors (rules Z3, L2). The error names
 /// it and says why.
-pub fn fit(
-    result: Result<Arc<Replica>, OpenError>,
-    sectors: u64,
-    block_bytes: u32,
-) -> Result<Arc<Replica>, String> {
+pub fn fit(result: OpenResult, sectors: u64, block_bytes: u32) -> Result<Arc<Replica>, String> {
     let replica = result.map_err(|error| error.to_string())?;
     match check_member(&replica, sectors, block_bytes) {
         Ok(_) => Ok(replica),

@@ -324,15 +324,22 @@ impl Lane {
     /// Tells those of this lane whom run `run` covers.
     pub(super) fn flush_answer<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, run: u64, ok: bool) {
         let pause = !ok && self.shall_pause(turn, turn.shared.policy.threshold);
-        for slot in std::mem::take(&mut self.flushes) {
+        // Whoever is told may want to be covered by another run: those are behind the others.
+        let mut left = self.flushes.len();
+        let mut at = 0;
+        while left > 0 {
+            left -= 1;
+            let slot = self.flushes[at];
             let Some(Activity::FlushRequest(request)) = self.activities.get_mut(slot) else {
                 unreachable!("a flush request lives until it is published")
             };
             if request.run != run {
-                self.flushes.push(slot);
+                at += 1;
                 continue;
             }
-            match request.whom {
+            let whom = request.whom;
+            self.flushes.remove(at);
+            match whom {
                 FlushFor::Request(_) if pause => self.paused.push(Waiter::Flush(slot)),
                 FlushFor::Request(tag) => {
                     let status = if ok { Status::Ok } else { Status::IoError };

@@ -4,11 +4,17 @@
 //! A lane is a state machine. [`Lane::handle`] is given one event and the time and appends
 //! actions; it never blocks and never looks at the world. Parts:
 //!
-//! - `read`: ask the current copies, compare, reply at T equal, look at late ballots too.
-//! - `write`: lock, write to all current copies, leave behind who fails or is late, reply.
+//! - `read`: ask the current copies, compare, reply at T equal, look at late ballots too; checks.
+//! - `write`: lock, wait until the intent is durable, write to all current copies, leave behind
+//!   who fails or is late, wait until that is durable, reply.
 //! - `settle`: arbitration under the exclusive lock, repair, resolving of sectors in U.
 //! - `reconcile`: a whole extent brought into order: after a crash, and for replicas behind in it.
 //! - `flush`: flush runs over all replicas.
+//! - `probe`: a read of one replica, to see whether it answers.
+//!
+//! A request waits for locks, for operations, for marks to become durable ([`Action::Record`],
+//! [`Wakeup::Durable`]), for its extent to be reconciled, or for replicas to come back
+//! ([`Wakeup::MembersChanged`]); nobody waits for a replica that is not up.
 //!
 //! Every request and every settlement is an *activity* in a slot. An activity lives until it has
 //! been replied to, the reply is published, and its last operation has completed: a buffer is

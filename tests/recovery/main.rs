@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The real daemon under a front-end in the test process, and everything a disk meets in its life:
+//! replicas that hang, fail, vanish and come back stale, daemons that are killed, hosts that lose
+//! power. A model knows what each sector may hold at any moment; afterwards all replicas must
+//! become byte-identical.
+//!
+//! - `site`: the daemon, its replicas, what it says of itself.
+//! - `model`: what each sector may hold.
+//! - `guest`: writes, reads and flushes, checked against the model.
+//! - `failing`: replicas that hang or fail for a while.
+//! - `leaving`: files that are taken away, exchanged, cut short.
+//! - `kills`: the daemon is killed.
+//! - `power`: unflushed writes are lost.
+//! - `starts`: what a start decides.
+//! - `upkeep`: first comparison, scrub, status.
+//!
+//! Files that go wrong on command need root and FUSE (`tests/vm/faulty_file.py`); without, those
+//! tests say so and end.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod failing;
+mod guest;
+mod kills;
+mod leaving;
+mod model;
+mod power;
+mod site;
+mod starts;
+mod upkeep;
