@@ -284,8 +284,8 @@ fn replicas_that_cannot_be_opened_are_named_with_the_cure() {
             .unwrap();
         assert_eq!(output.status.code(), Some(1));
         let text = stderr(&output);
-        let begin = format!("quorum-blk: replica 'replica3' ({}): ", path.display());
-        assert!(text.starts_with(&begin), "{text}");
+        let named = format!("replica 'replica3' ({}): ", path.display());
+        assert_eq!(text.matches(&named).count(), 1, "{text}");
         assert_eq!(text.matches(message).count(), 1, "{text}");
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(!socket.exists());

@@ -14,8 +14,8 @@ use tracing::{debug, info, warn};
 
 use super::worker::Message;
 use crate::device::mailbox::Mailbox;
-use crate::replica::{Fingerprint, Presence, RawOptions, Replica, open_one_beside};
-use crate::units::ReplicaId;
+use crate::replica::{Fingerprint, Presence, RawOptions, Replica, lengthen, open_one_beside};
+use crate::units::{ReplicaId, SECTOR_BYTES};
 
 /// From one look to the next.
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
@@ -132,7 +132,30 @@ impl Warden {
         self.setup.maintenance.post(Message::Vanished { replica });
     }
 
+    /// A file that was cut short gets its length back: it is the one that was lost, and what is
+    /// missing in it is copied to it like all that it missed.
+    fn restore_length(&self, others: &[Option<Arc<Replica>>]) {
+        let path = &self.setup.options.path;
+        let length_bytes = self.setup.sectors * SECTOR_BYTES;
+        let (Some(left), Ok(now)) = (self.left, Fingerprint::of_path(path)) else {
+            return;
+        };
+        let ours = (now.inode, now.device) == (left.inode, left.device);
+        if !ours || now.size_bytes >= length_bytes || self.setup.options.read_only {
+            return;
+        }
+        let restored = lengthen(&self.setup.options, others, length_bytes);
+        if restored.is_ok() {
+            let name = &self.setup.options.name;
+            info!(
+                replica = name,
+                "replica {name} was cut short and has its length again"
+            );
+        }
+    }
+
     fn open(&mut self, others: &[Option<Arc<Replica>>]) {
+        self.restore_length(others);
         let setup = &self.setup;
         let name = &setup.options.name;
         let opened = open_one_beside(&setup.options, others, setup.sectors, setup.block_bytes);

@@ -157,7 +157,8 @@ impl<T> Mailbox<T> {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             state: Mutex::new(State {
-                messages: Vec::new(),
+                // Who posts is in the middle of the data path, and should not have to allocate.
+                messages: Vec::with_capacity(MAILBOX_MESSAGES_MAX),
                 closed: false,
             }),
             taken: Condvar::new(),

@@ -58,7 +58,7 @@ fn profiles_of_broken_builds_hold_when_nothing_is_broken() {
 }
 
 /// Breaks a rule in random runs until one of `rules` is seen broken.
-fn is_noticed(broken: Broken, profiles: &[Profile], rules: &[&str]) {
+pub fn is_noticed(broken: Broken, profiles: &[Profile], rules: &[&str]) {
     for seed in 1..=SEEDS {
         for &profile in profiles {
             let profile = Profile {
@@ -82,9 +82,17 @@ fn is_noticed(broken: Broken, profiles: &[Profile], rules: &[&str]) {
     panic!("{broken:?} was not noticed in {SEEDS} runs of each profile");
 }
 
-fn mutation_is_noticed(mutation: Mutation, profiles: &[Profile], rules: &[&str]) {
+pub fn mutation_is_noticed(mutation: Mutation, profiles: &[Profile], rules: &[&str]) {
     let broken = Broken {
         mutation: Some(mutation),
+        ..Broken::default()
+    };
+    is_noticed(broken, profiles, rules);
+}
+
+pub fn breach_is_noticed(breach: Breach, profiles: &[Profile], rules: &[&str]) {
+    let broken = Broken {
+        breach: Some(breach),
         ..Broken::default()
     };
     is_noticed(broken, profiles, rules);
@@ -137,20 +145,13 @@ fn q3_deferral_ignored_is_noticed() {
 
 #[test]
 fn l1_parts_queued_for_one_by_one_are_noticed() {
-    let broken = Broken {
-        breach: Some(Breach::PartsNotAnnounced),
-        ..Broken::default()
-    };
-    is_noticed(broken, &[HEALTHY], &["I14", "I1", "I2"]);
+    breach_is_noticed(Breach::PartsNotAnnounced, &[HEALTHY], &["I14", "I1", "I2"]);
 }
 
 #[test]
 fn l4_guest_memory_written_uncopied_is_noticed() {
-    let broken = Broken {
-        breach: Some(Breach::GuestMemoryNotCopied),
-        ..Broken::default()
-    };
-    is_noticed(broken, &[HEALTHY], &["I1", "I2", "I14", "I15"]);
+    let rules = ["I1", "I2", "I14", "I15"];
+    breach_is_noticed(Breach::GuestMemoryNotCopied, &[HEALTHY], &rules);
 }
 
 #[test]

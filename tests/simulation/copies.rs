@@ -7,8 +7,19 @@
 
 use std::sync::Arc;
 
-use crate::record::{BLOCK_BYTES, Block, CopySource, Found, Layout, ReadBlock, WriteId};
+use crate::quorum::{Bitmap, PageName};
+use crate::record::{
+    BLOCK_BYTES, Block, CopySource, DiskUuid, Found, Layout, PageImage, ReadBlock, Superblock,
+    WriteId,
+};
 use crate::rng::Rng;
+use crate::units::REPLICAS_MAX;
+
+/// The only disk there is.
+pub const DISK: DiskUuid = DiskUuid([7; 16]);
+
+/// D and the B of all slots.
+const BITMAPS: usize = 1 + REPLICAS_MAX;
 
 /// Bytes that a write changes at once or not at all.
 const ATOM: usize = 512;
@@ -125,10 +136,17 @@ impl Copies {
         let (copy, block) = (usize::from(copy), usize::try_from(block).expect("small"));
         let mut others = self.in_flight.iter().flatten();
         if others.any(|other| (other.copy, other.block) == (copy, block)) {
-            return Err(format!("block {block} of copy {copy} is written twice at once"));
+            return Err(format!(
+                "block {block} of copy {copy} is written twice at once"
+            ));
         }
         if block >= self.copies[copy].blocks.len() {
             return Err(format!("block {block} of copy {copy} does not exist"));
+        }
+        if let Some(newest) = self.sequence(copy, block)
+            && self.sequence(copy, block ^ 1).is_none_or(|other| other < newest)
+        {
+            return Err(format!("block {block} of copy {copy} is the newest there is"));
         }
         let entry = Some(InFlight {
             copy,
@@ -144,6 +162,21 @@ impl Copies {
         });
         self.in_flight[place] = entry;
         Ok(place)
+    }
+
+    /// The sequence of what a block holds; `None`: it is torn or empty. The two slots of a page, or
+    /// of the superblock, are neighbours.
+    fn sequence(&self, copy: usize, block: usize) -> Option<u64> {
+        let bytes = &self.copies[copy].blocks[block];
+        let Some(place) = (block / 2).checked_sub(1) else {
+            return Superblock::decode(bytes).ok().map(|found| found.sequence);
+        };
+        let name = PageName {
+            bitmap: Bitmap::from_number(place % BITMAPS),
+            page: place / BITMAPS,
+        };
+        let image = PageImage::decode(bytes, name, DISK);
+        image.ok().map(|image| image.sequence)
     }
 
     /// A write ends.

@@ -73,6 +73,7 @@ mod quorum;
 mod record;
 
 mod broken;
+mod broken_lives;
 mod budget;
 mod cache;
 mod checks;

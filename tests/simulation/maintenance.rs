@@ -249,7 +249,7 @@ impl World {
                 let copies = self.copies.as_mut().expect("there is a record");
                 let place = match copies.begin(copy, write, block, bytes, errno) {
                     Ok(place) => place,
-                    Err(what) => return violation("R6", what),
+                    Err(what) => return violation("I13", what),
                 };
                 let what = Event::Written { place };
                 self.clock.after(delay, Happening::Life(what));
@@ -362,6 +362,12 @@ impl World {
         self.staff().keeper = Some(keeper);
         self.tell_keeper(KeeperEvent::Tick);
         self.life.served = true;
+        let epoch = self.staff().recorder.superblock().epoch();
+        if epoch <= self.life.epoch {
+            let what = format!("serves in epoch {epoch} after epoch {}", self.life.epoch);
+            return violation("I12", what);
+        }
+        self.life.epoch = epoch;
         let delay = self.rng.below(3 * MS);
         self.clock.after(delay, Happening::Life(Event::Connect));
         Ok(())

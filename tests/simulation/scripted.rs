@@ -3,8 +3,8 @@
 
 use crate::pool::{Pool, REQUEST_SECTORS};
 use crate::quorum::{
-    Action, Event, Geometry, Lane, LaneId, Operation, OperationKind, Outcome, Policy, Request,
-    Shared, Status, Tag,
+    Action, Event, Geometry, Lane, LaneId, Mutation, Operation, OperationKind, Outcome, Policy,
+    Request, Shared, Status, Tag,
 };
 use crate::units::{ReplicaId, SectorRange, Time};
 
@@ -99,7 +99,11 @@ fn flush_error_after_the_end_of_its_run_counts() {
     while !script.shared.membership.note_late(slow, script.now) {}
     script.request(0, Request::Flush);
     script.complete(|op| (op.replica != slow).then_some(Outcome::Done));
-    assert_eq!(script.replies, [(Tag(0), Status::Ok)], "who lags is not waited for");
+    assert_eq!(
+        script.replies,
+        [(Tag(0), Status::Ok)],
+        "who lags is not waited for"
+    );
     script.shared.membership.note_prompt(slow);
     script.write(1, 0);
     script.complete(|op| (op.kind != OperationKind::Flush).then_some(Outcome::Done));
@@ -155,4 +159,57 @@ fn flush_error_of_a_settlement_counts_in_all_dirty_extents() {
     assert!(script.is_behind(0, 0), "it was rewritten and not flushed");
     assert!(script.is_behind(4, 0), "nor was what it took before");
     assert!(script.lane.is_idle());
+}
+
+/// The resync of a replica that fails a flush, is opened anew and flushes well before the resync
+/// ends: what was written to it may be gone. Returns whether it is still behind.
+fn resync_across_a_kick(mutation: Option<Mutation>) -> bool {
+    let mut script = Script::new();
+    script.shared.mutation = mutation;
+    let third = ReplicaId::new(2);
+    script.write(0, 0);
+    script.complete(|op| {
+        Some(if op.replica == third {
+            EIO
+        } else {
+            Outcome::Done
+        })
+    });
+    assert!(script.is_behind(0, 2));
+    // A flush is under way when the resync has written all it has to write.
+    script.request(1, Request::Flush);
+    let flushes = std::mem::take(&mut script.submitted);
+    script.request(2, Request::Reconcile { extent: 0 });
+    while let Some(operation) = script.submitted.pop() {
+        if let OperationKind::Read { buffer, range, .. } = operation.kind {
+            let value = if operation.replica == third { 9 } else { 7 };
+            for sector in 0..range.count() as usize {
+                script.pool.put(buffer, sector, value);
+            }
+        }
+        let (op, outcome) = (operation.op, Outcome::Done);
+        script.tell(Event::Completed { op, outcome });
+    }
+    // It fails, and the replica is back before the next one begins.
+    for flush in flushes.into_iter().rev() {
+        let (op, outcome) = match flush.replica == third {
+            true => (flush.op, EIO),
+            false => (flush.op, Outcome::Done),
+        };
+        script.tell(Event::Completed { op, outcome });
+        if flush.replica == third {
+            assert!(!script.shared.membership.up().contains(third));
+        }
+        script.shared.membership.admit(third);
+    }
+    script.complete(|_| Some(Outcome::Done));
+    assert!(script.lane.is_idle());
+    script.is_behind(0, 2)
+}
+
+/// Y5, c(i): what was written before a kick proves nothing.
+#[test]
+fn resync_of_a_replica_that_was_kicked_meanwhile_does_not_count() {
+    assert!(resync_across_a_kick(None));
+    assert!(!resync_across_a_kick(Some(Mutation::ResyncCounterIgnored)));
 }

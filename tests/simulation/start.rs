@@ -5,13 +5,13 @@
 use std::time::Duration;
 
 use crate::clock::Happening;
-use crate::copies::Copies;
+use crate::copies::{Copies, DISK};
 use crate::faults::MS;
 use crate::life::{Event, Stop};
 use crate::maintenance::{Maintenance, saved_states};
 use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
-    DiskUuid, EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
+    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
     Recorder, Refusal, Superblock, open,
 };
 use crate::trace::{Line, Verdict, violation};
@@ -80,9 +80,13 @@ impl World {
                 ..Member::default()
             };
         }
-        let verify = if self.rng.chance(300_000) { 0 } else { u64::MAX };
+        let verify = if self.rng.chance(300_000) {
+            0
+        } else {
+            u64::MAX
+        };
         let superblock = Superblock {
-            disk: DiskUuid([7; 16]),
+            disk: DISK,
             copy_index: 0,
             copies: small(copies),
             included: 1,
@@ -127,7 +131,7 @@ impl World {
         let mut sources = copies.sources(missing);
         let options = OpenOptions {
             expected: Expected {
-                disk: Some(DiskUuid([7; 16])),
+                disk: Some(DISK),
                 sectors: Some(self.shape.geometry.sectors()),
                 replicas: Some(small(self.shape.policy.replicas)),
                 threshold: Some(small(self.shape.policy.threshold)),
@@ -151,7 +155,6 @@ impl World {
             let what = format!("epoch {epoch} after epoch {}", self.life.epoch);
             return violation("I12", what);
         }
-        self.life.epoch = epoch;
         let marks = self.empty_marks();
         opened.load(&marks);
         // A copy may have missed that an extent is clean: it is dirty, but not in doubt.

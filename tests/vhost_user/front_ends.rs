@@ -335,11 +335,10 @@ fn missing_or_surplus_descriptors_end_at_most_the_connection() {
         scripts.push(("nine descriptors", vec![(request, body, many.clone())]));
     }
     survive(&mut disk, scripts);
+    // The last connections may be ending still.
+    let few = eventually(|| (disk.process().descriptors() <= descriptors + 8).then_some(()));
     let now = disk.process().descriptors();
-    assert!(
-        now <= descriptors + 8,
-        "{descriptors} descriptors became {now}"
-    );
+    assert!(few.is_some(), "{descriptors} descriptors became {now}");
 }
 
 #[test]

@@ -69,6 +69,18 @@ pub(super) struct Reconcile {
     waiters: Vec<Waiter>,
 }
 
+impl Reconcile {
+    /// Whose copy is not known to be durable as it is: who was rewritten, and in U everybody. Copies
+    /// may be equal only because an earlier attempt to resolve them ended before its flush.
+    fn unflushed(&self) -> ReplicaSet {
+        if self.resolves {
+            self.voters
+        } else {
+            self.rewritten
+        }
+    }
+}
+
 /// What became of a piece.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct PieceResult {
@@ -246,7 +258,7 @@ impl Lane {
         let shared = turn.shared;
         let reconcile = self.reconcile_mut(slot);
         reconcile.phase = Phase::Flushing;
-        let needed = reconcile.targets.union(reconcile.rewritten);
+        let needed = reconcile.targets.union(reconcile.unflushed());
         let extent = reconcile.extent;
         if needed.is_empty() || broken!(shared, ResolveNotFlushed | ResyncNotFlushed) {
             self.reconcile_flushed(turn, slot);
@@ -267,7 +279,7 @@ impl Lane {
         let flushed = |replica| broken || shared.activity.is_flushed(replica, stamp);
         let current = members.current(extent);
         let durable = reconcile
-            .rewritten
+            .unflushed()
             .iter()
             .all(|replica| flushed(replica) || !current.contains(replica));
         let known = reconcile.voters.contains_all(current);

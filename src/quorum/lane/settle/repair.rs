@@ -186,9 +186,13 @@ impl Lane {
         let range = settle.matter.range;
         let extent = geometry.extent_of(range.start());
         if settle.targets.contains(replica) {
-            // It is behind, and stays so.
+            // It is behind, and stays so. One that refuses the write is worse than one that is late.
+            let refused = !settle.pending.contains(replica);
             settle.lost.insert(replica);
             settle.repairs[replica.index()] = Repair::Wrong;
+            if refused && turn.shared.membership.up().contains(replica) {
+                turn.report(Report::RepairFailed { replica, range });
+            }
             return;
         }
         let gone = !turn.shared.membership.up().contains(replica);
