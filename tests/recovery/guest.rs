@@ -183,6 +183,16 @@ impl Guest {
         completion.expect("an answer").status
     }
 
+    /// How a write of zeroes ends. The model is not told: the sectors are zero before.
+    pub fn status_of_write(&mut self, start: usize, count: usize) -> Status {
+        let request = Request::Write {
+            sector: start as u64,
+            data: &vec![0; count * SECTOR],
+        };
+        let completion = self.front_end.queue(0).run(&request);
+        completion.expect("an answer").status
+    }
+
     /// Flushes. Returns how long it took.
     pub fn flush(&mut self, model: &mut Model) -> Duration {
         assert!(self.in_flight.is_empty(), "the model needs quiet");

@@ -2,8 +2,6 @@
 //! Power losses, imitated: the daemon is killed and what replicas had not been told to flush is
 //! lost, all of it or any part. What was flushed is there; what was read once does not change.
 
-use std::time::Duration;
-
 use crate::common::{Random, Signal};
 use crate::guest::Guest;
 use crate::model::Model;
@@ -24,15 +22,15 @@ fn work_and_lose_power(
         worked.expect("the daemon lives");
         guest.flush(model);
     }
-    let after = Duration::from_micros(random.below(15_000) as u64);
+    let last = 20 + random.below(200);
     let process = site.process();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            std::thread::sleep(after);
+    let worked = guest.work(model, random, 16, |done| {
+        if done == last {
             process.signal(Signal::Kill);
-        });
-        assert!(guest.work(model, random, 16, |_| true).is_err());
+        }
+        true
     });
+    assert!(worked.is_err());
     drop(guest);
     site.kill();
     let lost = lose(site);
@@ -47,8 +45,9 @@ fn drop_unsynced(site: &Site, replica: usize, seed: Option<usize>) -> u64 {
     site.fault(replica).ask(&command)
 }
 
-fn buffered(replicas: &[usize]) -> Option<Site> {
-    let site = Site::faulty(replicas, &[])?;
+/// A disk of `count` replicas of which these lose what is not flushed.
+fn buffered(count: usize, replicas: &[usize]) -> Option<Site> {
+    let site = Site::faulty_of(count, replicas, &[])?;
     for &replica in replicas {
         site.fault(replica).tell("buffer on");
     }
@@ -72,7 +71,7 @@ fn settle(mut site: Site, model: &mut Model, replicas: &[usize]) {
 
 #[test]
 fn one_replica_that_lost_its_unflushed_writes_changes_nothing() {
-    let Some(mut site) = buffered(&[2]) else {
+    let Some(mut site) = buffered(3, &[2]) else {
         return;
     };
     let mut model = Model::new(SECTORS);
@@ -95,7 +94,7 @@ fn one_replica_that_lost_its_unflushed_writes_changes_nothing() {
 #[test]
 fn a_host_that_lost_power_keeps_what_was_flushed() {
     let all = [0, 1, 2];
-    let Some(mut site) = buffered(&all) else {
+    let Some(mut site) = buffered(3, &all) else {
         return;
     };
     let mut model = Model::new(SECTORS);
@@ -118,9 +117,33 @@ fn a_host_that_lost_power_keeps_what_was_flushed() {
 }
 
 #[test]
+fn two_replicas_that_differ_after_a_power_loss_are_made_equal() {
+    // No majority decides where they differ: one is chosen (rule Y3), once and for all.
+    let both = [0, 1];
+    let Some(mut site) = buffered(2, &both) else {
+        return;
+    };
+    let mut model = Model::new(SECTORS);
+    let mut random = Random::new(45);
+    for round in 0..10 {
+        work_and_lose_power(&mut site, &mut model, &mut random, |site| {
+            let lost = both.map(|replica| drop_unsynced(site, replica, Some(2 * round + replica)));
+            lost.iter().sum()
+        });
+        assert!(site.difference().is_some(), "the tosses were equal");
+        site.start();
+        let mut guest = Guest::connect(&site);
+        guest.check_all(&mut model, true);
+        guest.check_all(&mut model, true);
+        site.assert_no_failure();
+    }
+    settle(site, &mut model, &both);
+}
+
+#[test]
 fn what_was_read_after_a_power_loss_survives_the_next_one() {
     let all = [0, 1, 2];
-    let Some(mut site) = buffered(&all) else {
+    let Some(mut site) = buffered(3, &all) else {
         return;
     };
     let mut model = Model::new(SECTORS);
@@ -154,7 +177,7 @@ fn what_was_read_after_a_power_loss_survives_the_next_one() {
 
 #[test]
 fn power_lost_while_a_replica_is_away_brings_back_no_old_data() {
-    let Some(mut site) = buffered(&[0, 1]) else {
+    let Some(mut site) = buffered(3, &[0, 1]) else {
         return;
     };
     let mut model = Model::new(SECTORS);
@@ -178,4 +201,54 @@ fn power_lost_while_a_replica_is_away_brings_back_no_old_data() {
     drop(guest);
     site.await_equal();
     settle(site, &mut model, &[0, 1]);
+}
+
+#[test]
+fn what_one_start_has_shown_the_next_shows_too_whoever_is_there() {
+    for seed in [46, 47, 48] {
+        let Some(mut site) = buffered(3, &[0, 1]) else {
+            return;
+        };
+        let mut model = Model::new(SECTORS);
+        let mut random = Random::new(seed);
+        let mut guest = Guest::connect(&site);
+        let worked = guest.work(&mut model, &mut random, 8, |done| done < 100);
+        worked.expect("the daemon lives");
+        let away = site.folder().join("away");
+        std::fs::rename(&site.images[2], &away).expect("a file of ours");
+        site.await_event("QUORUM_BLK_REPLICA_KICKED", |data| {
+            data["replica"] == "replica2"
+        });
+        drop(guest);
+        // Replicas 0 and 1 differ wherever only one of them has lost something.
+        work_and_lose_power(&mut site, &mut model, &mut random, |site| {
+            drop_unsynced(site, 0, Some(3)) + drop_unsynced(site, 1, Some(4))
+        });
+        site.start();
+        let mut guest = Guest::connect(&site);
+        for start in (0..SECTORS / 2).step_by(64) {
+            guest.read_resolving(&mut model, start, 64);
+        }
+        drop(guest);
+        site.kill();
+        drop_unsynced(&site, 0, None);
+        drop_unsynced(&site, 1, None);
+        model.lose_power();
+        // Now replica 1 alone knows what was shown, if it was flushed before (rule Y1).
+        std::fs::rename(&away, &site.images[2]).expect("a file of ours");
+        let missing = site.folder().join("missing");
+        let path = std::mem::replace(&mut site.paths[0], missing);
+        let record = site.record(0);
+        let kept = format!("{}.qrec", path.display());
+        std::fs::copy(kept, record).expect("a copy of the record");
+        site.start();
+        let mut guest = Guest::connect(&site);
+        guest.check_all(&mut model, true);
+        drop(guest);
+        site.assert_no_failure();
+        site.stop_anyhow();
+        let same = std::fs::read(&site.images[1]).expect("an image")
+            == std::fs::read(&site.images[2]).expect("an image");
+        assert!(same, "the replicas that were there differ");
+    }
 }

@@ -182,7 +182,7 @@ fn copies_of_the_record_that_are_lost_are_made_anew_as_long_as_most_are_left() {
     let (mut site, mut model) = stopped(68);
     fs::remove_file(site.record(1)).expect("a copy");
     let log = serves(&mut site, &mut model, &[]);
-    contains(&log, "is missing and is made anew");
+    contains(&log, "made anew");
     // It counts again.
     fs::remove_file(site.record(0)).expect("a copy");
     serves(&mut site, &mut model, &[]);

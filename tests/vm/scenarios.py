@@ -48,8 +48,10 @@ FIO_RAW = (
 # However often a replica fails, it is not given up: these scenarios are about what happens when it
 # does not fail any more.
 LENIENT = ("--max-write-errors", 0, "--max-kicks", 0, "--max-repairs", 0)
-# Writes that nobody syncs, without an end.
-NOISE = "while :; do dd if=/dev/urandom of=/mnt/noise bs=16k count=64 conv=notrunc; done"
+# Writes that reach the disk and that nobody syncs, without an end.
+NOISE = "while :; do dd if=/dev/urandom of=/mnt/noise bs=16k count=64 {}; done".format(
+    "conv=notrunc oflag=direct"
+)
 # Only the reading half of the first, for files that an earlier run has written.
 FIO_VERIFY_ONLY = " --verify_only"
 
@@ -246,9 +248,9 @@ def truncated(bench):
 
 
 def slow(bench):
-    """One replica answers 500 ms late. The guest sees no error and right data, and neither its reads
-    nor its writes wait for it, but for the first few (W6). When it is quick again, it gets what it
-    missed."""
+    """One replica answers 500 ms late. The guest sees no error and right data, and neither its
+    reads nor its writes wait for it, but for the first few (W6). When it is quick again, it gets
+    what it missed."""
     with three_replicas(bench, SlowReplica) as replicas:
         with bench.serve(replicas, *LENIENT) as daemon:
             with bench.boot(daemon) as machine:
@@ -328,8 +330,8 @@ def stale_return(bench):
 
 
 def hang(bench):
-    """A replica's file does not answer at all for a while: it is left out, and opened again when its
-    last operation has ended."""
+    """A replica's file does not answer at all for a while: it is left out, and opened again when
+    its last operation has ended."""
 
     def fail(replica, daemon):
         replica.tell("hang")
