@@ -157,6 +157,7 @@ impl World {
             last_reply: 0,
             shape,
         };
+        world.plan.kicks = world.profile.life.is_some();
         world.hire();
         world
     }
