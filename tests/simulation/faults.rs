@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which operation meets which fault, as far as the budget goes.
 
-use crate::budget::Budget;
+use crate::budget::{Budget, REPLICAS};
 use crate::profile::{Ailment, Rates};
 use crate::quorum::OperationKind;
 use crate::rng::Rng;
@@ -16,6 +16,15 @@ const PROMPT_MAX: u64 = 10 * MS;
 
 /// Single operations that hang in one run.
 const HANGS_MAX: usize = 4;
+
+/// How long a replica that hangs may not be relied on: it hangs, is kicked, comes back.
+const HUNG_COUNTS: u64 = 6_000 * MS;
+
+/// A replica that is late this often in [`LATE_WINDOW`] may be lagging soon.
+const LATE_TIMES: u32 = 5;
+
+/// A second, and what the core may count from before.
+const LATE_WINDOW: u64 = 2_000 * MS;
 
 /// What happens to one operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,6 +95,10 @@ pub struct Plan {
     pub slow: Option<usize>,
     pub hung: Option<usize>,
     hangs: usize,
+    /// Replicas that hang are kicked, and those that are late too often are not waited for.
+    pub kicks: bool,
+    /// Of each replica, when it was first late of late, and how often since.
+    late: [(u64, u32); REPLICAS],
     any_read: u64,
     any_write: u64,
     any_flush: u64,
@@ -106,6 +119,8 @@ impl Plan {
             slow: None,
             hung: None,
             hangs: 0,
+            kicks: false,
+            late: [(0, 0); REPLICAS],
         }
     }
 
@@ -122,7 +137,7 @@ impl Plan {
 
     /// How long the operation takes, in nanoseconds.
     pub fn latency(
-        &self,
+        &mut self,
         rng: &mut Rng,
         operation: &Candidate,
         budget: &mut Budget,
@@ -137,7 +152,9 @@ impl Plan {
                     return rng.between(10 * MS, 70 * MS);
                 }
                 OperationKind::Write { range, .. } | OperationKind::WriteZeroes { range, .. } => {
-                    if budget.doom(range, operation.replica) {
+                    if self.may_be_late(operation.replica, budget)
+                        && budget.doom(range, operation.replica)
+                    {
                         tally.count("slow write");
                         return rng.between(25 * MS, 300 * MS);
                     }
@@ -187,7 +204,11 @@ impl Plan {
                 self.write_fault(rng, operation, range, budget, tally)
             }
             OperationKind::Flush => {
-                if !rng.chance(self.any_flush) || !budget.doom_everywhere(operation.replica) {
+                let until = match self.kicks {
+                    true => budget.now + HUNG_COUNTS,
+                    false => u64::MAX,
+                };
+                if !rng.chance(self.any_flush) || !budget.doom_until(operation.replica, until) {
                     return Fault::None;
                 }
                 if rng.below(self.any_flush) < self.rates.flush_error {
@@ -205,7 +226,28 @@ impl Plan {
     }
 
     fn may_hang(&self, operation: &Candidate) -> bool {
-        operation.may_hang && self.hangs < HANGS_MAX
+        operation.may_hang && (self.kicks || self.hangs < HANGS_MAX)
+    }
+
+    /// Whether the budget has room for a replica that hangs.
+    fn doom_hung(&self, range: SectorRange, replica: usize, budget: &mut Budget) -> bool {
+        if self.kicks {
+            return budget.doom_until(replica, budget.now + HUNG_COUNTS);
+        }
+        budget.doom(range, replica)
+    }
+
+    /// Whether one more late write is what the core puts up with, or the budget.
+    fn may_be_late(&mut self, replica: usize, budget: &mut Budget) -> bool {
+        if !self.kicks {
+            return true;
+        }
+        let (since, times) = &mut self.late[replica];
+        if budget.now - *since > LATE_WINDOW {
+            (*since, *times) = (budget.now, 0);
+        }
+        *times += 1;
+        *times < LATE_TIMES || budget.doom_until(replica, budget.now + HUNG_COUNTS)
     }
 
     fn read_fault(
@@ -228,7 +270,7 @@ impl Plan {
         let error = chosen(rates.read_error);
         let short = chosen(rates.read_short);
         if hang {
-            if !self.may_hang(operation) || !budget.doom(range, replica) {
+            if !self.may_hang(operation) || !self.doom_hung(range, replica, budget) {
                 return Fault::None;
             }
             self.hangs += 1;
@@ -282,7 +324,7 @@ impl Plan {
         let torn = chosen(rates.write_torn);
         let misdirected = chosen(rates.write_misdirected);
         if hang {
-            if !self.may_hang(operation) || !budget.doom(range, replica) {
+            if !self.may_hang(operation) || !self.doom_hung(range, replica, budget) {
                 return Fault::None;
             }
             self.hangs += 1;

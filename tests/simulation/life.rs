@@ -94,7 +94,7 @@ impl Life {
             stopped_clean: false,
             daemons: 0,
             served: false,
-            cautious: 0,
+            cautious: 300_000,
             epoch: 0,
             strays: Vec::new(),
         }

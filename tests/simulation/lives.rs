@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Kinds of runs with a state record: daemons that are killed, stopped and started again.
 
-use crate::profile::{Ailment, HEALTHY, Lives, Profile, QUIET, Rates};
+use crate::profile::{
+    Ailment, ERRORS, FIFO, FLUSHES, HEALTHY, Lives, MINORITY, MIXED, Profile, QUIET, Rates, SILENT,
+    SLOW, STORM,
+};
 
 /// Nobody leaves, nothing fails, nothing ends.
 const PEACE: Lives = Lives {
@@ -172,7 +175,26 @@ pub const HASTY: Profile = Profile {
     ..ROTATING
 };
 
-pub const ALL: [Profile; 9] = [
+/// More write errors than any quorum survives, and kills.
+pub const STORM_KILLS: Profile = Profile {
+    name: "storm-kills",
+    life: Some(Lives {
+        steps: 2_500,
+        ..PEACE
+    }),
+    ..STORM
+};
+
+/// A profile of the time before records, with one.
+const fn recorded(profile: Profile, name: &'static str) -> Profile {
+    Profile {
+        name,
+        life: Some(PEACE),
+        ..profile
+    }
+}
+
+pub const ALL: [Profile; 18] = [
     RECORDED,
     KILLS,
     POWER,
@@ -182,4 +204,13 @@ pub const ALL: [Profile; 9] = [
     ROTATING,
     ROTATING_POWER,
     HASTY,
+    STORM_KILLS,
+    recorded(ERRORS, "errors-recorded"),
+    recorded(SILENT, "silent-recorded"),
+    recorded(MIXED, "mixed-recorded"),
+    recorded(SLOW, "slow-recorded"),
+    recorded(FLUSHES, "flushes-recorded"),
+    recorded(STORM, "storm-recorded"),
+    recorded(MINORITY, "minority-recorded"),
+    recorded(FIFO, "fifo-recorded"),
 ];

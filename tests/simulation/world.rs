@@ -159,6 +159,7 @@ impl World {
             last_reply: 0,
             shape,
         };
+        world.plan.kicks = world.profile.life.is_some();
         world.hire();
         world
     }
