@@ -39,6 +39,7 @@ use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Wanted};
 pub use error::StartError;
 use known::Remembered;
+use replicas::Waits;
 use settled::{ReplicaFiles, SettledDisk};
 
 /// A disk that is ready to be served, as soon as the opening change of its record is durable.
@@ -85,7 +86,7 @@ pub fn start(config: &Config) -> Result<Start, StartError> {
 
 /// Nothing is remembered: all replicas must be there, and all of them vote.
 fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, StartError> {
-    let replicas = replicas::open_all_waiting(&options, config.lock_timeout)?;
+    let replicas = replicas::open_all_waiting(&options, Waits::of(config))?;
     let block_bytes = config.block_size.map(|size| size.bytes());
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
     let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
@@ -160,7 +161,7 @@ fn first_time(
     mut files: RecordFiles,
 ) -> Result<Start, StartError> {
     let replicas =
-        replicas::open_all_waiting(&options, config.lock_timeout).map_err(StartError::FirstUse)?;
+        replicas::open_all_waiting(&options, Waits::of(config)).map_err(StartError::FirstUse)?;
     let block_bytes = config.block_size.map(|size| size.bytes());
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
     let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
@@ -283,7 +284,7 @@ fn open_replicas(
         matches!(state, MemberState::Failed | MemberState::Removed)
     };
     let out: ReplicaSet = slots.filter(is_out).collect();
-    let results = replicas::open_waiting(&options, out, config.lock_timeout)?;
+    let results = replicas::open_waiting(&options, out, Waits::of(config))?;
     let mut opening = Opening {
         replicas: Vec::with_capacity(options.len()),
         candidates: Vec::with_capacity(options.len()),

@@ -40,6 +40,15 @@ pub enum OpenFault {
         /// Its errno.
         error: io::Error,
     },
+    /// Its storage hangs.
+    #[error(
+        "does not answer: it could not be opened within {seconds} s (--io-timeout); look after \
+         the disk or the network that it is on"
+    )]
+    NoAnswer {
+        /// How long was waited.
+        seconds: u64,
+    },
     /// Nothing has that name.
     #[error("cannot open: {0}; correct the path, or create the file with the size of the disk")]
     NotFound(io::Error),

@@ -2,9 +2,13 @@
 //! Opening a set of replicas, whole or as far as it goes, and one of them again.
 //!
 //! Opening takes as long as the storage does, for ever if it hangs: it belongs on a thread that
-//! nobody waits for.
+//! nobody waits for. [`open_each`] and [`open_within`] see to that themselves.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -53,21 +57,26 @@ pub fn check_distinct(options: &[RawOptions]) -> Result<(), OpenError> {
 }
 
 /// Opens every replica of a set that can be opened, and tells of each of the others why not; the
-/// results are in the order of `options`.
+/// results are in the order of `options`. Nothing is waited for longer than `limit`, neither a
+/// look at the whole set nor the opening of one of them.
 ///
 /// # Errors
 /// [`OpenFault::Duplicate`] if two of them are the same storage (rule V8), whether they could be
 /// opened or not: that is wrong with the whole set, and nothing stays open.
 pub fn open_each(
     options: &[RawOptions],
+    limit: Duration,
 ) -> Result<Vec<Result<Arc<Replica>, OpenError>>, OpenError> {
-    check_distinct(options)?;
+    let set = options.to_vec();
+    // Where a look hangs those that can be opened are still compared with each other.
+    if let Ok(distinct) = within(limit, move || check_distinct(&set)) {
+        distinct?;
+    }
     let mut open: Vec<Arc<Replica>> = Vec::with_capacity(options.len());
     let mut results = Vec::with_capacity(options.len());
     for options in options {
-        results.push(match RawReplica::open_beside(options, named(&open)) {
+        results.push(match open_within(options, &open, limit) {
             Ok(replica) => {
-                let replica = Arc::new(Replica::Raw(replica));
                 open.push(Arc::clone(&replica));
                 Ok(replica)
             }
@@ -77,6 +86,70 @@ pub fn open_each(
         });
     }
     Ok(results)
+}
+
+/// Opens one replica beside `others` that are open, unless its storage takes longer than `limit`:
+/// it is then closed again whenever that ends.
+///
+/// # Errors
+/// [`OpenError`], [`OpenFault::NoAnswer`] if it takes too long.
+pub fn open_within(
+    options: &RawOptions,
+    others: &[Arc<Replica>],
+    limit: Duration,
+) -> Result<Arc<Replica>, OpenError> {
+    // Not the replicas themselves: a thread that hangs would keep them open.
+    let others: Vec<(String, Identity)> = named(others)
+        .map(|(name, identity)| (name.to_owned(), identity.clone()))
+        .collect();
+    let of = options.clone();
+    let opened = within(limit, move || {
+        let others = others.iter().map(|(name, identity)| (&**name, identity));
+        RawReplica::open_beside(&of, others)
+    });
+    let fault = match opened {
+        Ok(opened) => return Ok(Arc::new(Replica::Raw(opened?))),
+        Err(Unfinished::Late) => OpenFault::NoAnswer {
+            seconds: limit.as_secs(),
+        },
+        Err(Unfinished::NoThread(error)) => OpenFault::System {
+            action: "start a thread to open it",
+            error,
+        },
+    };
+    Err(OpenError {
+        name: options.name.clone(),
+        path: options.path.clone(),
+        fault,
+    })
+}
+
+/// Why something was not done.
+enum Unfinished {
+    /// It takes too long.
+    Late,
+    /// There was nobody to do it.
+    NoThread(io::Error),
+}
+
+/// Does something that may hang on a thread of its own, and waits for it no longer than `limit`.
+/// What it ends with after that is dropped.
+fn within<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Unfinished> {
+    let (sender, receiver) = sync_channel(1);
+    let opener = thread::Builder::new().name("opener".to_owned());
+    opener
+        .spawn(move || {
+            // Nobody waits any more if it took too long.
+            let _ = sender.send(work());
+        })
+        .map_err(Unfinished::NoThread)?;
+    receiver.recv_timeout(limit).map_err(|error| match error {
+        RecvTimeoutError::Timeout => Unfinished::Late,
+        RecvTimeoutError::Disconnected => unreachable!("opening does not panic"),
+    })
 }
 
 /// A replica that cannot come back to a disk that is being served.
@@ -158,6 +231,8 @@ mod tests {
     use super::*;
     use crate::replica::Cache;
 
+    const LIMIT: Duration = Duration::from_secs(10);
+
     fn image(folder: &Path, name: &str, bytes: usize) -> RawOptions {
         let path = folder.join(name);
         fs::write(&path, vec![0; bytes]).unwrap();
@@ -184,7 +259,7 @@ mod tests {
             RawOptions::new("b", folder.path().join("missing")),
             image(folder.path(), "c", 4096),
         ];
-        let results = open_each(&set).unwrap();
+        let results = open_each(&set, LIMIT).unwrap();
         let names: Vec<Result<&str, &str>> = results
             .iter()
             .map(|one| match one {
@@ -203,7 +278,7 @@ mod tests {
         fs::hard_link(&a.path, &link).unwrap();
         let _in_use = RawReplica::open(&a).unwrap();
         let set = [a, RawOptions::new("b", link)];
-        let error = open_each(&set).unwrap_err();
+        let error = open_each(&set, LIMIT).unwrap_err();
         assert!(matches!(&error.fault, OpenFault::Duplicate { other } if other == "a"));
         assert_eq!(error.name, "b");
     }

@@ -2,7 +2,7 @@
 //! Replicas that hang or fail for a while: the guest sees nothing but a delay that has a bound,
 //! and afterwards the replica gets what it missed and votes again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::Random;
 use crate::guest::Guest;
@@ -211,5 +211,59 @@ fn read_errors_are_outvoted_and_rewritten() {
     drop(guest);
     site.await_equal();
     site.assert_no_failure();
+    site.stop();
+}
+
+#[test]
+fn a_replica_that_hangs_at_the_start_is_left_out_until_it_answers() {
+    let Some(mut site) = Site::faulty(&[1], &["--io-timeout", "2"]) else {
+        return;
+    };
+    let mut model = Model::new(SECTORS);
+    let mut random = Random::new(26);
+    let mut guest = Guest::connect(&site);
+    busy(&mut guest, &mut model, &mut random, 100);
+    drop(guest);
+    site.stop();
+    site.fault(1).tell("hang");
+    site.start();
+    let log = site.log();
+    assert!(log.contains("does not answer"), "{log}");
+    let mut guest = Guest::connect(&site);
+    guest.check_all(&mut model, false);
+    busy(&mut guest, &mut model, &mut random, 100);
+    site.fault(1).tell("resume");
+    site.await_state(1, "in-sync");
+    guest.check_all(&mut model, false);
+    drop(guest);
+    site.await_equal();
+    site.assert_no_failure();
+    site.stop();
+    assert_eq!(site.difference(), None);
+}
+
+#[test]
+fn a_daemon_is_stopped_beside_a_replica_that_hangs() {
+    let Some(mut site) = Site::faulty(&[1], &["--io-timeout", "2"]) else {
+        return;
+    };
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 64);
+    site.fault(1).tell("hang");
+    guest.write(&mut model, 0, 64);
+    drop(guest);
+    let begun = Instant::now();
+    site.stop();
+    let taken = begun.elapsed();
+    assert!(taken < Duration::from_secs(10), "{taken:?}");
+    site.fault(1).tell("resume");
+    site.start();
+    let mut guest = Guest::connect(&site);
+    guest.check_all(&mut model, false);
+    site.await_healthy();
+    guest.check_all(&mut model, false);
+    drop(guest);
+    site.await_equal();
     site.stop();
 }

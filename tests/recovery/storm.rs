@@ -2,6 +2,9 @@
 //! One fault after the other, each on one replica and each while the guest works, and now and then
 //! the daemon is killed in the middle of it. No request fails (I14), no read is wrong (I1), and
 //! when a fault is over the replica comes back (I9).
+//!
+//! Rot is not among them: a replica that lies, together with one that was behind a moment ago, or
+//! that a busy machine has made late, is one fault more than three replicas can bear.
 
 use std::fs;
 use std::time::Duration;
@@ -22,26 +25,24 @@ enum Fault {
     FailsFlushes,
     IsFull,
     IsSlow,
-    Rots,
     Leaves,
 }
 
 /// Replicas 1 and 2 fail on command; replica 0 is a plain file and can be moved away.
-const FAULTS: [(Fault, usize); 10] = [
+const FAULTS: [(Fault, usize); 9] = [
     (Fault::Hangs, 1),
     (Fault::FailsWrites, 2),
     (Fault::FailsReads, 1),
     (Fault::FailsFlushes, 2),
     (Fault::IsFull, 1),
     (Fault::IsSlow, 2),
-    (Fault::Rots, 0),
     (Fault::Leaves, 0),
     (Fault::Hangs, 2),
     (Fault::FailsWrites, 1),
 ];
 
 impl Fault {
-    fn begin(self, site: &Site, replica: usize, random: &mut Random) {
+    fn begin(self, site: &Site, replica: usize) {
         match self {
             Self::Hangs => site.fault(replica).tell("hang"),
             Self::FailsWrites => site.fault(replica).tell("eio write on"),
@@ -49,12 +50,6 @@ impl Fault {
             Self::FailsFlushes => site.fault(replica).tell("eio fsync on"),
             Self::IsFull => site.fault(replica).tell("enospc on"),
             Self::IsSlow => site.fault(replica).tell("delay 0.2"),
-            Self::Rots => {
-                for _ in 0..4 {
-                    let sector = random.below(SECTORS - 8);
-                    site.spoil(replica, sector, 8, 0xd5);
-                }
-            }
             Self::Leaves => fs::rename(&site.images[replica], away(site)).expect("ours"),
         }
     }
@@ -67,7 +62,6 @@ impl Fault {
             Self::FailsFlushes => site.fault(replica).tell("eio fsync off"),
             Self::IsFull => site.fault(replica).tell("enospc off"),
             Self::IsSlow => site.fault(replica).tell("delay 0"),
-            Self::Rots => {}
             Self::Leaves => fs::rename(away(site), &site.images[replica]).expect("ours"),
         }
     }
@@ -123,7 +117,7 @@ fn one_fault_after_the_other_and_kills_between_them() {
         let (fault, replica) = random.pick(&FAULTS);
         let killed = random.below(3) == 0;
         println!("round {round}: replica {replica} {fault:?}, killed: {killed}");
-        fault.begin(&site, replica, &mut random);
+        fault.begin(&site, replica);
         work(&site, &mut model, &mut random);
         if killed {
             kill(&mut site, &mut model, &mut random, |site| {
@@ -135,7 +129,6 @@ fn one_fault_after_the_other_and_kills_between_them() {
             fault.end(&site, replica);
         }
         work(&site, &mut model, &mut random);
-        // Rot is found by who reads.
         Guest::connect(&site).check_all(&mut model, killed);
         site.await_healthy();
         site.await_equal();

@@ -10,12 +10,32 @@ use tracing::{info, warn};
 
 use crate::config::{self, Config};
 use crate::replica::{
-    Cache, Format, OpenError, RawOptions, RawReplica, Replica, SetShape, check_member, open_each,
+    Cache, Format, OpenError, RawOptions, Replica, SetShape, check_member, open_each, open_within,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 
 /// Pause between two looks at a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// How long anything is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits {
+    /// A lock that somebody else has (rule S2).
+    pub lock: Duration,
+    /// Storage that does not answer.
+    pub answer: Duration,
+}
+
+impl Waits {
+    /// What the configuration says.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self {
+            lock: config.lock_timeout,
+            answer: config.patience.io_timeout,
+        }
+    }
+}
 
 /// What became of opening a replica.
 pub type OpenResult = Result<Arc<Replica>, OpenError>;
@@ -39,23 +59,23 @@ pub fn options_of(config: &Config) -> Vec<RawOptions> {
     config.replicas.iter().map(options).collect()
 }
 
-/// Opens the replicas, but for those in `skipped`, waiting up to `timeout` for those that somebody
-/// else has locked: a daemon that was killed keeps its locks until its last operation has landed.
-/// The results are in the order of `options`; `None` for those that were skipped.
+/// Opens the replicas, but for those in `skipped`, waiting for those that somebody else has locked:
+/// a daemon that was killed keeps its locks until its last operation has landed. The results are in the order of `options`; `None` for those that were skipped.
 ///
 /// # Errors
 /// If two of them are the same storage (rule V8); nothing stays open.
 pub fn open_waiting(
     options: &[RawOptions],
     skipped: ReplicaSet,
-    timeout: Duration,
+    waits: Waits,
 ) -> Result<Vec<Option<OpenResult>>, OpenError> {
+    let timeout = waits.lock;
     let begin = Instant::now();
     let wanted: Vec<usize> = (0..options.len())
         .filter(|&slot| !skipped.contains(ReplicaId::new(slot)))
         .collect();
     let subset: Vec<RawOptions> = wanted.iter().map(|&slot| options[slot].clone()).collect();
-    let mut results = open_each(&subset)?;
+    let mut results = open_each(&subset, waits.answer)?;
     let busy = |result: &Result<Arc<Replica>, OpenError>| matches!(result, Err(error) if error.is_in_use());
     for error in results.iter().filter_map(|result| result.as_ref().err()) {
         if error.is_in_use() && !timeout.is_zero() {
@@ -69,10 +89,8 @@ pub fn open_waiting(
             if !busy(&results[at]) {
                 continue;
             }
-            let open = results.iter().flatten();
-            let others = open.map(|replica| (replica.name(), replica.identity()));
-            let opened = RawReplica::open_beside(&subset[at], others);
-            results[at] = opened.map(|replica| Arc::new(Replica::Raw(replica)));
+            let open: Vec<_> = results.iter().flatten().cloned().collect();
+            results[at] = open_within(&subset[at], &open, waits.answer);
         }
     }
     let mut all: Vec<_> = options.iter().map(|_| None).collect();
@@ -88,9 +106,9 @@ pub fn open_waiting(
 /// Of the first one that cannot be opened; nothing stays open.
 pub fn open_all_waiting(
     options: &[RawOptions],
-    timeout: Duration,
+    waits: Waits,
 ) -> Result<Vec<Option<Arc<Replica>>>, OpenError> {
-    let results = open_waiting(options, ReplicaSet::EMPTY, timeout)?;
+    let results = open_waiting(options, ReplicaSet::EMPTY, waits)?;
     results.into_iter().map(Option::transpose).collect()
 }
 
