@@ -2,9 +2,12 @@
 //! Replicas that hang or fail for a while: the guest sees nothing but a delay that has a bound,
 //! and afterwards the replica gets what it missed and votes again.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::common::Random;
+use quorum_blk::front_end::{FrontEnd, Options, Queue, Request, Status};
+
+use crate::common::{Random, SECTOR};
 use crate::guest::Guest;
 use crate::model::Model;
 use crate::site::{SECTORS, Site};
@@ -266,4 +269,69 @@ fn a_daemon_is_stopped_beside_a_replica_that_hangs() {
     drop(guest);
     site.await_equal();
     site.stop();
+}
+
+/// Writes, reads and flushes on one queue until told to stop. Every request must end well.
+fn drive(queue: &mut Queue, seed: u64, stop: &AtomicBool) {
+    let mut random = Random::new(seed);
+    let mut waiting = 0;
+    while !stop.load(Ordering::Relaxed) || waiting > 0 {
+        while waiting < 8 && !stop.load(Ordering::Relaxed) {
+            let sector = 8 * random.below(SECTORS / 8) as u64;
+            let data = random.bytes(8 * SECTOR);
+            let request = match random.below(32) {
+                0 => Request::Flush,
+                1..8 => Request::Read {
+                    sector,
+                    len: data.len(),
+                },
+                _ => Request::Write {
+                    sector,
+                    data: &data,
+                },
+            };
+            queue.submit(&request).expect("room");
+            waiting += 1;
+        }
+        let completion = queue.wait_any().expect("every request is answered");
+        assert_eq!(completion.status, Status::Ok);
+        waiting -= 1;
+    }
+}
+
+#[test]
+fn four_queues_work_on_while_a_replica_hangs_and_comes_back() {
+    let arguments = ["--io-timeout", "2", "--max-kicks", "0"];
+    let Some(mut site) = Site::faulty(&[2], &arguments) else {
+        return;
+    };
+    let options = Options {
+        queues: 4,
+        timeout: Duration::from_secs(10),
+        ..Options::default()
+    };
+    let mut front_end = FrontEnd::connect(&site.socket, &options).expect("a connection");
+    for round in 0..4 {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for queue in front_end.queues() {
+                let seed = 100 * round + u64::from(queue.index());
+                let stop = &stop;
+                scope.spawn(move || drive(queue, seed, stop));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+            site.fault(2).tell("hang");
+            site.await_state(2, "missing");
+            std::thread::sleep(Duration::from_millis(500));
+            site.fault(2).tell("resume");
+            site.await_state(2, "in-sync");
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+    drop(front_end);
+    site.await_healthy();
+    site.await_equal();
+    site.assert_no_failure();
+    site.stop();
+    assert_eq!(site.difference(), None);
 }

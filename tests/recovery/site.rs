@@ -172,6 +172,12 @@ impl Site {
         self.process.as_mut().expect("the daemon was started")
     }
 
+    /// Sends the running daemon a signal.
+    pub fn signal(&self, signal: Signal) {
+        let process = self.process.as_ref();
+        process.expect("the daemon was started").signal(signal);
+    }
+
     /// Kills the daemon and waits for its end.
     pub fn kill(&mut self) {
         self.process().signal(Signal::Kill);

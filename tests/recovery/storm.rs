@@ -81,21 +81,21 @@ fn work(site: &Site, model: &mut Model, random: &mut Random) {
     }
 }
 
-/// Kills the daemon in the middle of work, ends the fault before or after the restart.
+/// Kills the daemon in the middle of work, ends the fault and starts the daemon again.
 fn kill(site: &mut Site, model: &mut Model, random: &mut Random, end: impl Fn(&Site)) {
     let mut guest = Guest::connect(site);
     let last = random.below(60);
-    let process = site.process();
     let worked = guest.work(model, random, 16, |done| {
         if done == last {
-            process.signal(Signal::Kill);
+            site.signal(Signal::Kill);
+            // What hangs keeps the old daemon, its connection and its locks, until it is answered
+            // (rule K2).
+            end(site);
         }
         true
     });
     assert!(worked.is_err());
     drop(guest);
-    // What hangs keeps the old daemon, and its locks, until it is answered (rule K2).
-    end(site);
     site.kill();
     site.start();
 }
