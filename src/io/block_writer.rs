@@ -11,8 +11,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::{opcode, types};
+use io_uring::{opcode, squeue, types};
 
+use super::detour;
 use super::ring::{Completion, Ring, RingError};
 
 /// Bytes of a block.
@@ -41,6 +42,8 @@ pub struct BlockWriter<T> {
     ring: ManuallyDrop<Ring>,
     /// Keeps the files, and with them their locks, for as long as the writer lives.
     files: Vec<Option<File>>,
+    /// How each of them is written to, see [`detour`].
+    flags: Vec<squeue::Flags>,
     /// Blocks on their way, by the number of their submission.
     slots: ManuallyDrop<Vec<Option<Underway<T>>>>,
     completions: Vec<Completion>,
@@ -58,9 +61,14 @@ impl<T: Copy> BlockWriter<T> {
             .map(|file| file.as_ref().map(File::as_fd))
             .collect();
         ring.register_files(&registered)?;
+        let flags = registered
+            .iter()
+            .map(|file| file.map_or(squeue::Flags::empty(), detour::submission_flags))
+            .collect();
         Ok(Self {
             ring: ManuallyDrop::new(ring),
             files,
+            flags,
             slots: ManuallyDrop::new(Vec::new()),
             completions: Vec::new(),
         })
@@ -88,11 +96,13 @@ impl<T: Copy> BlockWriter<T> {
             });
         let address = bytes.as_ptr();
         self.slots[slot] = Some((name, bytes));
+        let flags = self.flags[file];
         let file = types::Fixed(u32::try_from(file).expect("a few files"));
         let len = u32::try_from(WRITER_BLOCK_BYTES).expect("a page");
         let entry = opcode::Write::new(file, address, len)
             .offset(block * WRITER_BLOCK_BYTES as u64)
             .build()
+            .flags(flags)
             .user_data(slot as u64);
         // SAFETY: the block is kept, and not changed by anybody while it is shared, until its
         // completion is reaped.

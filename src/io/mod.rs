@@ -7,11 +7,13 @@
 //!   of a lane.
 //! - [`Ring`]: io_uring, one system call a batch.
 //! - [`BlockWriter`]: blocks on their way to files, for the state record.
+//! - [`detour`]: files on which nothing may be tried on the submitting thread.
 //! - [`zeroes`]: memory that is zero and stays zero.
 
 mod arena;
 mod block_writer;
 mod buddy;
+pub mod detour;
 mod pool;
 mod ring;
 pub mod zeroes;

@@ -343,7 +343,9 @@ impl Executor {
     /// Queues what is left of an operation.
     fn push(&mut self, number: u32) {
         let flight = *self.flights.get_mut(number);
-        let entry = self.entry(&flight).user_data(u64::from(number));
+        let flags = self.slots[flight.replica.index()].flags;
+        let entry = self.entry(&flight).flags(flags);
+        let entry = entry.user_data(u64::from(number));
         // SAFETY: the entry points to a buffer that stays pinned, and so mapped and unused by
         // others, until the completion is settled; or to the zeroes, which live for ever.
         unsafe { self.ring.push(entry) };

@@ -7,6 +7,9 @@
 
 use std::sync::Arc;
 
+use io_uring::squeue;
+
+use crate::io::detour;
 use crate::replica::Replica;
 use crate::replica::flight::ZeroMethods;
 
@@ -18,6 +21,8 @@ pub(super) struct Slot {
     in_flight: u32,
     pub(super) alignment_bytes: u32,
     pub(super) zero_methods: ZeroMethods,
+    /// Of every submission, see [`detour`].
+    pub(super) flags: squeue::Flags,
 }
 
 /// The `Arc` keeps the files open, and with them the locks (rule K2).
@@ -42,6 +47,11 @@ impl Slot {
                 punch: can_punch,
                 zero_range: true,
             },
+            flags: replica
+                .as_ref()
+                .map_or(squeue::Flags::empty(), |one| {
+                    detour::submission_flags(one.data_fd())
+                }),
             state: replica.map_or(State::Empty, State::Attached),
         }
     }
