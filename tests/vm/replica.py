@@ -33,6 +33,8 @@ class FileReplica:
 
     def __exit__(self, *_):
         self.image.unlink(missing_ok=True)
+        # What the disk remembered of itself.
+        Path(f"{self.path}.qrec").unlink(missing_ok=True)
 
     @property
     def argument(self):

@@ -42,6 +42,10 @@ class Bench:
         """Starts whoever is under test on these replicas."""
         return self._server(self._program, self.folder, replicas, *options)
 
+    def forget_events(self):
+        """Removes what earlier daemons have told."""
+        (self.folder / "events.jsonl").unlink(missing_ok=True)
+
     def boot(self, daemon, name="vm", boot_from_disk=False):
         """Boots a guest on the disk of a daemon."""
         return Machine(self.guest, daemon.socket, self.folder, name, boot_from_disk)
