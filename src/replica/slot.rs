@@ -47,11 +47,9 @@ impl Slot {
                 punch: can_punch,
                 zero_range: true,
             },
-            flags: replica
-                .as_ref()
-                .map_or(squeue::Flags::empty(), |one| {
-                    detour::submission_flags(one.data_fd())
-                }),
+            flags: replica.as_ref().map_or(squeue::Flags::empty(), |one| {
+                detour::submission_flags(one.data_fd())
+            }),
             state: replica.map_or(State::Empty, State::Attached),
         }
     }
