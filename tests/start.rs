@@ -9,12 +9,18 @@
 mod common;
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use common::{Disk, PATIENCE, SECTOR, Setup, Signal, assert_same, eventually};
+use quorum_blk::config::FirstUse;
+use quorum_blk::daemon::first_use::{self, RunIds};
 use quorum_blk::front_end::Options;
+use quorum_blk::quorum::{Geometry, Marks, Policy};
+use quorum_blk::record::{Fingerprint, Opened, RecordAction, RecordEvent, Recorder};
 use quorum_blk::replica::{Cache, RawOptions, RawReplica};
+use quorum_blk::units::Time;
 
 const BYTES: usize = 4 << 20;
 
@@ -125,6 +131,64 @@ fn first_time_needs_all_replicas_and_leaves_nothing_without() {
         "{said}"
     );
     assert!(copies(&disk).iter().all(|copy| !copy.exists()));
+}
+
+/// Makes a record as a first start does, but only the writes to its first copy take place.
+fn half_make_record(disk: &Disk) {
+    let geometry = Geometry::new(BYTES as u64 / 512, 1).unwrap();
+    let ids = RunIds::new().unwrap();
+    let prints = [Fingerprint::default(); 3];
+    let policy = Policy::new(3);
+    let first = first_use::superblock(&geometry, &policy, FirstUse::Verify, ids, &prints).unwrap();
+    let files: Vec<File> = copies(disk)
+        .iter()
+        .map(|copy| {
+            let mut options = File::options();
+            let options = options.read(true).write(true).create(true).truncate(true);
+            let file = options.open(copy).unwrap();
+            file.set_len(first.layout().length_bytes()).unwrap();
+            file
+        })
+        .collect();
+    let marks = Marks::new(3, geometry.extents(), true);
+    let mut recorder = Recorder::new(Opened::create(first, 3), &[true; 3], ids.run).unwrap();
+    let mut actions = Vec::new();
+    recorder.handle(Time::default(), RecordEvent::Poll, &marks, &mut actions);
+    while let Some(action) = actions.pop() {
+        let RecordAction::Write {
+            copy: copy @ 0,
+            write,
+            block,
+            bytes,
+        } = action
+        else {
+            continue;
+        };
+        files[0].write_all_at(&bytes[..], block * 4096).unwrap();
+        let errno = None;
+        let event = RecordEvent::Written { copy, write, errno };
+        recorder.handle(Time::default(), event, &marks, &mut actions);
+    }
+    let block: &mut [u8] = &mut [0; 8];
+    files[0].read_exact_at(block, 0).unwrap();
+    assert_eq!(block, b"qblk-rec", "the first copy is finished");
+}
+
+#[test]
+fn record_whose_making_was_cut_short_is_made_again() {
+    let mut disk = setup().start();
+    disk.stop();
+    half_make_record(&disk);
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("served for the first time"), "{said}");
+    disk.stop();
+    for copy in copies(&disk) {
+        // No room for more than the name.
+        File::create(copy).unwrap();
+    }
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("served for the first time"), "{said}");
+    disk.assert_serves();
 }
 
 #[test]
@@ -268,6 +332,69 @@ fn killed_daemon_is_told_of_and_everything_is_made_equal() {
 }
 
 #[test]
+fn versions_that_nobody_can_vote_on_after_a_crash_become_one() {
+    let mut disk = setup().replicas(2).start();
+    write(&disk, 3);
+    disk.end(Signal::Kill);
+    disk.spoil(1, AT, 8, 4);
+    disk.start_again();
+    // Without the rule for crashes: one vote against one.
+    expect(&disk, 3);
+    disk.await_sectors(1, AT, &[3; 8 * SECTOR]);
+    stop_and_compare(&mut disk);
+}
+
+#[test]
+fn replaced_replica_is_known_in_its_new_file_also_after_a_crash() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    // Beside the old one, so that it cannot get its inode.
+    let new = disk.folder().join("new");
+    fs::write(&new, vec![0xee; BYTES]).unwrap();
+    fs::rename(&new, &disk.images[1]).unwrap();
+    let from = log(&mut disk).len();
+    let said = log_of_start(&mut disk);
+    assert!(
+        said.contains("is not the file or device that it was"),
+        "{said}"
+    );
+    await_resync(&mut disk, from, "replica1");
+    disk.end(Signal::Kill);
+    let said = log_of_start(&mut disk);
+    assert!(!said.contains("is not the file"), "{said}");
+    expect(&disk, 1);
+    stop_and_compare(&mut disk);
+}
+
+#[test]
+fn replicas_that_were_written_off_are_overwritten_when_they_come_back() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    hide(&disk, 1);
+    let other = disk.folder().join("other");
+    fs::rename(&disk.images[2], &other).unwrap();
+    disk.spoil(0, AT, 8, 2);
+    let said = disk.refusal();
+    assert!(
+        said.contains("every replica that is there was changed"),
+        "{said}"
+    );
+    disk.set_arguments(&["--force"]);
+    let from = log(&mut disk).len();
+    disk.start_again();
+    // As they were left, and no extent was written since: but they are not the disk any more.
+    unhide(&disk, 1);
+    fs::rename(&other, &disk.images[2]).unwrap();
+    await_resync(&mut disk, from, "replica1");
+    await_resync(&mut disk, from, "replica2");
+    expect(&disk, 2);
+    disk.assert_nothing_reported();
+    stop_and_compare(&mut disk);
+}
+
+#[test]
 fn exchanged_replicas_are_refused_with_the_right_order() {
     for clean in [true, false] {
         let mut disk = setup().start();
@@ -367,6 +494,56 @@ fn lost_copies_of_the_record_are_made_anew_as_long_as_most_are_left() {
     stop_and_compare(&mut disk);
     disk.set_arguments(&[]);
     assert!(!log_of_start(&mut disk).contains("copies of the state record"));
+}
+
+#[test]
+fn record_that_may_be_old_makes_no_replica_win_by_its_age() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    let records = copies(&disk);
+    let other = disk.folder().join("other");
+    // A run without a replica and the copy beside it, and then that copy is all that is left.
+    fs::rename(&records[2], &other).unwrap();
+    hide(&disk, 2);
+    disk.start_again();
+    write(&disk, 2);
+    disk.stop();
+    fs::rename(&other, &records[2]).unwrap();
+    unhide(&disk, 2);
+    fs::remove_file(&records[0]).unwrap();
+    fs::remove_file(&records[1]).unwrap();
+    disk.set_arguments(&["--force"]);
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("a minority of the copies"), "{said}");
+    expect(&disk, 2);
+    disk.await_sectors(2, AT, &[2; 8 * SECTOR]);
+    stop_and_compare(&mut disk);
+}
+
+#[test]
+fn copy_of_the_record_is_not_made_where_its_replica_is_missing() {
+    let mut disk = setup().start();
+    disk.stop();
+    // A file system that is not mounted: its folder is there, and empty.
+    let record = copies(&disk).swap_remove(2);
+    let other = disk.folder().join("other");
+    fs::rename(&record, &other).unwrap();
+    hide(&disk, 2);
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("is missing, as its replica is"), "{said}");
+    write(&disk, 1);
+    disk.stop();
+    assert!(!record.exists());
+    fs::rename(&other, &record).unwrap();
+    unhide(&disk, 2);
+    let from = log(&mut disk).len();
+    let said = log_of_start(&mut disk);
+    assert!(said.contains("is old and is brought up to date"), "{said}");
+    assert_eq!(lacking(&mut disk, from, "replica2"), 1 << 20);
+    stop_and_compare(&mut disk);
+    let said = log_of_start(&mut disk);
+    assert!(!said.contains("WARN"), "{said}");
 }
 
 #[test]

@@ -68,6 +68,31 @@ fn vm_slow_replica_does_not_slow_the_guest() {
 }
 
 #[test]
+fn vm_file_that_returns_stale_is_brought_up_to_date() {
+    scenario("stale-return");
+}
+
+#[test]
+fn vm_hanging_replica_is_left_out_and_comes_back() {
+    scenario("hang");
+}
+
+#[test]
+fn vm_full_replica_is_left_behind_and_catches_up() {
+    scenario("full");
+}
+
+#[test]
+fn vm_failing_replica_is_left_behind_and_catches_up() {
+    scenario("eio");
+}
+
+#[test]
+fn vm_power_loss_leaves_every_synced_file_intact() {
+    scenario("power-loss");
+}
+
+#[test]
 fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
     scenario("firmware");
 }

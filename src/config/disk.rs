@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::record::{FirstUse, RecordConfig, RecordPlaceError};
+use super::record::{FirstUse, RecordConfig, RecordPlaceError, named};
 use super::settings::Settings;
 use super::upkeep::{Patience, Upkeep};
 use super::values::{
     BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, ReadPatternName,
 };
 use crate::quorum::{Policy, PolicyError, ReadPattern};
-use crate::units::REPLICAS_MAX;
+use crate::units::{REPLICAS_MAX, ReplicaId};
 
 /// Queues offered unless the user says otherwise: QEMU wants one per virtual CPU and does not
 /// start with fewer.
@@ -89,6 +89,10 @@ pub struct Config {
     pub record: RecordConfig,
     /// What images without a record are taken for (rule S5).
     pub first_use: FirstUse,
+    /// A replica that is to have another chance.
+    pub clear: Option<ReplicaId>,
+    /// The replica that is believed where none is current any more.
+    pub force_current: Option<ReplicaId>,
     /// Whether a minority of the record copies or replicas is enough to start (rule S6).
     pub force: bool,
     /// How long replicas are waited for.
@@ -237,8 +241,10 @@ pub enum ConfigError {
     )]
     TwoFirstUses,
     /// Nobody of that name.
-    #[error("--adopt-from `{name}` is no replica; the names are: {known}")]
-    AdoptFromUnknown {
+    #[error("{flag} `{name}` is no replica; the names are: {known}")]
+    NoSuchReplica {
+        /// The flag.
+        flag: &'static str,
         /// What was given.
         name: String,
         /// The names of the replicas.
@@ -342,6 +348,12 @@ impl Config {
         let config = Self {
             record: RecordConfig::from_settings(&settings, &replicas)?,
             first_use: FirstUse::from_settings(&settings, &replicas)?,
+            clear: (settings.clear.as_deref())
+                .map(|name| named("--clear", name, &replicas))
+                .transpose()?,
+            force_current: (settings.force_current.as_deref())
+                .map(|name| named("--force-current", name, &replicas))
+                .transpose()?,
             force: settings.force.unwrap_or(false),
             patience: Patience::from_settings(&settings)?,
             upkeep: Upkeep::from_settings(&settings, repair, votes)?,

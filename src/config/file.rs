@@ -156,6 +156,8 @@ record-dir = "records"
 force = true
 assume-clean = true
 adopt-from = "left"
+clear = "left"
+force-current = "right"
 write-grace = 250
 flush-grace = 3
 io-timeout = 20
@@ -205,6 +207,8 @@ log-level = "warn"
             force: Some(true),
             assume_clean: Some(true),
             adopt_from: Some("left".to_owned()),
+            clear: Some("left".to_owned()),
+            force_current: Some("right".to_owned()),
             write_grace: Some(250),
             flush_grace: Some(3),
             io_timeout: Some(20),

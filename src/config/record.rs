@@ -197,18 +197,7 @@ impl FirstUse {
         let assume_clean = settings.assume_clean.unwrap_or(false);
         match &settings.adopt_from {
             Some(_) if assume_clean => Err(ConfigError::TwoFirstUses),
-            Some(name) => {
-                let slot = replicas.iter().position(|replica| replica.name == *name);
-                let slot = slot.ok_or_else(|| ConfigError::AdoptFromUnknown {
-                    name: name.clone(),
-                    known: replicas
-                        .iter()
-                        .map(|replica| replica.name.as_str())
-                        .collect::<Vec<_>>()
-                        .join(", "),
-                })?;
-                Ok(Self::AdoptFrom(ReplicaId::new(slot)))
-            }
+            Some(name) => named("--adopt-from", name, replicas).map(Self::AdoptFrom),
             None if assume_clean => Ok(Self::AssumeClean),
             None => Ok(Self::Verify),
         }
@@ -221,6 +210,25 @@ fn beside(image: &Path) -> PathBuf {
     path.push(".");
     path.push(RECORD_EXTENSION);
     PathBuf::from(path)
+}
+
+/// The replica that the value of `flag` names.
+pub(super) fn named(
+    flag: &'static str,
+    name: &str,
+    replicas: &[Replica],
+) -> Result<ReplicaId, ConfigError> {
+    let slot = replicas.iter().position(|replica| replica.name == name);
+    let known = || {
+        let names = replicas.iter().map(|replica| replica.name.as_str());
+        names.collect::<Vec<_>>().join(", ")
+    };
+    slot.map(ReplicaId::new)
+        .ok_or_else(|| ConfigError::NoSuchReplica {
+            flag,
+            name: name.to_owned(),
+            known: known(),
+        })
 }
 
 #[cfg(test)]

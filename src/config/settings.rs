@@ -103,6 +103,21 @@ pub struct Settings {
     #[arg(long, value_name = "NAME", help_heading = "State record")]
     pub adopt_from: Option<String>,
 
+    /// Give this replica another chance: forget what it did wrong, use it again if it failed
+    ///
+    /// A replica that failed too often (--max-write-errors, --max-kicks, --max-repairs) is left
+    /// out, also by later starts, until this is given once. It is then opened, and what it missed
+    /// is copied to it.
+    #[arg(long, value_name = "NAME", help_heading = "State record")]
+    pub clear: Option<String>,
+
+    /// Where no replica is current any more, believe this one
+    ///
+    /// Such parts of the disk give I/O errors until somebody decides. What the named replica holds
+    /// there counts from then on, and is copied to the others; newer data may be lost.
+    #[arg(long, value_name = "NAME", help_heading = "State record")]
+    pub force_current: Option<String>,
+
     /// Longest a write waits for the rest once enough replicas hold it, in ms [default: 1000]
     ///
     /// The others get four times as long as the slowest of those took, at least 20 ms and at
@@ -156,7 +171,8 @@ pub struct Settings {
 
     /// How often all replicas are read and compared whole, as in 7d or 12h, or off [default: 30d]
     ///
-    /// It goes on where it was after a restart. With --read-pattern fifo it is off.
+    /// Counted from the start or the end of the last one. It goes on where it was after a restart.
+    /// SIGUSR2 begins one at once. With --read-pattern fifo it is off.
     #[arg(long, value_name = "INTERVAL", help_heading = "Resync and scrub")]
     pub scrub_interval: Option<Interval>,
 
@@ -310,6 +326,8 @@ impl Settings {
             force: self.force.or(beneath.force),
             assume_clean,
             adopt_from,
+            clear: self.clear.or(beneath.clear),
+            force_current: self.force_current.or(beneath.force_current),
             write_grace: self.write_grace.or(beneath.write_grace),
             flush_grace: self.flush_grace.or(beneath.flush_grace),
             io_timeout: self.io_timeout.or(beneath.io_timeout),

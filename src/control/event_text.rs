@@ -57,6 +57,10 @@ pub(super) fn log(event: &Event, names: &Names) {
                     Sectors(range)
                 )
             }
+            During::Check => error!(
+                "no quorum for {}, met by a scrub or resync: reading it gives an I/O error{more}",
+                Sectors(range)
+            ),
             During::Write | During::Flush => error!(
                 "too few replicas took a {} of {}: the guest gets an I/O error{more}",
                 during_name(during),

@@ -256,7 +256,8 @@ fn joined(a: SectorRange, b: SectorRange) -> Option<SectorRange> {
 /// How a kind of operation is written in events, and in the log.
 pub(super) fn during_name(during: During) -> &'static str {
     match during {
-        During::Read => "read",
+        // QEMU knows no other word.
+        During::Read | During::Check => "read",
         During::Write => "write",
         During::Flush => "flush",
     }

@@ -93,6 +93,13 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let counters = Counters::new(usize::from(config.workers), config.replica_names());
     let disk = Disk::start(&config, &sender, &counters, clock)?;
     warn_of_record(&config.record);
+    let wishes = [
+        config.clear.map(|replica| Command::Clear { replica }),
+        (config.force_current).map(|replica| Command::ForceCurrent { replica }),
+    ];
+    for wish in wishes.into_iter().flatten() {
+        disk.command(wish);
+    }
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),

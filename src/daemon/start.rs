@@ -236,8 +236,9 @@ fn read(config: &Config, files: &RecordFiles) -> Result<Option<Opened>, Refusal>
     };
     match open(&mut files.sources(), &options) {
         Ok(opened) => Ok(Some(opened)),
-        // Files that were made, and the daemon ended before it wrote to them.
-        Err(Refusal::NoRecord { .. }) => Ok(None),
+        // Files that were made, and the daemon ended before it had written the first state to all
+        // of them: nothing depends on that yet.
+        Err(Refusal::NoRecord { .. } | Refusal::Unfinished { .. }) => Ok(None),
         Err(refusal) => Err(refusal),
     }
 }

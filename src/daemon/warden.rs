@@ -5,7 +5,6 @@
 //! The maintenance thread gives orders and is told by mail; it never waits for a warden, which may
 //! hang on a dead network file system for as long as that pleases.
 
-use std::fs::OpenOptions;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -15,7 +14,7 @@ use tracing::{debug, info, warn};
 
 use super::worker::Message;
 use crate::device::mailbox::Mailbox;
-use crate::replica::{Fingerprint, Presence, RawOptions, Replica, open_one_beside};
+use crate::replica::{Fingerprint, Presence, RawOptions, Replica, lengthen, open_one_beside};
 use crate::units::{ReplicaId, SECTOR_BYTES};
 
 /// From one look to the next.
@@ -135,7 +134,7 @@ impl Warden {
 
     /// A file that was cut short gets its length back: it is the one that was lost, and what is
     /// missing in it is copied to it like all that it missed.
-    fn restore_length(&self) {
+    fn restore_length(&self, others: &[Option<Arc<Replica>>]) {
         let path = &self.setup.options.path;
         let length_bytes = self.setup.sectors * SECTOR_BYTES;
         let (Some(left), Ok(now)) = (self.left, Fingerprint::of_path(path)) else {
@@ -145,18 +144,18 @@ impl Warden {
         if !ours || now.size_bytes >= length_bytes || self.setup.options.read_only {
             return;
         }
-        let restored = OpenOptions::new()
-            .write(true)
-            .open(path)
-            .and_then(|file| file.set_len(length_bytes));
+        let restored = lengthen(&self.setup.options, others, length_bytes);
         if restored.is_ok() {
             let name = &self.setup.options.name;
-            info!(replica = name, "replica {name} was cut short and has its length again");
+            info!(
+                replica = name,
+                "replica {name} was cut short and has its length again"
+            );
         }
     }
 
     fn open(&mut self, others: &[Option<Arc<Replica>>]) {
-        self.restore_length();
+        self.restore_length(others);
         let setup = &self.setup;
         let name = &setup.options.name;
         let opened = open_one_beside(&setup.options, others, setup.sectors, setup.block_bytes);

@@ -30,6 +30,9 @@ pub struct Written<T> {
     pub errno: Option<i32>,
 }
 
+/// A write on its way, and the block that the kernel reads.
+type Underway<T> = (T, Arc<[u8; WRITER_BLOCK_BYTES]>);
+
 /// Writes blocks to files that were opened for writing through to the medium (`O_DSYNC`).
 ///
 /// Made and used on one thread. A write that hangs keeps its block; everything else goes on.
@@ -39,7 +42,7 @@ pub struct BlockWriter<T> {
     /// Keeps the files, and with them their locks, for as long as the writer lives.
     files: Vec<Option<File>>,
     /// Blocks on their way, by the number of their submission.
-    slots: ManuallyDrop<Vec<Option<(T, Arc<[u8; WRITER_BLOCK_BYTES]>)>>>,
+    slots: ManuallyDrop<Vec<Option<Underway<T>>>>,
     completions: Vec<Completion>,
 }
 

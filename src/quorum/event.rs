@@ -370,8 +370,10 @@ pub enum BadCause {
 /// The kind of operation in which a fault was met (QEMU's `type` field).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum During {
-    /// Reading.
+    /// Reading for the guest.
     Read,
+    /// Reading for maintenance: a scrub, or a resync. No request of the guest waits for it.
+    Check,
     /// Writing, zeroing or discarding.
     Write,
     /// Flushing.

@@ -10,7 +10,7 @@ use super::fields::seal;
 use super::history::{EpochEntry, EpochId, History};
 use super::layout::{BLOCK_BYTES, Block, Layout, Slot};
 use super::member::MemberState;
-use super::opened::Opened;
+use super::opened::{CopyState, Opened};
 use super::opening::{CopySource, Found, OpenOptions, open};
 use super::page::{PAGE_CRC_AT, PageImage, decode_header};
 use super::recorder::{RecordAction, RecordEvent, Recorder};
@@ -205,7 +205,10 @@ fn serve(files: &mut [Vec<u8>], opened: Opened, force: bool) {
     let marks = Marks::new(superblock.slots(), superblock.extents(), true);
     opened.load(&marks);
     let length = usize::try_from(superblock.layout().length_bytes()).expect("a bounded file");
-    for file in files.iter_mut() {
+    for (place, file) in files.iter_mut().enumerate() {
+        if *opened.state(place) == CopyState::Missing {
+            file.clear();
+        }
         file.resize(length, 0);
     }
     let writable = vec![true; files.len()];

@@ -7,3 +7,4 @@ mod basics;
 mod damage;
 mod format;
 mod power;
+mod size;

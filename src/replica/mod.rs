@@ -32,7 +32,7 @@ pub use fault::{OpenError, OpenFault};
 pub use fingerprint::{Fingerprint, Presence};
 pub use identity::{Identity, Inode};
 pub use locks::Holder;
-pub use opening::{ReopenError, check_distinct, open_each, open_one_beside, open_set};
+pub use opening::{ReopenError, check_distinct, lengthen, open_each, open_one_beside, open_set};
 pub use raw::{Cache, Format, RawOptions, RawReplica};
 pub use set::{SetError, SetNote, SetShape, Unfit, check_member, check_set};
 

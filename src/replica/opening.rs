@@ -117,6 +117,31 @@ pub fn open_one_beside(
     Ok((Arc::new(replica), note))
 }
 
+/// Gives a file that is too short the length of a disk of `length_bytes` bytes, while nobody else
+/// has it. What it lacked reads as zeroes.
+///
+/// # Errors
+/// [`OpenError`] if it cannot be opened and locked, or not be made longer.
+pub fn lengthen(
+    options: &RawOptions,
+    others: &[Option<Arc<Replica>>],
+    length_bytes: u64,
+) -> Result<(), OpenError> {
+    let options = RawOptions {
+        format: Some(Format::Raw),
+        ..options.clone()
+    };
+    let replica = RawReplica::open_beside(&options, named(others.iter().flatten()))?;
+    replica.lengthen(length_bytes).map_err(|error| OpenError {
+        name: options.name,
+        path: options.path,
+        fault: OpenFault::System {
+            action: "make it longer",
+            error,
+        },
+    })
+}
+
 fn named<'a>(
     replicas: impl IntoIterator<Item = &'a Arc<Replica>>,
 ) -> impl Iterator<Item = (&'a str, &'a Identity)> {

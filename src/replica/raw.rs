@@ -121,6 +121,17 @@ impl RawReplica {
         self.length_bytes
     }
 
+    /// Makes the file longer, up to `length_bytes`; never shorter.
+    ///
+    /// # Errors
+    /// Of `ftruncate`.
+    pub fn lengthen(&self, length_bytes: u64) -> io::Result<()> {
+        if self.length_bytes < length_bytes {
+            self.file.set_len(length_bytes)?;
+        }
+        Ok(())
+    }
+
     /// What offset, length and memory of its I/O must be multiples of, in bytes: 512 to 4096 with
     /// O_DIRECT, otherwise 1.
     #[must_use]

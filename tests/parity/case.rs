@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use quorum_blk::front_end::{FrontEnd, Options, Request, Segment, Status};
+use quorum_blk::front_end::{FrontEnd, FrontEndError, Options, Request, Segment, Status};
 
 use crate::differences::listed;
 use crate::image::{Image, Kind, SECTOR_BYTES, SECTORS, describe, sector_content};
@@ -252,7 +252,7 @@ impl Case {
     }
 
     fn run_steps(&self, mut server: Server, images: &[Image], findings: &mut Vec<Finding>) {
-        let mut front_end = match FrontEnd::connect(server.socket(), &Options::default()) {
+        let mut front_end = match connect(server.socket()) {
             Ok(front_end) => front_end,
             Err(error) => {
                 findings.push(("connection".to_owned(), error.to_string()));
@@ -386,4 +386,18 @@ fn run_step(step: &Step, front_end: &mut FrontEnd, images: &[Image]) -> Option<S
         (_, status) => format!("{status:?}"),
     };
     Some(found)
+}
+
+/// Connects to a server whose socket is there. Between the moments at which it has a name and at
+/// which somebody listens, connections are refused.
+fn connect(socket: &Path) -> Result<FrontEnd, FrontEndError> {
+    let begin = Instant::now();
+    loop {
+        match FrontEnd::connect(socket, &Options::default()) {
+            Err(FrontEndError::Connect { .. }) if begin.elapsed() < Duration::from_secs(2) => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
 }

@@ -168,8 +168,8 @@ fn a_flush_that_failed_once_is_never_believed_again() {
     assert!(site.fault(1).ask("drop") > 0, "nothing was lost");
     site.fault(1).tell("eio fsync off");
     guest.flush(&mut model);
-    site.await_event("QUORUM_REPORT_BAD", |data| {
-        data["replica"] == "replica1" && data["type"] == "flush"
+    site.await_event("QUORUM_BLK_REPLICA_KICKED", |data| {
+        data["replica"] == "replica1" && data["cause"] == "flush-failed"
     });
     busy(&mut guest, &mut model, &mut random, 100);
     guest.check_all(&mut model, false);

@@ -83,9 +83,8 @@ impl Guest {
     fn submit(&mut self, model: &mut Model, random: &mut Random) -> Result<bool, Gone> {
         let count = 1 + random.below(WRITE_SECTORS_MAX);
         let start = random.below(model.sectors() - count);
-        let free = |other: &InFlight| {
-            start + count <= other.start || other.start + other.count <= start
-        };
+        let free =
+            |other: &InFlight| start + count <= other.start || other.start + other.count <= start;
         if !self.in_flight.iter().all(free) {
             return Ok(false);
         }
@@ -179,6 +178,16 @@ impl Guest {
         let request = Request::Read {
             sector: sector as u64,
             len: SECTOR,
+        };
+        let completion = self.front_end.queue(0).run(&request);
+        completion.expect("an answer").status
+    }
+
+    /// How a write of zeroes ends. The model is not told: the sectors are zero before.
+    pub fn status_of_write(&mut self, start: usize, count: usize) -> Status {
+        let request = Request::Write {
+            sector: start as u64,
+            data: &vec![0; count * SECTOR],
         };
         let completion = self.front_end.queue(0).run(&request);
         completion.expect("an answer").status

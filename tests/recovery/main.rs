@@ -11,6 +11,7 @@
 //! - `leaving`: files that are taken away, exchanged, cut short.
 //! - `kills`: the daemon is killed.
 //! - `power`: unflushed writes are lost.
+//! - `records`: copies of the state record fail.
 //! - `starts`: what a start decides.
 //! - `upkeep`: first comparison, scrub, status.
 //!
@@ -25,6 +26,7 @@ mod kills;
 mod leaving;
 mod model;
 mod power;
+mod records;
 mod site;
 mod starts;
 mod upkeep;

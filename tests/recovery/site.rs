@@ -19,7 +19,7 @@ pub const SETTLED: Duration = Duration::from_secs(30);
 /// Sectors of a disk: extents of 1 MiB, eight of them.
 pub const SECTORS: usize = 16 << 10;
 
-/// Three replicas and whoever serves them.
+/// Replicas and whoever serves them.
 pub struct Site {
     // In this order: what hangs fails when its server ends, and then the daemon can end too.
     faulty: Vec<Option<FaultyFile>>,
@@ -46,8 +46,13 @@ impl Site {
 
     /// Three fresh files that were never served.
     pub fn bare(arguments: &[&str]) -> Self {
+        Self::bare_of(3, arguments)
+    }
+
+    /// So many fresh files that were never served.
+    fn bare_of(count: usize, arguments: &[&str]) -> Self {
         let folder = temporary_folder();
-        let images: Vec<PathBuf> = (0..3)
+        let images: Vec<PathBuf> = (0..count)
             .map(|index| folder.path().join(format!("{index}.img")))
             .collect();
         for image in &images {
@@ -56,7 +61,7 @@ impl Site {
                 .expect("a sparse image");
         }
         Self {
-            faulty: vec![None, None, None],
+            faulty: images.iter().map(|_| None).collect(),
             process: None,
             paths: images.clone(),
             images,
@@ -71,7 +76,12 @@ impl Site {
 
     /// The same with replicas that go wrong on command. `None`: not possible here.
     pub fn faulty(faulty: &[usize], arguments: &[&str]) -> Option<Self> {
-        let mut site = Self::bare(arguments);
+        Self::faulty_of(3, faulty, arguments)
+    }
+
+    /// The same with so many replicas.
+    pub fn faulty_of(count: usize, faulty: &[usize], arguments: &[&str]) -> Option<Self> {
+        let mut site = Self::bare_of(count, arguments);
         for &index in faulty {
             let file = FaultyFile::new(&site.images[index])?;
             site.paths[index].clone_from(&file.path);
@@ -229,7 +239,9 @@ impl Site {
     #[track_caller]
     pub fn await_state(&self, index: usize, state: &str) {
         let what = format!("replica{index} {state}");
-        self.wait_for(SETTLED, &what, || self.state(index).as_deref() == Some(state));
+        self.wait_for(SETTLED, &what, || {
+            self.state(index).as_deref() == Some(state)
+        });
     }
 
     /// Fails if a request found no quorum.
@@ -254,13 +266,8 @@ impl Site {
     /// Waits until all replicas hold the same bytes; the guest must not write meanwhile.
     #[track_caller]
     pub fn await_equal(&self) {
-        let mut difference = String::new();
         let deadline = Instant::now() + SETTLED;
-        loop {
-            match self.difference() {
-                None => return,
-                Some(found) => difference = found,
-            }
+        while let Some(difference) = self.difference() {
             let log = self.log();
             assert!(Instant::now() < deadline, "{difference}\n{log}");
             std::thread::sleep(Duration::from_millis(50));

@@ -62,11 +62,13 @@ fn sectors_that_nobody_agrees_on_are_errors_until_they_are_written() {
     let (mut site, mut model) = images_of_one_version();
     site.spoil(0, 700, 1, 1);
     site.spoil(1, 700, 1, 2);
+    // Its neighbour is wrong on one replica only.
+    site.spoil(2, 703, 1, 3);
     site.start();
     let counts = [
-        ("compared-sectors", SECTORS as u64),
+        ("differing-sectors", 1),
         ("unresolved-sectors", 1),
-        ("repaired-sectors", 0),
+        ("repaired-sectors", 1),
     ];
     site.await_event("QUORUM_BLK_SCRUB_DONE", is_done("verify", counts));
     let mut guest = Guest::connect(&site);

@@ -168,7 +168,8 @@ impl World {
                 let extent = self.shape.geometry.extent_of(sector);
                 let behind = self.shared.membership.is_behind(extent, id);
                 if !behind && !self.budget.is_tainted(sector, replica) {
-                    let what = format!("sector {sector} is not durable on {id:?}, which is current");
+                    let what =
+                        format!("sector {sector} is not durable on {id:?}, which is current");
                     return violation("I5", format!("a flush is acknowledged and {what}"));
                 }
             }

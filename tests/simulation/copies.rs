@@ -136,7 +136,9 @@ impl Copies {
         let (copy, block) = (usize::from(copy), usize::try_from(block).expect("small"));
         let mut others = self.in_flight.iter().flatten();
         if others.any(|other| (other.copy, other.block) == (copy, block)) {
-            return Err(format!("block {block} of copy {copy} is written twice at once"));
+            return Err(format!(
+                "block {block} of copy {copy} is written twice at once"
+            ));
         }
         if block >= self.copies[copy].blocks.len() {
             return Err(format!("block {block} of copy {copy} does not exist"));

@@ -50,7 +50,8 @@ impl World {
             return Ok(());
         }
         let power = roll >= 1000 - life.power;
-        self.tally.count(if power { "power losses" } else { "kills" });
+        self.tally
+            .count(if power { "power losses" } else { "kills" });
         self.crash(power)
     }
 

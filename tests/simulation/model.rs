@@ -216,7 +216,11 @@ impl Model {
         let dead = &mut self.dead;
         if value == 0 {
             // Which write it was of is certain enough if all of them are of before a crash.
-            if known.zeroes.last().is_some_and(|&last| last <= before_crash) {
+            if known
+                .zeroes
+                .last()
+                .is_some_and(|&last| last <= before_crash)
+            {
                 let zeroes = &known.zeroes;
                 known.failed.retain(|&(failed, when)| {
                     let died = failed > version && when < began && !zeroes.contains(&failed);

@@ -294,7 +294,10 @@ impl World {
         // is read to see where it differs, and a replica that lags to see whether it still does.
         let exempt = repair
             || self.operations.reconciling.contains(&activity)
-            || self.operations.piecewise.contains(&(activity, replica.index()))
+            || self
+                .operations
+                .piecewise
+                .contains(&(activity, replica.index()))
             || self.shared.membership.lagging().contains(replica);
         if !exempt && self.was_behind(extent, replica) {
             let rule = if writes { "W3" } else { "I6" };

@@ -305,9 +305,7 @@ impl World {
         let marks = self.shared.membership.marks();
         let mut replicas = self.shared.membership.replicas().iter();
         replicas.all(|replica| {
-            holders.contains(&replica.index())
-                || marks.is_durable(Bitmap::Behind(replica), extent)
+            holders.contains(&replica.index()) || marks.is_durable(Bitmap::Behind(replica), extent)
         })
     }
 }
-

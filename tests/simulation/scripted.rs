@@ -99,7 +99,11 @@ fn flush_error_after_the_end_of_its_run_counts() {
     while !script.shared.membership.note_late(slow, script.now) {}
     script.request(0, Request::Flush);
     script.complete(|op| (op.replica != slow).then_some(Outcome::Done));
-    assert_eq!(script.replies, [(Tag(0), Status::Ok)], "who lags is not waited for");
+    assert_eq!(
+        script.replies,
+        [(Tag(0), Status::Ok)],
+        "who lags is not waited for"
+    );
     script.shared.membership.note_prompt(slow);
     script.write(1, 0);
     script.complete(|op| (op.kind != OperationKind::Flush).then_some(Outcome::Done));

@@ -80,7 +80,11 @@ impl World {
                 ..Member::default()
             };
         }
-        let verify = if self.rng.chance(300_000) { 0 } else { u64::MAX };
+        let verify = if self.rng.chance(300_000) {
+            0
+        } else {
+            u64::MAX
+        };
         let superblock = Superblock {
             disk: DISK,
             copy_index: 0,

@@ -34,11 +34,25 @@ pub enum Line {
     Told(Event),
     Asked(Action),
     Injected(Fault, Operation),
-    Spoiled { replica: usize, sector: u64 },
+    Spoiled {
+        replica: usize,
+        sector: u64,
+    },
     Lived(life::Event),
-    Recorded { copy: u8, block: u64, errno: Option<i32> },
-    Ended { power: bool },
-    Began { missing: u8, lacking: u8, clean: bool, present: u16 },
+    Recorded {
+        copy: u8,
+        block: u64,
+        errno: Option<i32>,
+    },
+    Ended {
+        power: bool,
+    },
+    Began {
+        missing: u8,
+        lacking: u8,
+        clean: bool,
+        present: u16,
+    },
     Kept(KeeperAction),
 }
 

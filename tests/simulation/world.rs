@@ -7,9 +7,9 @@ use crate::copies::Copies;
 use crate::disk::Disk;
 use crate::faults::{MS, Plan};
 use crate::guest::{GuestRequest, Guests};
-use crate::model::Model;
 use crate::life::Life;
 use crate::maintenance::Maintenance;
+use crate::model::Model;
 use crate::operations::{Landing, Operations, REMEMBERED};
 use crate::pool::Pool;
 use crate::profile::{Ailment, Profile, Shape};
@@ -139,7 +139,9 @@ impl World {
             operations: Operations::new(replicas, geometry.extents()),
             guests: Guests::new(shape.lanes, requests, geometry.extents()),
             model: Model::new(sectors, volatile),
-            disks: (0..replicas).map(|_| Disk::new(sectors, volatile)).collect(),
+            disks: (0..replicas)
+                .map(|_| Disk::new(sectors, volatile))
+                .collect(),
             spoiled_at: vec![[0; REPLICAS]; index(sectors)],
             repaired_at: vec![[0; REPLICAS]; index(sectors)],
             life: Life::new(&profile, replicas, &mut rng),
@@ -174,7 +176,8 @@ impl World {
         self.workers.clear();
         for lane in 0..self.shape.lanes {
             let rings = self.rng.between(1, 3);
-            self.workers.push(Worker::new(lane, buffers, reserve, rings));
+            self.workers
+                .push(Worker::new(lane, buffers, reserve, rings));
         }
         if self.profile.life.is_some() {
             let lane = self.shape.lanes;

@@ -443,3 +443,33 @@ fn writes_of_a_driver_without_flush_are_flushed() {
         assert_eq!(counted, Some(operations.to_string().as_str()), "{log}");
     }
 }
+
+/// Rule W2, and its price: the first write to a clean extent costs one update of each copy of the
+/// record, later ones nothing.
+#[test]
+fn first_write_to_an_extent_costs_one_update_of_the_record() {
+    const COPIES: u64 = 3;
+    const EXTENT_SECTORS: u64 = 2048;
+    let blocks_written = |extents: u64, writes_each: u64| -> u64 {
+        let mut disk = Setup::new().bytes(16 << 20).start();
+        let mut front_end = disk.connect(&Options::default());
+        for extent in 0..extents {
+            for write in 0..writes_each {
+                let sector = extent * EXTENT_SECTORS + 8 * write;
+                let queue = front_end.queue(0);
+                queue.write_data(sector, &[0x5a; 4096]).expect("a write");
+            }
+        }
+        drop(front_end);
+        disk.stop();
+        let log = disk.process().log();
+        let line = log.lines().rev().find(|line| line.starts_with("record: "));
+        let count = line.and_then(|line| line.split_whitespace().nth(1));
+        count
+            .and_then(|count| count.parse().ok())
+            .expect("a count of blocks")
+    };
+    let few = blocks_written(2, 1);
+    assert_eq!(blocks_written(12, 1), few + 10 * COPIES);
+    assert_eq!(blocks_written(2, 40), few);
+}

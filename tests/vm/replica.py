@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faulty_file
@@ -50,6 +51,22 @@ class FileReplica:
         """Cuts the image short while it is in use."""
         os.truncate(self.image, size_bytes)
 
+    @property
+    def _aside(self):
+        return self.image.with_suffix(".aside")
+
+    def take_away(self):
+        """Removes the image from its place while it is in use."""
+        self.image.rename(self._aside)
+
+    def copy_aside(self):
+        """Keeps a copy of the image as it is now."""
+        subprocess.run(["cp", "--sparse=always", self.image, self._aside], check=True)
+
+    def put_back(self):
+        """Puts what was taken away, or copied, in the place of the image."""
+        self._aside.rename(self.image)
+
 
 class LoopReplica(FileReplica):
     """A loop device over a file. Once the file is cut short, reads beyond its end give EIO."""
@@ -88,9 +105,17 @@ class SmallTmpfsReplica(FileReplica):
         privileged("umount", "--lazy", self._mount_point)
         self._mount_point.rmdir()
 
+    @property
+    def _filler(self):
+        return self._mount_point / "filler"
+
+    def free(self):
+        """Gives the space back."""
+        self._filler.unlink()
+
     def fill(self):
         """Takes all space that is left."""
-        with open(self._mount_point / "filler", "wb", buffering=0) as filler:
+        with open(self._filler, "wb", buffering=0) as filler:
             for chunk in (bytes(1 << 20), bytes(4096)):
                 try:
                     while True:
@@ -145,6 +170,25 @@ class SlowReplica(FaultyReplica):
     """An image on a file system that answers late."""
 
     DELAY_SECONDS = 0.5
+
+
+class BufferingReplica(FaultyReplica):
+    """An image that gets only what was flushed; the rest is in memory, and can be lost."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.tell("buffer on")
+        return self
+
+
+def expect_equal_soon(replicas, seconds=30):
+    """Fails unless all images become the same within some time; nobody may write meanwhile."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if all(first_difference(replicas[0].image, each.image) is None for each in replicas[1:]):
+            return
+        time.sleep(0.2)
+    expect_equal(replicas)
 
 
 def expect_equal(replicas):

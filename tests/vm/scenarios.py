@@ -16,11 +16,14 @@ from contextlib import contextmanager
 from host import expect
 from machine import QUEUES
 from replica import (
+    BufferingReplica,
+    FaultyReplica,
     FileReplica,
     LoopReplica,
     SlowReplica,
     SmallTmpfsReplica,
     expect_equal,
+    expect_equal_soon,
     first_difference,
 )
 
@@ -41,6 +44,13 @@ FIO_RAW = (
     "fio --name=raw --filename=/dev/disk --offset=32m --offset_increment=8m --size=2m --numjobs=4"
     " --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=8 --verify=crc32c"
     " --verify_fatal=1 --do_verify=1 --group_reporting --output-format=json"
+)
+# However often a replica fails, it is not given up: these scenarios are about what happens when it
+# does not fail any more.
+LENIENT = ("--max-write-errors", 0, "--max-kicks", 0, "--max-repairs", 0)
+# Writes that reach the disk and that nobody syncs, without an end.
+NOISE = "while :; do dd if=/dev/urandom of=/mnt/noise bs=16k count=64 {}; done".format(
+    "conv=notrunc oflag=direct"
 )
 # Only the reading half of the first, for files that an earlier run has written.
 FIO_VERIFY_ONLY = " --verify_only"
@@ -146,7 +156,7 @@ def spoil_while_running(bench, choose, guilty):
     rng = random.Random(bench.seed)
     spoiled = {name: set() for name in NAMES}
     with three_replicas(bench) as replicas:
-        with bench.serve(replicas) as daemon:
+        with bench.serve(replicas, *LENIENT) as daemon:
             with bench.boot(daemon) as machine:
                 make_file_system(machine)
                 machine.run(fio("before", 3))
@@ -238,29 +248,176 @@ def truncated(bench):
 
 
 def slow(bench):
-    """One replica answers 500 ms late. The guest sees no error and right data, and its reads do not
-    wait for it. Its writes do, within the write grace (W6): nothing could bring the replica back
-    yet if it were left behind."""
+    """One replica answers 500 ms late. The guest sees no error and right data, and neither its
+    reads nor its writes wait for it, but for the first few (W6). When it is quick again, it gets
+    what it missed."""
     with three_replicas(bench, SlowReplica) as replicas:
-        with bench.serve(replicas) as daemon:
+        with bench.serve(replicas, *LENIENT) as daemon:
             with bench.boot(daemon) as machine:
                 make_file_system(machine)
                 machine.run(fio("verify", 1))
                 check_file_system(machine)
-                # Without flushes, which do wait for it (up to flush-grace).
+                # Without flushes.
                 output = machine.run(FIO_RAW)
                 # Notes may come before the object.
                 report = json.loads(output[output.index("{") :])
-                for kind, limit_ms in (("read", 250), ("write", 1200)):
-                    mean_ms = report["jobs"][0][kind]["clat_ns"]["mean"] / 1e6
+                # A guest without hardware acceleration needs most of this for itself.
+                for kind, limit_ms in (("read", 250), ("write", 250)):
+                    times = report["jobs"][0][kind]["clat_ns"]
+                    mean_ms, max_ms = times["mean"] / 1e6, times["max"] / 1e6
                     expect(mean_ms < limit_ms, f"a {kind} took {mean_ms:.0f} ms in the mean")
+                    expect(max_ms < 1500, f"a {kind} took {max_ms:.0f} ms")
+                expect(daemon.events("QUORUM_BLK_REPLICA_LAGGING"), "it is waited for still")
+                replicas[2].tell("delay 0")
+                daemon.await_state(replicas[2], "in-sync")
                 machine.check_kernel_log()
                 machine.shut_down()
             daemon.stop(60)
             expect(not daemon.events("QUORUM_FAILURE"), "a request found no winner")
             expect(blamed(daemon) <= {NAMES[2]}, f"blamed {blamed(daemon)}")
-            left_behind = daemon.events("QUORUM_BLK_REPLICA_BEHIND")
-        expect_equal(replicas[:2] if left_behind else replicas)
+        expect_equal(replicas)
+
+
+def fail_and_recover(bench, kind, fail, recover, *options):
+    """One replica fails while the guest writes and verifies, and after a while it does not any
+    more. `fail` and `recover` are given the replica and the daemon. The guest sees nothing of it;
+    the replica gets what it missed, and within a bounded time all are identical."""
+    with three_replicas(bench, kind) as replicas:
+        with bench.serve(replicas, *LENIENT, *options) as daemon:
+            with bench.boot(daemon) as machine:
+                make_file_system(machine)
+                machine.run(fio("before", 2))
+                machine.start("during", fio("during", 4))
+                time.sleep(0.5)
+                fail(replicas[2], daemon)
+                machine.finish("during")
+                machine.start("after", fio("after", 3))
+                time.sleep(0.5)
+                recover(replicas[2], daemon)
+                machine.finish("after")
+                machine.run(fio("before", 2) + FIO_VERIFY_ONLY)
+                machine.run(fio("during", 4) + FIO_VERIFY_ONLY)
+                check_file_system(machine)
+                daemon.await_state(replicas[2], "in-sync")
+                read_whole_disk(machine)
+                expect_equal_soon(replicas)
+                machine.check_kernel_log()
+                machine.shut_down()
+            daemon.stop()
+            expect(not daemon.events("QUORUM_FAILURE"), "a request found no winner")
+            expect(blamed(daemon) <= {NAMES[2]}, f"blamed {blamed(daemon)}")
+            bench.expect_named(daemon, NAMES[2])
+        expect_equal(replicas)
+
+
+def stale_return(bench):
+    """A replica's file is moved away while the guest writes, and put back without what was written
+    meanwhile; then, in the same way, an older copy takes its place."""
+
+    def fail(replica, daemon):
+        replica.take_away()
+        daemon.await_kick(replica, "vanished")
+        time.sleep(1)
+        replica.put_back()
+        daemon.await_state(replica, "in-sync")
+        replica.copy_aside()
+
+    def recover(replica, daemon):
+        replica.put_back()
+        daemon.await_state(replica, "syncing")
+
+    fail_and_recover(bench, FileReplica, fail, recover)
+
+
+def hang(bench):
+    """A replica's file does not answer at all for a while: it is left out, and opened again when
+    its last operation has ended."""
+
+    def fail(replica, daemon):
+        replica.tell("hang")
+        daemon.await_kick(replica, "hung")
+
+    def recover(replica, daemon):
+        replica.tell("resume")
+
+    fail_and_recover(bench, FaultyReplica, fail, recover, "--io-timeout", 2)
+
+
+def full(bench):
+    """The file system of a replica is full for a while."""
+
+    def fail(replica, daemon):
+        replica.fill()
+        daemon.await_state(replica, "syncing")
+
+    fail_and_recover(bench, SmallTmpfsReplica, fail, lambda replica, daemon: replica.free())
+
+
+def eio(bench):
+    """A replica fails all it is asked for, for a while."""
+
+    def fail(replica, daemon):
+        for operation in ("write", "read", "fsync"):
+            replica.tell(f"eio {operation} on")
+
+    def recover(replica, daemon):
+        for operation in ("write", "read", "fsync"):
+            replica.tell(f"eio {operation} off")
+
+    fail_and_recover(bench, FaultyReplica, fail, recover)
+
+
+def power_loss(bench):
+    """Guest and daemon are killed, and what replicas had not flushed is lost: first that of one,
+    then that of all. The guest boots again; its file system is sound, and every file that was
+    synced is intact."""
+    rng = random.Random(bench.seed)
+    sums = {}
+    with (
+        BufferingReplica(bench.folder, NAMES[0], DISK_BYTES) as first,
+        BufferingReplica(bench.folder, NAMES[1], DISK_BYTES) as second,
+        BufferingReplica(bench.folder, NAMES[2], DISK_BYTES) as third,
+    ):
+        replicas = [first, second, third]
+        for name, losers in (("first", [third]), ("second", replicas), ("third", [])):
+            with bench.serve(replicas, *LENIENT) as daemon:
+                with bench.boot(daemon, name) as machine:
+                    if sums:
+                        expect_intact(machine, sums)
+                    else:
+                        make_file_system(machine)
+                    if losers:
+                        # Much that nobody syncs, beside what is synced.
+                        machine.start("noise", NOISE)
+                        for number in range(12):
+                            path = f"/mnt/{name}{number}"
+                            machine.run(f"dd if=/dev/urandom of={path} bs=48k count=4 conv=fsync")
+                            sums[path] = machine.run(f"md5sum {path}").split()[0]
+                        time.sleep(rng.random())
+                        machine.kill()
+                        daemon.kill()
+                    else:
+                        machine.run("dd if=/dev/zero of=/dev/disk bs=512 count=1 conv=fsync")
+                        expect_equal_soon(replicas)
+                        machine.check_kernel_log()
+                        machine.shut_down()
+                        daemon.stop()
+                        expect(not daemon.events("QUORUM_FAILURE"), "a request found no winner")
+            for loser in losers:
+                lost = loser.tell(f"drop {rng.randrange(1000)}" if losers is replicas else "drop")
+                expect(lost > 0, f"{loser.name} had nothing to lose")
+        expect_equal(replicas)
+
+
+def expect_intact(machine, sums):
+    """Fails unless the file system is sound and every synced file holds what it held."""
+    # The journal is replayed by mounting it.
+    machine.run("mount -t ext4 /dev/disk /mnt")
+    check_file_system(machine)
+    machine.run("mount -t ext4 /dev/disk /mnt")
+    for path, expected in sums.items():
+        found = machine.run(f"md5sum {path}").split()[0]
+        expect(found == expected, f"{path} was synced and is not what it was")
 
 
 def firmware(bench):
@@ -303,6 +460,11 @@ SCENARIOS = {
         no_space,
         truncated,
         slow,
+        stale_return,
+        hang,
+        full,
+        eio,
+        power_loss,
         firmware,
     )
 }

@@ -66,6 +66,33 @@ class Daemon:
             raise Failure(f"the daemon runs {seconds} s after SIGTERM") from error
         expect(status == 0, f"the daemon ended with status {status} after SIGTERM")
 
+    def kill(self):
+        """Ends it at once, in the middle of whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        # What it could not take away itself; the next one makes its own.
+        self.socket.unlink(missing_ok=True)
+
+    def state(self, replica):
+        """The state that was last told of a replica; it began in sync."""
+        changes = self.events("QUORUM_BLK_REPLICA_STATE")
+        states = [event["to"] for event in changes if event["replica"] == replica.name]
+        return states[-1] if states else "in-sync"
+
+    def await_state(self, replica, state, seconds=60):
+        """Waits until a replica was told to be in a state."""
+        what = f"{replica.name} to be {state}"
+        wait_until(lambda: self.state(replica) == state, seconds, what)
+
+    def await_kick(self, replica, cause, seconds=30):
+        """Waits until a replica was left out for this cause."""
+
+        def is_kicked():
+            kicks = self.events("QUORUM_BLK_REPLICA_KICKED")
+            return any((kick["replica"], kick["cause"]) == (replica.name, cause) for kick in kicks)
+
+        wait_until(is_kicked, seconds, f"{replica.name} to be left out ({cause})")
+
     def log(self):
         """Everything it has written to standard error."""
         return self._log_path.read_text(errors="replace")
@@ -78,14 +105,16 @@ class Daemon:
         """The data of the events so far, or of those with one name."""
         if not self._events.exists():
             return []
-        events = [json.loads(line) for line in self._events.read_text().splitlines()]
+        # The last line may still be under way.
+        lines = self._events.read_text().split("\n")[:-1]
+        events = [json.loads(line) for line in lines]
         return [event["data"] for event in events if name in (None, event["event"])]
 
 
 class Peer:
     """QEMU's quorum driver in qemu-storage-daemon, with the same three files."""
 
-    def __init__(self, _program, folder, replicas):
+    def __init__(self, _program, folder, replicas, *_options):
         self.socket = folder / "disk.sock"
         self._log = open(folder / "daemon.log", "ab")
         command = [find_program("qemu-storage-daemon")]

@@ -168,7 +168,6 @@ struct Maintenance {
     now: Time,
     events: EventLoop,
     next_guest_look: Time,
-    keeper_state: KeeperState,
     stop: Stop,
     // What is to be carried out, and reused.
     lane_actions: Vec<Action>,
@@ -235,7 +234,6 @@ impl Maintenance {
             now: setup.clock.now(),
             events,
             next_guest_look: setup.clock.now(),
-            keeper_state: setup.keeper,
             stop: Stop::default(),
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
@@ -613,7 +611,6 @@ impl Maintenance {
 
     /// Writes to the superblock what the keeper wants remembered.
     fn save(&mut self, state: KeeperState) {
-        self.keeper_state = state;
         let Some(record) = &mut self.record else {
             return;
         };

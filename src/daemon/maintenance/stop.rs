@@ -128,7 +128,7 @@ impl Maintenance {
         let dirty = members.marks().count(Bitmap::Dirty);
         let clean = dirty == 0 && self.shared.unresolved.extents() == 0;
         let replicas = self.roster.open_replicas();
-        let (state, shared) = (self.keeper_state, &self.shared);
+        let (state, shared) = (self.keeper.state(), &self.shared);
         let up = members.up();
         let Some(record) = &mut self.record else {
             return;

@@ -209,8 +209,8 @@ impl fmt::Display for Advice {
             ),
             Self::RecordMinority => f.write_str(
                 "DANGEROUS: by force a minority of the copies of the state record is taken as the \
-                 truth; replicas that are not there count as lost, and the others are compared \
-                 once in the background",
+                 truth; replicas that are not there count as lost, the others vote and are \
+                 compared once in the background",
             ),
             Self::ForceNotNeeded => f.write_str(
                 "--force was not needed: leave it out, or a start may one day serve a minority \

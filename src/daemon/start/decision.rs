@@ -310,8 +310,10 @@ fn check_order(facts: &Facts, verdicts: &[Verdict]) -> Result<(), Refused> {
 fn judge_origin(facts: &Facts, decision: &mut Decision) {
     let Facts { wanted, past, .. } = facts;
     if past.minority {
-        // Whatever the lost copies knew: it may be that the others missed it.
+        // The copies that are lost may have known of later runs. Those that changed since the run
+        // that is remembered may hold the newer data then: nobody is better than another.
         decision.written_off = decision.absent;
+        decision.changed = ReplicaSet::EMPTY;
         decision.verify = true;
         decision.advice.push(Advice::RecordMinority);
     }

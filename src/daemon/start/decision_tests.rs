@@ -214,6 +214,16 @@ fn decision_for_every_kind_of_find() {
             },
             "T=2 absent=[0] lost=[0] verify",
         ),
+        (
+            "minority of record copies, which may not know of the last run",
+            |f| {
+                f.wanted.force = true;
+                f.past.minority = true;
+                f.replicas[0].found = Ok(changed(11));
+                f.replicas[1].found = Ok(changed(12));
+            },
+            "T=2 verify",
+        ),
         ("T changed", |f| f.wanted.threshold = 3, "T=3"),
         (
             "failed, though it is there",

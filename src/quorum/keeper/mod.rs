@@ -278,7 +278,9 @@ impl Keeper {
         self.save_now |= self.members.take_changed();
     }
 
-    fn state(&self) -> KeeperState {
+    /// What the disk is to remember, as things are now.
+    #[must_use]
+    pub fn state(&self) -> KeeperState {
         KeeperState {
             states: self.members.states(),
             suspects: self.members.suspects(),

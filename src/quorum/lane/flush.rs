@@ -211,11 +211,11 @@ impl Lane {
         others.remove(replica);
         if others.count() >= turn.shared.policy.threshold {
             self.kick(turn, replica, KickCause::FlushFailed(errno));
-            return;
+        } else {
+            members.note_unflushable(replica);
+            members.mark_behind_where_dirty(replica);
         }
-        members.note_unflushable(replica);
-        members.mark_behind_where_dirty(replica);
-        let extents = members.behind_extents(replica);
+        let extents = turn.shared.membership.behind_extents(replica);
         turn.report(Report::FlushFailed {
             replica,
             errno,

@@ -475,6 +475,11 @@ impl Lane {
         let repair = read.check.is_none_or(|check| check.repair);
         let stamp = read.stamp.expect("taken before anybody was asked");
         let explained = read.failed.is_empty() && !shared.order.undisturbed(range, stamp);
+        let during = if read.check.is_some() {
+            During::Check
+        } else {
+            During::Read
+        };
         read.phase = Phase::Left;
         self.read_abandon(turn, slot);
         if broken!(shared, NoArbitration) {
@@ -482,7 +487,7 @@ impl Lane {
             return;
         }
         // Rule V5: once more under the exclusive lock before anything is reported.
-        let mut matter = Matter::new(range, During::Read, explained);
+        let mut matter = Matter::new(range, during, explained);
         matter.repair = repair;
         self.settle_begin(turn, matter, Some(tag));
     }

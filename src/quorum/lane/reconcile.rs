@@ -226,7 +226,7 @@ impl Lane {
         reconcile.phase = Phase::Piece;
         reconcile.next = piece.end();
         let targets = reconcile.targets;
-        let matter = Matter::new(piece, During::Read, true);
+        let matter = Matter::new(piece, During::Check, true);
         self.settle_piece(turn, matter, slot, targets);
     }
 
