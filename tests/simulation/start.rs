@@ -11,8 +11,8 @@ use crate::life::{Event, Stop};
 use crate::maintenance::{Maintenance, saved_states};
 use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
-    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
-    Recorder, Refusal, Superblock, open,
+    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened, Recorder,
+    Refusal, Superblock, open,
 };
 use crate::trace::{Line, Verdict, violation};
 use crate::units::ReplicaId;
