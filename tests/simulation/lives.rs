@@ -175,6 +175,29 @@ pub const HASTY: Profile = Profile {
     ..ROTATING
 };
 
+/// Copies of the record that are slow, full, lost, missing, while members come and go.
+pub const FORGETFUL: Profile = Profile {
+    name: "forgetful",
+    rates: Rates {
+        write_error: 3_000,
+        flush_error: 10_000,
+        ..QUIET
+    },
+    ailment: Ailment::None,
+    life: Some(Lives {
+        copies: &[3, 3, 5],
+        steps: 800,
+        power: 300,
+        stops: 50,
+        leaves: 10_000,
+        left_out: 150_000,
+        changed: 300_000,
+        record_faults: 100_000,
+        ..PEACE
+    }),
+    ..ROTATING
+};
+
 /// More write errors than any quorum survives, and kills.
 pub const STORM_KILLS: Profile = Profile {
     name: "storm-kills",
@@ -247,7 +270,7 @@ pub const REMEMBERED: [Profile; 14] = [
 ];
 
 /// Runs in which everything happens.
-pub const HARD: [Profile; 4] = [POWER, ROTATING, ROTATING_POWER, HASTY];
+pub const HARD: [Profile; 5] = [POWER, ROTATING, ROTATING_POWER, HASTY, FORGETFUL];
 
 /// Runs with more bad copies than any quorum survives.
 pub const BEYOND_ALL: [Profile; 2] = [BEYOND, BEYOND_POWER];

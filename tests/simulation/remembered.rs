@@ -16,6 +16,13 @@ pub struct Seen {
     unresolved: u64,
 }
 
+impl Seen {
+    /// Whether the replica was behind in the extent, as far as it was up.
+    pub fn is_behind(&self, extent: u64, replica: ReplicaId) -> bool {
+        self.behind[replica.index()] >> extent & 1 > 0
+    }
+}
+
 fn mask(marks: &Marks, bitmap: Bitmap) -> u64 {
     marks.iter(bitmap).map(|extent| 1 << extent).sum()
 }
