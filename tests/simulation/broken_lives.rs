@@ -63,7 +63,11 @@ fn w8_clean_before_flush_is_noticed() {
 
 #[test]
 fn f3_forgotten_flush_error_is_noticed() {
-    mutation_is_noticed(Mutation::FlushErrorForgotten, &[FLUSHES], &["I5", "F2", "I4", "Y5"]);
+    mutation_is_noticed(
+        Mutation::FlushErrorForgotten,
+        &[FLUSHES],
+        &["I5", "F2", "I4", "Y5"],
+    );
 }
 
 #[test]
@@ -91,7 +95,11 @@ fn r5_copies_not_merged_is_noticed() {
 #[test]
 fn r6_durable_when_submitted_is_noticed() {
     let rules = ["I4", "I8"];
-    record_mutation_is_noticed(RecordMutation::DurableWhenSubmitted, &[HASTY, KILLS], &rules);
+    record_mutation_is_noticed(
+        RecordMutation::DurableWhenSubmitted,
+        &[HASTY, KILLS],
+        &rules,
+    );
 }
 
 #[test]
@@ -106,7 +114,11 @@ fn s3_changed_member_believed_is_noticed() {
 
 #[test]
 fn s4_dirty_extents_not_resolved_are_noticed() {
-    breach_is_noticed(Breach::DirtyTrusted, &[KILLS, POWER], &["I1", "I4", "I8", "I14", "Y2", "Y5"]);
+    breach_is_noticed(
+        Breach::DirtyTrusted,
+        &[KILLS, POWER],
+        &["I1", "I4", "I8", "I14", "Y2", "Y5"],
+    );
 }
 
 #[test]
@@ -116,7 +128,11 @@ fn y1_resolved_and_not_flushed_is_noticed() {
 
 #[test]
 fn y3_first_replica_believed_is_noticed() {
-    mutation_is_noticed(Mutation::FirstReplicaBelieved, &[SILENT_KILLS], &["I1", "I8", "Y5", "I4"]);
+    mutation_is_noticed(
+        Mutation::FirstReplicaBelieved,
+        &[SILENT_KILLS],
+        &["I1", "I8", "Y5", "I4"],
+    );
 }
 
 #[test]
@@ -126,5 +142,9 @@ fn y5_resynced_and_not_flushed_is_noticed() {
 
 #[test]
 fn k2_writes_that_outlive_their_daemon_are_noticed() {
-    breach_is_noticed(Breach::FlightOutlivesLock, &[KILLS], &["I1", "I4", "I8", "I2", "I9", "Y2"]);
+    breach_is_noticed(
+        Breach::FlightOutlivesLock,
+        &[KILLS],
+        &["I1", "I4", "I8", "I2", "I9", "Y2"],
+    );
 }

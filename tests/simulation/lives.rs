@@ -175,6 +175,29 @@ pub const HASTY: Profile = Profile {
     ..ROTATING
 };
 
+/// Copies of the record that are slow, full, lost, missing, while members come and go.
+pub const FORGETFUL: Profile = Profile {
+    name: "forgetful",
+    rates: Rates {
+        write_error: 3_000,
+        flush_error: 10_000,
+        ..QUIET
+    },
+    ailment: Ailment::None,
+    life: Some(Lives {
+        copies: &[3, 3, 5],
+        steps: 800,
+        power: 300,
+        stops: 50,
+        leaves: 10_000,
+        left_out: 150_000,
+        changed: 300_000,
+        record_faults: 100_000,
+        ..PEACE
+    }),
+    ..ROTATING
+};
+
 /// More write errors than any quorum survives, and kills.
 pub const STORM_KILLS: Profile = Profile {
     name: "storm-kills",
@@ -194,16 +217,47 @@ const fn recorded(profile: Profile, name: &'static str) -> Profile {
     }
 }
 
-pub const ALL: [Profile; 18] = [
+/// One bad copy more than any quorum survives.
+pub const BEYOND: Profile = Profile {
+    name: "beyond",
+    replicas: &[3, 4, 5],
+    excess: 1,
+    rates: Rates {
+        read_error: 2_000,
+        read_garbled: 1_000,
+        write_error: 1_000,
+        write_lost: 1_000,
+        write_torn: 500,
+        flush_error: 2_000,
+        rot: 300_000,
+        unreadable: 4_000,
+        ..QUIET
+    },
+    life: Some(PEACE),
+    requests: 6_000,
+    ..HEALTHY
+};
+
+/// The same, and kills and losses of power.
+pub const BEYOND_POWER: Profile = Profile {
+    name: "beyond-power",
+    life: Some(Lives {
+        steps: 2_500,
+        power: 400,
+        leaves: 1_500,
+        left_out: 100_000,
+        ..PEACE
+    }),
+    ..BEYOND
+};
+
+/// Runs in which nothing but the daemon is lost.
+pub const REMEMBERED: [Profile; 14] = [
     RECORDED,
     KILLS,
-    POWER,
     FAULTY,
     FAULTY_KILLS,
     SILENT_KILLS,
-    ROTATING,
-    ROTATING_POWER,
-    HASTY,
     STORM_KILLS,
     recorded(ERRORS, "errors-recorded"),
     recorded(SILENT, "silent-recorded"),
@@ -214,3 +268,9 @@ pub const ALL: [Profile; 18] = [
     recorded(MINORITY, "minority-recorded"),
     recorded(FIFO, "fifo-recorded"),
 ];
+
+/// Runs in which everything happens.
+pub const HARD: [Profile; 5] = [POWER, ROTATING, ROTATING_POWER, HASTY, FORGETFUL];
+
+/// Runs with more bad copies than any quorum survives.
+pub const BEYOND_ALL: [Profile; 2] = [BEYOND, BEYOND_POWER];

@@ -449,6 +449,10 @@ impl World {
             self.disks[replica].rot(sector, value);
             self.budget.cleanse(sector, replica);
         }
+        if self.profile.excess > 0 && !self.model.is_legal_now(sector, value) {
+            // The bad copies have won.
+            self.budget.taint(sector, replica);
+        }
     }
 
     pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {

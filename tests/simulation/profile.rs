@@ -80,6 +80,9 @@ pub struct Profile {
     pub mix: [u64; 4],
     /// More write errors than any quorum survives; writes may fail, but nothing may go wrong.
     pub beyond_budget: bool,
+    /// Copies that may be bad at once beyond what any quorum survives: requests may fail, and what
+    /// is silently wrong is counted, if enough bad copies explain it.
+    pub excess: usize,
     /// Guest requests of one run.
     pub requests: u64,
     /// If there is a record.
@@ -115,6 +118,7 @@ pub const HEALTHY: Profile = Profile {
     ailment: Ailment::None,
     mix: MIX,
     beyond_budget: false,
+    excess: 0,
     requests: 20_000,
     life: None,
 };
@@ -311,9 +315,9 @@ impl Profile {
     pub fn budget(&self, policy: &Policy) -> usize {
         let spare = policy.replicas - policy.threshold;
         if self.pattern == ReadPattern::Quorum && !policy.majority() {
-            spare.min(1)
+            spare.min(1) + self.excess
         } else {
-            spare
+            spare + self.excess
         }
     }
 

@@ -11,8 +11,8 @@ use crate::life::{Event, Stop};
 use crate::maintenance::{Maintenance, saved_states};
 use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
-    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
-    Recorder, Refusal, Superblock, open,
+    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened, Recorder,
+    Refusal, Superblock, open,
 };
 use crate::trace::{Line, Verdict, violation};
 use crate::units::ReplicaId;
@@ -199,6 +199,7 @@ impl World {
                 marks.set_all(Bitmap::Behind(ReplicaId::new(replica)));
             }
         }
+        self.name_current(&marks);
         self.check_opened(&marks)?;
         let (geometry, policy) = (self.shape.geometry, self.shape.policy.clone());
         let mut shared = Shared::with_marks(geometry, policy, marks).expect("a valid profile");
@@ -226,6 +227,7 @@ impl World {
             lacking,
             clean,
             present,
+            marks: self.list_disorder(),
         });
         let copies = self.copies.as_ref().expect("there is a record").count();
         let writable: Vec<bool> = (0..copies).map(|copy| missing >> copy & 1 == 0).collect();
@@ -247,6 +249,23 @@ impl World {
         self.maintenance = Some(Maintenance::new(recorder, saved));
         self.plan_end();
         self.poll_record()
+    }
+
+    /// Clears that were lost may add up until every copy of an extent is behind: an operator has to
+    /// name one that is not.
+    fn name_current(&mut self, marks: &Marks) {
+        for extent in 0..self.shape.geometry.extents() {
+            let replicas = (0..self.disks.len()).map(ReplicaId::new);
+            let behind = |r: ReplicaId| marks.is_set(Bitmap::Behind(r), extent);
+            if !replicas.clone().all(behind) {
+                continue;
+            }
+            self.tally.count("extents without a copy");
+            let sound = replicas.clone().find(|&r| !self.seen.is_behind(extent, r));
+            if let Some(replica) = sound {
+                marks.clear(Bitmap::Behind(replica), extent);
+            }
+        }
     }
 
     /// Members that are not there are left out; the others are opened.

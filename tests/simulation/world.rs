@@ -125,7 +125,11 @@ impl World {
         let replicas = policy.replicas;
         let sectors = geometry.sectors();
         let volatile = profile.life.is_some_and(|life| life.volatile);
-        let mut budget = Budget::new(profile.budget(policy), &geometry);
+        let mut budget = Budget::new(
+            profile.budget(policy),
+            policy.replicas - policy.threshold,
+            &geometry,
+        );
         if profile.life.is_some() {
             budget.forget_after(600 * MS);
         }
@@ -203,6 +207,11 @@ impl World {
             }
         }
         self.calm = true;
+        if self.profile.excess > 0 {
+            // Nobody may know any more what is right.
+            self.collect();
+            return Ok(());
+        }
         self.release_hung();
         self.wind_up()?;
         self.check_idle()?;
@@ -272,6 +281,7 @@ impl World {
         };
         self.step += 1;
         self.budget.now = self.clock.now();
+        self.budget.step = self.step;
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,
