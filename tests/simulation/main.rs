@@ -118,6 +118,7 @@ mod crash;
 mod disk;
 mod faults;
 mod guest;
+mod landing;
 mod life;
 mod lives;
 mod maintenance;
