@@ -74,7 +74,8 @@ pub struct Life {
     pub cautious: u64,
     /// Some daemon has come to serve.
     pub served: bool,
-    /// The newest epoch that was opened.
+    /// The epoch that this daemon has found, and one that no later daemon may fall behind.
+    pub opened: u64,
     pub epoch: u64,
     /// Writes of a daemon that was killed, if they are let live: replica, sector, content.
     pub strays: Vec<Vec<(usize, u64, u64)>>,
@@ -95,6 +96,7 @@ impl Life {
             daemons: 0,
             served: false,
             cautious: 300_000,
+            opened: 0,
             epoch: 0,
             strays: Vec::new(),
         }

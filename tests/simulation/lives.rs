@@ -17,6 +17,7 @@ const PEACE: Lives = Lives {
     left_out: 0,
     changed: 0,
     record_faults: 0,
+    record_lost: false,
     single: false,
 };
 
@@ -208,6 +209,20 @@ pub const STORM_KILLS: Profile = Profile {
     ..STORM
 };
 
+/// So many copies of the record fail that no mark can be set any more: writes fail, reads do not.
+pub const RECORD_LOST: Profile = Profile {
+    name: "record-lost",
+    beyond_budget: true,
+    life: Some(Lives {
+        steps: 2_500,
+        power: 300,
+        record_faults: 100_000,
+        record_lost: true,
+        ..PEACE
+    }),
+    ..RECORDED
+};
+
 /// A profile of the time before records, with one.
 const fn recorded(profile: Profile, name: &'static str) -> Profile {
     Profile {
@@ -270,7 +285,14 @@ pub const REMEMBERED: [Profile; 14] = [
 ];
 
 /// Runs in which everything happens.
-pub const HARD: [Profile; 5] = [POWER, ROTATING, ROTATING_POWER, HASTY, FORGETFUL];
+pub const HARD: [Profile; 6] = [
+    POWER,
+    ROTATING,
+    ROTATING_POWER,
+    HASTY,
+    FORGETFUL,
+    RECORD_LOST,
+];
 
 /// Runs with more bad copies than any quorum survives.
 pub const BEYOND_ALL: [Profile; 2] = [BEYOND, BEYOND_POWER];

@@ -60,6 +60,8 @@ pub struct Lives {
     pub changed: u64,
     /// Per million writes of the record.
     pub record_faults: u64,
+    /// Also on so many copies that no majority is left: requests may fail then.
+    pub record_lost: bool,
     /// One replica alone fails.
     pub single: bool,
 }

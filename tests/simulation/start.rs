@@ -188,6 +188,7 @@ impl World {
     fn begin_daemon(&mut self, opened: Opened, marks: Marks, missing: u8, clean: bool) -> Verdict {
         self.life.daemons += 1;
         self.life.stop = Stop::No;
+        self.life.opened = opened.superblock.epoch();
         let saved = saved_states(&opened.superblock);
         let members = opened.superblock.members;
         // S3: who was changed while the disk was stopped lacks everything.
