@@ -16,6 +16,7 @@ const PEACE: Lives = Lives {
     leaves: 0,
     left_out: 0,
     changed: 0,
+    missing: 300_000,
     record_faults: 0,
     record_lost: false,
     single: false,

@@ -58,6 +58,8 @@ pub struct Lives {
     pub left_out: u64,
     /// Per million clean stops: somebody changes a member.
     pub changed: u64,
+    /// Per million starts: copies of the record are not there.
+    pub missing: u64,
     /// Per million writes of the record.
     pub record_faults: u64,
     /// Also on so many copies that no majority is left: requests may fail then.

@@ -166,7 +166,8 @@ impl World {
     fn missing_copies(&mut self) -> u8 {
         let mut missing = 0u8;
         let copies = self.copies.as_mut().expect("there is a record");
-        if !self.life.served || !self.rng.chance(300_000) {
+        let odds = self.profile.life.map_or(0, |life| life.missing);
+        if !self.life.served || !self.rng.chance(odds) {
             return missing;
         }
         for copy in 0..copies.count() {
