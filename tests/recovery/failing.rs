@@ -149,6 +149,14 @@ fn a_replica_beyond_its_error_budget_is_failed_and_stays_so() {
     assert!(log.contains("replica 'replica0' is failed"), "{log}");
     Guest::connect(&site).check_all(&mut model, true);
     site.assert_no_failure();
+    site.stop_anyhow();
+    // Until an operator gives it another chance.
+    site.start_with(&["--clear", "replica0"]);
+    site.await_state(0, "in-sync");
+    Guest::connect(&site).check_all(&mut model, true);
+    site.await_equal();
+    site.stop();
+    assert_eq!(site.difference(), None);
 }
 
 #[test]

@@ -203,3 +203,47 @@ fn a_replica_that_missed_a_whole_run_does_not_decide_the_next() {
     site.assert_no_failure();
     site.stop();
 }
+
+#[test]
+fn killed_while_the_record_is_made_it_is_made_again() {
+    let mut random = Random::new(16);
+    for round in 0..15 {
+        let mut site = Site::bare(&[]);
+        for _ in 0..2 {
+            site.start_and_leave();
+            std::thread::sleep(Duration::from_micros(random.below(50_000) as u64));
+            site.kill();
+        }
+        let mut model = Model::new(SECTORS);
+        site.start();
+        let mut guest = Guest::connect(&site);
+        guest.write(&mut model, 8 * round, 8);
+        guest.check_all(&mut model, false);
+        drop(guest);
+        site.await_equal();
+        site.stop();
+    }
+}
+
+#[test]
+fn killed_while_it_closes_the_disk_it_has_lost_nothing() {
+    let mut site = Site::new(&[]);
+    let mut model = Model::new(SECTORS);
+    let mut random = Random::new(17);
+    for _ in 0..15 {
+        let mut guest = Guest::connect(&site);
+        guest
+            .work(&mut model, &mut random, 8, |done| done < 60)
+            .expect("it lives");
+        drop(guest);
+        site.process().signal(Signal::Terminate);
+        std::thread::sleep(Duration::from_micros(random.below(8_000) as u64));
+        site.kill();
+        site.start();
+        Guest::connect(&site).check_all(&mut model, true);
+        site.assert_no_failure();
+    }
+    site.await_equal();
+    site.stop();
+    assert_eq!(site.difference(), None);
+}

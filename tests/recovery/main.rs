@@ -13,6 +13,7 @@
 //! - `power`: unflushed writes are lost.
 //! - `records`: copies of the state record fail.
 //! - `starts`: what a start decides.
+//! - `storm`: one fault after the other, and kills in the middle of them.
 //! - `upkeep`: first comparison, scrub, status.
 //!
 //! Files that go wrong on command need root and FUSE (`tests/vm/faulty_file.py`); without, those
@@ -29,4 +30,5 @@ mod power;
 mod records;
 mod site;
 mod starts;
+mod storm;
 mod upkeep;

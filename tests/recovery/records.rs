@@ -3,7 +3,6 @@
 //! without most of them nothing is written that could not be remembered.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use quorum_blk::front_end::Status;
@@ -29,7 +28,7 @@ fn with_faulty_records(count: usize) -> Option<(Vec<FaultyFile>, Site)> {
             record
         };
         path.as_mut_os_string().push(",record=");
-        path.as_mut_os_string().push(PathBuf::from(place));
+        path.as_mut_os_string().push(place);
     }
     site.start_with(&["--assume-clean"]);
     Some((copies, site))

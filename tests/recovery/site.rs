@@ -152,6 +152,11 @@ impl Site {
         }
     }
 
+    /// Starts the daemon and does not wait for it.
+    pub fn start_and_leave(&mut self) {
+        self.launch(&[]);
+    }
+
     /// Starts the daemon where it must not start. Returns what it says.
     #[track_caller]
     pub fn refused(&mut self, more: &[&str]) -> String {
@@ -225,6 +230,20 @@ impl Site {
     #[track_caller]
     pub fn await_event(&self, name: &str, right: impl Fn(&Value) -> bool) {
         self.wait_for(SETTLED, name, || self.events(name).iter().any(&right));
+    }
+
+    /// Waits until its status finds all replicas in sync.
+    #[track_caller]
+    pub fn await_healthy(&mut self) {
+        let deadline = Instant::now() + SETTLED;
+        loop {
+            let status = self.status();
+            if status.contains("the disk is healthy") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{status}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// The state that was last told of a replica, if it has changed since the start.

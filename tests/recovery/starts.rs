@@ -5,6 +5,8 @@
 use std::fs;
 use std::path::Path;
 
+use quorum_blk::front_end::Status;
+
 use crate::common::{Process, Random, SECTOR};
 use crate::guest::Guest;
 use crate::model::{Model, content};
@@ -334,4 +336,41 @@ fn a_disk_that_nothing_may_be_written_to_is_not_settled() {
     );
     let log = serves(&mut site, &mut model, &[]);
     assert!(!log.contains("WARN"), "{log}");
+}
+
+#[test]
+fn a_blank_file_in_the_place_of_the_last_good_copy_is_not_believed() {
+    let (mut site, mut model) = stopped(80);
+    let old = fs::read(&site.images[0]).expect("an image");
+    take_away(&site.images[0]);
+    take_away(&site.images[2]);
+    site.start_with(&["--force"]);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 77, 7);
+    drop(guest);
+    site.stop_anyhow();
+    put_back(&site.images[0]);
+    put_back(&site.images[2]);
+    let blank = site.folder().join("blank");
+    fs::write(&blank, vec![0; SECTORS * SECTOR]).expect("an image");
+    fs::rename(&blank, &site.images[1]).expect("a file of ours");
+    // Only the file that is gone held what was written last.
+    site.start();
+    contains(&site.log(), "every replica lacks what was written last");
+    let mut guest = Guest::connect(&site);
+    assert_eq!(guest.status_of_read(5), Status::IoError);
+    drop(guest);
+    site.stop_anyhow();
+    for index in [0, 2] {
+        assert!(fs::read(&site.images[index]).expect("an image") == old);
+    }
+    // The operator takes what there is.
+    site.start_with(&["--force-current", "replica0"]);
+    site.await_equal();
+    assert!(fs::read(&site.images[1]).expect("an image") == old);
+    let mut guest = Guest::connect(&site);
+    assert_eq!(guest.status_of_read(5), Status::Ok);
+    drop(guest);
+    site.stop();
+    assert_eq!(site.difference(), None);
 }

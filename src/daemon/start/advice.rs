@@ -237,7 +237,7 @@ impl fmt::Display for Advice {
             Self::NoCopy { extents } => write!(
                 f,
                 "in {extents} extents every replica lacks what was written last: they give I/O \
-                 errors until an operator names the replica to take them from (force-current)"
+                 errors until an operator names the replica to take them from (--force-current NAME)"
             ),
         }
     }

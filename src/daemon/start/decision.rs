@@ -75,6 +75,10 @@ pub struct Decision {
     pub absent: ReplicaSet,
     /// Replicas that are up and behind everywhere where another copy is left (rule S3).
     pub changed: ReplicaSet,
+    /// Those of them that are another file or device, or of which nothing is known: they are
+    /// behind everywhere, whoever else has a copy. A blank disk in the place of the last good one
+    /// must not become the content of all.
+    pub replaced: ReplicaSet,
     /// Replicas that are behind everywhere, whoever else has a copy (rule S6).
     pub written_off: ReplicaSet,
     /// What is dirty is unresolved (rule S4).
@@ -94,6 +98,7 @@ impl Decision {
             forced: false,
             absent: ReplicaSet::EMPTY,
             changed: ReplicaSet::EMPTY,
+            replaced: ReplicaSet::EMPTY,
             written_off: ReplicaSet::EMPTY,
             resolve: false,
             verify: false,
@@ -216,6 +221,9 @@ pub fn decide(facts: &Facts) -> Result<Decision, Refused> {
         forced: false,
         absent,
         changed: set(|verdict| matches!(verdict, Verdict::Doubted(_))),
+        replaced: set(|verdict| {
+            matches!(verdict, Verdict::Doubted(Doubt::Replaced | Doubt::Unknown))
+        }),
         written_off: ReplicaSet::EMPTY,
         resolve: !past.clean || past.dirty > 0,
         verify: false,
@@ -351,6 +359,7 @@ fn judge_changes(
             });
         }
         decision.changed = ReplicaSet::EMPTY;
+        decision.replaced = ReplicaSet::EMPTY;
         decision.written_off = decision.absent;
         decision.verify = true;
         decision.advice.push(Advice::AllChanged);

@@ -9,8 +9,10 @@ use crate::units::{ReplicaId, ReplicaSet};
 /// Marks replicas behind that lack everything, in `marks` as they were loaded for `replicas`
 /// replicas. To be called before anybody else has the marks.
 ///
-/// What was changed is not marked where nobody else has a copy, up or not: the last one is never
-/// taken away (CONSISTENCY section 10). What is written off is marked everywhere (rule S6).
+/// What was changed is not marked where nobody else has a copy, up or not: the last one is not
+/// taken away for a change that may mean nothing (CONSISTENCY section 10). What was replaced, or
+/// is written off, is marked everywhere (rules S3, S6): where nobody is left then, an operator
+/// decides.
 #[must_use]
 pub fn apply(decision: &Decision, marks: &Marks, replicas: usize) -> Vec<Advice> {
     for replica in decision.written_off.iter() {
@@ -24,14 +26,17 @@ pub fn apply(decision: &Decision, marks: &Marks, replicas: usize) -> Vec<Advice>
     };
     if !decision.changed.is_empty() {
         let trusted = all.minus(decision.changed);
+        let touched = decision.changed.minus(decision.replaced);
         let mut last_copies = 0;
         for extent in 0..marks.extents() {
-            if has_copy(extent, trusted) {
-                for replica in decision.changed.iter() {
-                    marks.set(Bitmap::Behind(replica), extent);
-                }
-            } else if has_copy(extent, decision.changed) {
-                last_copies += 1;
+            let doubted = if has_copy(extent, trusted) {
+                decision.changed
+            } else {
+                last_copies += u64::from(has_copy(extent, touched));
+                decision.replaced
+            };
+            for replica in doubted.iter() {
+                marks.set(Bitmap::Behind(replica), extent);
             }
         }
         if last_copies > 0 {
@@ -65,6 +70,7 @@ mod tests {
             forced: false,
             absent: set(written_off),
             changed: set(changed),
+            replaced: ReplicaSet::EMPTY,
             written_off: set(written_off),
             resolve: false,
             verify: false,
@@ -90,6 +96,22 @@ mod tests {
         let advice = apply(&decision(&[1], &[]), &marks, 3);
         assert_eq!(advice, [Advice::LastCopies { extents: 2 }]);
         assert_eq!(counts(&marks), [2, 98, 2]);
+    }
+
+    #[test]
+    fn replica_that_was_replaced_is_behind_everywhere_even_as_the_last_copy() {
+        let marks = Marks::new(3, 100, true);
+        for extent in [7, 8] {
+            marks.set(Bitmap::Behind(ReplicaId::new(0)), extent);
+            marks.set(Bitmap::Behind(ReplicaId::new(2)), extent);
+        }
+        let decision = Decision {
+            replaced: set(&[1]),
+            ..decision(&[1], &[])
+        };
+        let advice = apply(&decision, &marks, 3);
+        assert_eq!(advice, [Advice::NoCopy { extents: 2 }]);
+        assert_eq!(counts(&marks), [2, 100, 2]);
     }
 
     #[test]

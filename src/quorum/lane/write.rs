@@ -288,7 +288,12 @@ impl Lane {
         replicas: ReplicaSet,
     ) {
         let write = self.write_mut(slot);
-        write.pending = replicas;
+        // Operations on replicas that went meanwhile may still be out.
+        assert!(
+            write.pending.intersection(replicas).is_empty(),
+            "one operation on a replica at a time"
+        );
+        write.pending = write.pending.union(replicas);
         let kind = write.operation();
         for replica in replicas.iter() {
             turn.submit(slot, replica, kind);
