@@ -15,6 +15,7 @@ const PEACE: Lives = Lives {
     volatile: true,
     leaves: 0,
     left_out: 0,
+    replaced: 0,
     changed: 0,
     missing: 300_000,
     record_faults: 0,
@@ -99,6 +100,7 @@ pub const FAULTY_KILLS: Profile = Profile {
         stops: 150,
         leaves: 1_000,
         left_out: 150_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         single: true,
@@ -136,6 +138,7 @@ pub const ROTATING: Profile = Profile {
         stops: 100,
         leaves: 1_500,
         left_out: 100_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         ..PEACE
@@ -152,6 +155,7 @@ pub const ROTATING_POWER: Profile = Profile {
         stops: 100,
         leaves: 1_500,
         left_out: 100_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         ..PEACE
@@ -193,6 +197,7 @@ pub const FORGETFUL: Profile = Profile {
         stops: 50,
         leaves: 10_000,
         left_out: 150_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 100_000,
         ..PEACE

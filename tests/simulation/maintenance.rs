@@ -159,7 +159,11 @@ impl World {
                 self.clock
                     .after(delay, Happening::Life(Event::Opened { replica }));
             }
-            KeeperAction::Admitted { .. } | KeeperAction::MembersChanged => {
+            KeeperAction::Admitted { replica } => {
+                self.life.foreign[replica.index()] = false;
+                self.tell_members_changed(None);
+            }
+            KeeperAction::MembersChanged => {
                 self.tell_members_changed(None);
             }
             KeeperAction::Record => self.poll_record()?,

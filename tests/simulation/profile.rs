@@ -56,6 +56,8 @@ pub struct Lives {
     pub leaves: u64,
     /// Per million: a member is not there at a start.
     pub left_out: u64,
+    /// Per million returns of a member: it is another one, that holds anything.
+    pub replaced: u64,
     /// Per million clean stops: somebody changes a member.
     pub changed: u64,
     /// Per million starts: copies of the record are not there.

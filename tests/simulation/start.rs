@@ -195,8 +195,9 @@ impl World {
         // S3: who was changed while the disk was stopped lacks everything.
         for (replica, member) in members.iter().enumerate().take(self.disks.len()) {
             let known = member.fingerprint.inode;
+            let foreign = std::mem::take(&mut self.life.foreign[replica]);
             let changed = clean && known != 0 && known != self.life.fingerprints[replica];
-            if changed && !self.broken.is(Breach::FingerprintIgnored) {
+            if foreign || changed && !self.broken.is(Breach::FingerprintIgnored) {
                 self.tally.count("members changed");
                 marks.set_all(Bitmap::Behind(ReplicaId::new(replica)));
             }
