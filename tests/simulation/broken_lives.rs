@@ -2,7 +2,7 @@
 //! Broken builds of what the disk remembers: rules of the record, of starts, of resync. The counter
 //! c(i) has a script of its own (`scripted`).
 
-use crate::broken::{breach_is_noticed, is_noticed, mutation_is_noticed};
+use crate::broken::{breach_is_noticed, hold_unbroken, is_noticed, mutation_is_noticed};
 use crate::lives::{FAULTY, FAULTY_KILLS, HASTY, KILLS, POWER, SILENT_KILLS};
 use crate::profile::{Lives, Profile, QUIET, Rates};
 use crate::quorum::Mutation;
@@ -31,6 +31,19 @@ const SHORT: Profile = Profile {
     ..POWER
 };
 
+/// Every start has to do without some copies of the record, and some are slow.
+const SCATTERED: Profile = Profile {
+    name: "scattered",
+    life: Some(Lives {
+        copies: &[3],
+        steps: 300,
+        missing: 1_000_000,
+        record_faults: 200_000,
+        ..life(KILLS)
+    }),
+    ..KILLS
+};
+
 const fn life(profile: Profile) -> Lives {
     match profile.life {
         Some(life) => life,
@@ -44,6 +57,11 @@ fn record_mutation_is_noticed(mutation: RecordMutation, profiles: &[Profile], ru
         ..Broken::default()
     };
     is_noticed(broken, profiles, rules);
+}
+
+#[test]
+fn profiles_of_broken_lives_hold_when_nothing_is_broken() {
+    hold_unbroken(&[FLUSHES, SHORT, SCATTERED]);
 }
 
 #[test]
@@ -78,7 +96,7 @@ fn f4_cache_kept_at_open_is_noticed() {
 #[test]
 fn r1_one_copy_is_not_enough() {
     let rules = ["I4", "I8", "I12", "R5"];
-    record_mutation_is_noticed(RecordMutation::OneCopyIsEnough, &[HASTY, POWER], &rules);
+    record_mutation_is_noticed(RecordMutation::OneCopyIsEnough, &[SCATTERED], &rules);
 }
 
 #[test]

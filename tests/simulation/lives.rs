@@ -15,8 +15,11 @@ const PEACE: Lives = Lives {
     volatile: true,
     leaves: 0,
     left_out: 0,
+    replaced: 0,
     changed: 0,
+    missing: 300_000,
     record_faults: 0,
+    record_lost: false,
     single: false,
 };
 
@@ -97,6 +100,7 @@ pub const FAULTY_KILLS: Profile = Profile {
         stops: 150,
         leaves: 1_000,
         left_out: 150_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         single: true,
@@ -134,6 +138,7 @@ pub const ROTATING: Profile = Profile {
         stops: 100,
         leaves: 1_500,
         left_out: 100_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         ..PEACE
@@ -150,6 +155,7 @@ pub const ROTATING_POWER: Profile = Profile {
         stops: 100,
         leaves: 1_500,
         left_out: 100_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         ..PEACE
@@ -191,6 +197,7 @@ pub const FORGETFUL: Profile = Profile {
         stops: 50,
         leaves: 10_000,
         left_out: 150_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 100_000,
         ..PEACE
@@ -206,6 +213,20 @@ pub const STORM_KILLS: Profile = Profile {
         ..PEACE
     }),
     ..STORM
+};
+
+/// So many copies of the record fail that no mark can be set any more: writes fail, reads do not.
+pub const RECORD_LOST: Profile = Profile {
+    name: "record-lost",
+    beyond_budget: true,
+    life: Some(Lives {
+        steps: 2_500,
+        power: 300,
+        record_faults: 100_000,
+        record_lost: true,
+        ..PEACE
+    }),
+    ..RECORDED
 };
 
 /// A profile of the time before records, with one.
@@ -270,7 +291,14 @@ pub const REMEMBERED: [Profile; 14] = [
 ];
 
 /// Runs in which everything happens.
-pub const HARD: [Profile; 5] = [POWER, ROTATING, ROTATING_POWER, HASTY, FORGETFUL];
+pub const HARD: [Profile; 6] = [
+    POWER,
+    ROTATING,
+    ROTATING_POWER,
+    HASTY,
+    FORGETFUL,
+    RECORD_LOST,
+];
 
 /// Runs with more bad copies than any quorum survives.
 pub const BEYOND_ALL: [Profile; 2] = [BEYOND, BEYOND_POWER];

@@ -34,6 +34,7 @@
 //! | flush error, hung flush | as named; a failed flush leaves pages clean that the medium lacks (`cache`, rules F3, F4) |
 //! | member gone | for 1 to 300 ms: operations fail, it cannot be opened; then it is back, stale |
 //! | member left out | not there when a daemon starts |
+//! | member replaced | another file is in its place when it is opened again, or when the next daemon starts |
 //! | member changed | somebody writes to it between a clean stop and the next start (rule S3) |
 //! | kill | of every operation in flight any sectors land before the next start (rule K2); nothing else is lost |
 //! | power loss | of every sector of a replica any unflushed content survives, or the flushed one |
@@ -55,7 +56,9 @@
 //! not come back with a loss of power, and a late write is not lost by one. Profiles `storm...` go beyond the
 //! budget with write errors alone: requests may fail, nothing may go wrong. Profiles `beyond...` have
 //! one bad copy too many: what is silently wrong is counted, and must be explained by more than N-T
-//! bad copies of that very sector.
+//! bad copies of that very sector. In `record-lost` more copies of the record fail than may: writes
+//! fail then, reads do not. Where clears that were lost leave an extent without any current copy, a
+//! copy that was current is named, as an operator would, and counted.
 //!
 //! # What is checked
 //!
@@ -70,9 +73,8 @@
 //! end that nothing is left over: all members back, B, U and D empty, all copies equal after every
 //! sector was read once more (I9).
 //!
-//! Not simulated: warm starts (rule Q), NBD (K3), growing, adding and removing members, replicas
-//! replaced by others, suspects and budgets of the keeper, forced opening of a minority, several
-//! pages of a map.
+//! Not simulated: warm starts (rule Q), NBD (K3), growing, adding and removing members, suspects and
+//! budgets of the keeper, forced opening of a minority, several pages of a map.
 //!
 //! # Broken builds
 //!
@@ -118,6 +120,7 @@ mod crash;
 mod disk;
 mod faults;
 mod guest;
+mod landing;
 mod life;
 mod lives;
 mod maintenance;

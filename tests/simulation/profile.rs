@@ -56,10 +56,16 @@ pub struct Lives {
     pub leaves: u64,
     /// Per million: a member is not there at a start.
     pub left_out: u64,
+    /// Per million returns of a member: it is another one, that holds anything.
+    pub replaced: u64,
     /// Per million clean stops: somebody changes a member.
     pub changed: u64,
+    /// Per million starts: copies of the record are not there.
+    pub missing: u64,
     /// Per million writes of the record.
     pub record_faults: u64,
+    /// Also on so many copies that no majority is left: requests may fail then.
+    pub record_lost: bool,
     /// One replica alone fails.
     pub single: bool,
 }

@@ -153,7 +153,7 @@ const EXERCISED_REMEMBERED: [(&str, u64); 22] = [
 ];
 
 /// The same for runs in which power is lost as well.
-const EXERCISED_HARD: [(&str, u64); 16] = [
+const EXERCISED_HARD: [(&str, u64); 18] = [
     ("requests", 5_000_000),
     ("starts", 45_000),
     ("kills", 20_000),
@@ -170,6 +170,8 @@ const EXERCISED_HARD: [(&str, u64); 16] = [
     ("copy lost", 1_000),
     ("copy missing", 5_000),
     ("record write hangs", 100),
+    ("records lost", 100),
+    ("members replaced", 100),
 ];
 
 /// Requests of each test. Unoptimised builds make fewer.

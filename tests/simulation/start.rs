@@ -166,7 +166,8 @@ impl World {
     fn missing_copies(&mut self) -> u8 {
         let mut missing = 0u8;
         let copies = self.copies.as_mut().expect("there is a record");
-        if !self.life.served || !self.rng.chance(300_000) {
+        let odds = self.profile.life.map_or(0, |life| life.missing);
+        if !self.life.served || !self.rng.chance(odds) {
             return missing;
         }
         for copy in 0..copies.count() {
@@ -188,13 +189,15 @@ impl World {
     fn begin_daemon(&mut self, opened: Opened, marks: Marks, missing: u8, clean: bool) -> Verdict {
         self.life.daemons += 1;
         self.life.stop = Stop::No;
+        self.life.opened = opened.superblock.epoch();
         let saved = saved_states(&opened.superblock);
         let members = opened.superblock.members;
         // S3: who was changed while the disk was stopped lacks everything.
         for (replica, member) in members.iter().enumerate().take(self.disks.len()) {
             let known = member.fingerprint.inode;
+            let foreign = std::mem::take(&mut self.life.foreign[replica]);
             let changed = clean && known != 0 && known != self.life.fingerprints[replica];
-            if changed && !self.broken.is(Breach::FingerprintIgnored) {
+            if foreign || changed && !self.broken.is(Breach::FingerprintIgnored) {
                 self.tally.count("members changed");
                 marks.set_all(Bitmap::Behind(ReplicaId::new(replica)));
             }
