@@ -25,7 +25,9 @@ mod values;
 
 pub use disk::{Config, ConfigError, FrontEnd, Replica};
 pub use file::{FileError, parse_file, read_file};
-pub use record::{FirstUse, RECORD_EXTENSION, RecordConfig, RecordPlaceError, RecordPlaces};
+pub use record::{
+    FirstUse, RECORD_EXTENSION, RecordConfig, RecordPlaceError, RecordPlaces, beside_all,
+};
 pub use replica_argument::{OPTIONS, ReplicaArgument, ReplicaArgumentError};
 pub use settings::Settings;
 pub use upkeep::{Patience, Upkeep};

@@ -140,6 +140,7 @@ impl RecordConfig {
         replicas: &[Replica],
         is_file: impl Fn(&Path) -> bool,
     ) -> Result<Option<RecordPlaces>, RecordPlaceError> {
+        let is_file = &is_file;
         let mut files = replicas.iter().filter(|replica| is_file(&replica.path));
         let candidates: Vec<PathBuf> = match self {
             Self::None => return Ok(None),
@@ -172,6 +173,8 @@ impl RecordConfig {
         }
         let mut copies = candidates;
         let mut elsewhere = copies.split_off(count.min(copies.len()));
+        // A record beside the images is this disk's, wherever it is looked for now.
+        elsewhere.extend(beside_all(replicas, is_file));
         // One path for two replicas is refused when they are opened; here it would only be in the
         // way of that.
         elsewhere.retain(|path| !copies.contains(path));
@@ -186,6 +189,12 @@ impl RecordConfig {
         }
         Ok(Some(RecordPlaces { copies, elsewhere }))
     }
+}
+
+/// Where a record beside the images would be, for every replica that is a file.
+pub fn beside_all(replicas: &[Replica], is_file: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
+    let files = replicas.iter().filter(|replica| is_file(&replica.path));
+    files.map(|replica| beside(&replica.path)).collect()
 }
 
 impl FirstUse {

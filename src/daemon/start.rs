@@ -28,7 +28,7 @@ use super::fingerprints;
 use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
-use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces};
+use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
 use crate::replica::{
@@ -86,6 +86,12 @@ pub fn start(config: &Config) -> Result<Start, StartError> {
 
 /// Nothing is remembered: all replicas must be there, and all of them vote.
 fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, StartError> {
+    let left_behind = beside_all(&config.replicas, record_files::is_file);
+    if let Some(path) = left_behind.into_iter().find(|path| path.exists())
+        && !config.read_only
+    {
+        return Err(StartError::RecordLeftBehind { path });
+    }
     let replicas = replicas::open_all_waiting(&options, Waits::of(config))?;
     let block_bytes = config.block_size.map(|size| size.bytes());
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;

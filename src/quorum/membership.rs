@@ -322,6 +322,24 @@ impl Membership {
         result
     }
 
+    /// Whether a flush of the replicas in `done` makes T copies of every dirty extent durable
+    /// (invariant I5): somebody may be flushed and behind.
+    #[must_use]
+    pub fn is_flush_enough(&self, done: ReplicaSet) -> bool {
+        if done.count() < self.threshold {
+            return false;
+        }
+        let whole = done.iter().filter(|&r| self.behind_extents(r) == 0);
+        if whole.count() >= self.threshold {
+            return true;
+        }
+        let mut dirty = self.marks.iter(Bitmap::Dirty);
+        dirty.all(|extent| {
+            let holds = |replica: &ReplicaId| !self.is_behind(extent, *replica);
+            done.iter().filter(holds).count() >= self.threshold
+        })
+    }
+
     /// Whether some other copy, up or not, is not behind in `extent`.
     fn others_remain(&self, extent: u64, replica: ReplicaId) -> bool {
         let mut others = self.replicas;

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The maps of several copies become one, page by page (rule R5).
 //!
-//! Whatever is durable is in the newest valid image of its page on more than half of the copies.
-//! The OR over the copies that can be read therefore has it, unless so many images of a page are
-//! damaged or absent that the rest need not hold it: then the page is lost and all of it is set.
+//! Within an epoch there is one writer, and the images of a page are numbered in their order. An
+//! image that was made durable is on more than half of the copies, so the newest one that can be
+//! read is at least as new: every mark that was durable and still holds is set in it. What is clear
+//! in it was clear in fact when it was made, also if it never became durable itself. Older images
+//! are not added: marks that were cleared since would come back, and those of several moments
+//! together can leave an extent without any current copy.
+//!
+//! If so many images of a page are damaged or absent that the newest of the rest may be too old, the
+//! page is lost, and all of it counts as set.
 
 use super::layout::{BLOCK_BYTES, Block, Layout, Slot};
 use super::opening::ReadBlock;
@@ -207,7 +213,7 @@ pub(super) fn merge<R: ReadBlock>(
         .collect();
     for (number, name) in pages.names().enumerate() {
         let bits = &mut pages.bits[number];
-        let (mut missing, mut valid) = (absent, 0);
+        let (mut missing, mut newest) = (absent, None);
         for (source, images) in sources.iter_mut().zip(&mut images) {
             let reader = source.reader.as_deref_mut();
             images.read(reader, layout, name, superblock.disk);
@@ -217,16 +223,22 @@ pub(super) fn merge<R: ReadBlock>(
                 continue;
             }
             if let Some(slot) = images.newest() {
-                valid += 1;
-                decode_bits(&images.blocks[slot.index()], |word, value| {
-                    bits[word] |= value;
-                });
+                let found = images.sequences[slot.index()];
+                if found > newest {
+                    newest = found;
+                    *bits = [0; PAGE_WORDS];
+                }
+                if found == newest {
+                    decode_bits(&images.blocks[slot.index()], |word, value| {
+                        bits[word] |= value;
+                    });
+                }
             }
             if source.counts && (images.unreadable || images.newest().is_none()) {
                 missing += 1;
             }
         }
-        if valid == 0 || missing > allowed {
+        if newest.is_none() || missing > allowed {
             *bits = [u64::MAX; PAGE_WORDS];
             lost.push(name);
         }

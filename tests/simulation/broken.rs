@@ -45,16 +45,24 @@ const ROT: Profile = Profile {
     ..SILENT
 };
 
-/// The profiles of this file hold every invariant while nothing is broken.
-#[test]
-fn profiles_of_broken_builds_hold_when_nothing_is_broken() {
-    for profile in [LOSSES, ROT] {
+/// Whether the profiles hold every invariant while nothing is broken.
+pub fn hold_unbroken(profiles: &[Profile]) {
+    for &profile in profiles {
         for seed in 1..=SEEDS {
+            let profile = Profile {
+                requests: REQUESTS,
+                ..profile
+            };
             if let Err(failure) = simulate(profile, seed, Broken::default()) {
                 panic!("{failure}");
             }
         }
     }
+}
+
+#[test]
+fn profiles_of_broken_builds_hold_when_nothing_is_broken() {
+    hold_unbroken(&[LOSSES, ROT, BAD_BLOCKS]);
 }
 
 /// Breaks a rule in random runs until one of `rules` is seen broken.

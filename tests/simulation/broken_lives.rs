@@ -2,7 +2,7 @@
 //! Broken builds of what the disk remembers: rules of the record, of starts, of resync. The counter
 //! c(i) has a script of its own (`scripted`).
 
-use crate::broken::{breach_is_noticed, is_noticed, mutation_is_noticed};
+use crate::broken::{breach_is_noticed, hold_unbroken, is_noticed, mutation_is_noticed};
 use crate::lives::{FAULTY, FAULTY_KILLS, HASTY, KILLS, POWER, SILENT_KILLS};
 use crate::profile::{Lives, Profile, QUIET, Rates};
 use crate::quorum::Mutation;
@@ -31,6 +31,19 @@ const SHORT: Profile = Profile {
     ..POWER
 };
 
+/// Every start has to do without some copies of the record, and some are slow.
+const SCATTERED: Profile = Profile {
+    name: "scattered",
+    life: Some(Lives {
+        copies: &[3],
+        steps: 300,
+        missing: 1_000_000,
+        record_faults: 200_000,
+        ..life(KILLS)
+    }),
+    ..KILLS
+};
+
 const fn life(profile: Profile) -> Lives {
     match profile.life {
         Some(life) => life,
@@ -44,6 +57,11 @@ fn record_mutation_is_noticed(mutation: RecordMutation, profiles: &[Profile], ru
         ..Broken::default()
     };
     is_noticed(broken, profiles, rules);
+}
+
+#[test]
+fn profiles_of_broken_lives_hold_when_nothing_is_broken() {
+    hold_unbroken(&[FLUSHES, SHORT, SCATTERED]);
 }
 
 #[test]
@@ -63,7 +81,11 @@ fn w8_clean_before_flush_is_noticed() {
 
 #[test]
 fn f3_forgotten_flush_error_is_noticed() {
-    mutation_is_noticed(Mutation::FlushErrorForgotten, &[FLUSHES], &["I5", "F2", "I4", "Y5"]);
+    mutation_is_noticed(
+        Mutation::FlushErrorForgotten,
+        &[FLUSHES],
+        &["I5", "F2", "I4", "Y5"],
+    );
 }
 
 #[test]
@@ -74,7 +96,7 @@ fn f4_cache_kept_at_open_is_noticed() {
 #[test]
 fn r1_one_copy_is_not_enough() {
     let rules = ["I4", "I8", "I12", "R5"];
-    record_mutation_is_noticed(RecordMutation::OneCopyIsEnough, &[HASTY, POWER], &rules);
+    record_mutation_is_noticed(RecordMutation::OneCopyIsEnough, &[SCATTERED], &rules);
 }
 
 #[test]
@@ -91,7 +113,11 @@ fn r5_copies_not_merged_is_noticed() {
 #[test]
 fn r6_durable_when_submitted_is_noticed() {
     let rules = ["I4", "I8"];
-    record_mutation_is_noticed(RecordMutation::DurableWhenSubmitted, &[HASTY, KILLS], &rules);
+    record_mutation_is_noticed(
+        RecordMutation::DurableWhenSubmitted,
+        &[HASTY, KILLS],
+        &rules,
+    );
 }
 
 #[test]
@@ -106,7 +132,11 @@ fn s3_changed_member_believed_is_noticed() {
 
 #[test]
 fn s4_dirty_extents_not_resolved_are_noticed() {
-    breach_is_noticed(Breach::DirtyTrusted, &[KILLS, POWER], &["I1", "I4", "I8", "I14", "Y2", "Y5"]);
+    breach_is_noticed(
+        Breach::DirtyTrusted,
+        &[KILLS, POWER],
+        &["I1", "I4", "I8", "I14", "Y2", "Y5"],
+    );
 }
 
 #[test]
@@ -116,7 +146,11 @@ fn y1_resolved_and_not_flushed_is_noticed() {
 
 #[test]
 fn y3_first_replica_believed_is_noticed() {
-    mutation_is_noticed(Mutation::FirstReplicaBelieved, &[SILENT_KILLS], &["I1", "I8", "Y5", "I4"]);
+    mutation_is_noticed(
+        Mutation::FirstReplicaBelieved,
+        &[SILENT_KILLS],
+        &["I1", "I8", "Y5", "I4"],
+    );
 }
 
 #[test]
@@ -126,5 +160,9 @@ fn y5_resynced_and_not_flushed_is_noticed() {
 
 #[test]
 fn k2_writes_that_outlive_their_daemon_are_noticed() {
-    breach_is_noticed(Breach::FlightOutlivesLock, &[KILLS], &["I1", "I4", "I8", "I2", "I9", "Y2"]);
+    breach_is_noticed(
+        Breach::FlightOutlivesLock,
+        &[KILLS],
+        &["I1", "I4", "I8", "I2", "I9", "Y2"],
+    );
 }

@@ -29,6 +29,11 @@ pub struct Budget {
     /// How long a fault counts that may leave a replica behind; `u64::MAX`: for ever.
     doom_lasts: u64,
     pub now: u64,
+    pub step: u64,
+    /// The last step in which more copies of a sector were bad than a quorum survives.
+    lost_at: Vec<u64>,
+    /// Copies that a quorum survives.
+    spare: u32,
     /// Sectors that cannot be read near a sector, counted per replica.
     shaded: Vec<[u8; REPLICAS]>,
     shaded_bits: Vec<u16>,
@@ -55,7 +60,8 @@ pub fn index(number: u64) -> usize {
 }
 
 impl Budget {
-    pub fn new(limit: usize, geometry: &Geometry) -> Self {
+    /// At most `limit` copies are bad at once; a quorum survives `spare`.
+    pub fn new(limit: usize, spare: usize, geometry: &Geometry) -> Self {
         let count = index(geometry.sectors());
         let extent_shift = geometry.extent_shift();
         let extents = (count >> extent_shift) + 1;
@@ -72,6 +78,9 @@ impl Budget {
             frozen: vec![false; extents],
             doom_lasts: u64::MAX,
             now: 0,
+            step: 0,
+            lost_at: vec![0; count],
+            spare: u32::try_from(spare).expect("a few replicas"),
             shaded: vec![[0; REPLICAS]; count],
             shaded_bits: vec![0; count],
             reads: vec![0; count],
@@ -120,6 +129,11 @@ impl Budget {
     /// Copies whose content is silently wrong.
     pub fn tainted_copies(&self, sector: u64) -> u16 {
         self.tainted[index(sector)]
+    }
+
+    /// Whether the copy may be wrong or missing for whatever reason.
+    pub fn is_bad(&self, sector: u64, replica: usize) -> bool {
+        self.bad(index(sector)) & bit(replica) != 0
     }
 
     /// Whether more copies of the sector are bad than may be.
@@ -307,9 +321,22 @@ impl Budget {
 
     pub fn taint(&mut self, sector: u64, replica: usize) {
         self.tainted[index(sector)] |= bit(replica);
+        self.note_lost(index(sector));
+    }
+
+    fn note_lost(&mut self, sector: usize) {
+        if self.bad(sector).count_ones() > self.spare {
+            self.lost_at[sector] = self.step;
+        }
+    }
+
+    /// Whether more copies of the sector were bad since step `since` than a quorum survives.
+    pub fn was_lost(&self, sector: u64, since: u64) -> bool {
+        self.lost_at[index(sector)] >= since
     }
 
     pub fn cleanse(&mut self, sector: u64, replica: usize) {
+        self.note_lost(index(sector));
         self.tainted[index(sector)] &= !bit(replica);
     }
 
@@ -318,6 +345,7 @@ impl Budget {
         for s in sectors(range) {
             self.held[s][replica] += 1;
             self.held_bits[s] |= bit(replica);
+            self.note_lost(s);
         }
     }
 

@@ -144,9 +144,13 @@ impl Copies {
             return Err(format!("block {block} of copy {copy} does not exist"));
         }
         if let Some(newest) = self.sequence(copy, block)
-            && self.sequence(copy, block ^ 1).is_none_or(|other| other < newest)
+            && self
+                .sequence(copy, block ^ 1)
+                .is_none_or(|other| other < newest)
         {
-            return Err(format!("block {block} of copy {copy} is the newest there is"));
+            return Err(format!(
+                "block {block} of copy {copy} is the newest there is"
+            ));
         }
         let entry = Some(InFlight {
             copy,

@@ -129,7 +129,8 @@ impl World {
 
     /// The daemon is gone, and with the `power` what was not flushed; the next one starts.
     pub fn crash(&mut self, power: bool) -> Verdict {
-        self.note(Line::Ended { power });
+        let marks = self.list_disorder();
+        self.note(Line::Ended { power, marks });
         self.plan.hung = None;
         self.plan.slow = None;
         self.operations.take_parked();

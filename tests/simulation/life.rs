@@ -4,6 +4,7 @@
 //! the next.
 
 use crate::clock::Happening;
+use crate::content::{garbled, written};
 use crate::faults::MS;
 use crate::profile::Profile;
 use crate::quorum::{CrashTie, KeeperEvent};
@@ -59,6 +60,8 @@ pub struct Life {
     pub attached: Vec<bool>,
     /// Members that were kicked and may have operations in flight.
     pub detaching: Vec<bool>,
+    /// Members that are not known yet: they were put in the place of others.
+    pub foreign: Vec<bool>,
     /// Changes when a member is changed by somebody else.
     pub fingerprints: Vec<u64>,
     /// The only one that ever fails.
@@ -74,7 +77,8 @@ pub struct Life {
     pub cautious: u64,
     /// Some daemon has come to serve.
     pub served: bool,
-    /// The newest epoch that was opened.
+    /// The epoch that this daemon has found, and one that no later daemon may fall behind.
+    pub opened: u64,
     pub epoch: u64,
     /// Writes of a daemon that was killed, if they are let live: replica, sector, content.
     pub strays: Vec<Vec<(usize, u64, u64)>>,
@@ -87,6 +91,7 @@ impl Life {
             present: vec![true; replicas],
             attached: vec![true; replicas],
             detaching: vec![false; replicas],
+            foreign: vec![false; replicas],
             fingerprints: vec![1; replicas],
             faulty: single.then(|| rng.index(replicas)),
             crash_at: u64::MAX,
@@ -95,6 +100,7 @@ impl Life {
             daemons: 0,
             served: false,
             cautious: 300_000,
+            opened: 0,
             epoch: 0,
             strays: Vec::new(),
         }
@@ -189,10 +195,28 @@ impl World {
             self.tell_keeper(KeeperEvent::OpenFailed { replica: id });
             return;
         }
+        let odds = self.profile.life.map_or(0, |life| life.replaced);
+        if !self.calm && self.rng.chance(odds) {
+            self.replace(replica);
+        }
         self.open_member(replica);
         self.tally.count("members back");
-        let same = true;
+        let same = !self.life.foreign[replica];
         self.tell_keeper(KeeperEvent::Opened { replica: id, same });
+    }
+
+    /// There is another file in the place of the member's.
+    fn replace(&mut self, replica: usize) {
+        self.tally.count("members replaced");
+        self.life.foreign[replica] = true;
+        for sector in 0..self.shape.geometry.sectors() {
+            let value = match self.rng.below(3) {
+                0 => 0,
+                1 => written(1, sector),
+                _ => garbled(self.rng.next()),
+            };
+            self.disks[replica].rot(sector, value);
+        }
     }
 
     /// F4: what was in the cache of the host is not believed.

@@ -15,8 +15,11 @@ const PEACE: Lives = Lives {
     volatile: true,
     leaves: 0,
     left_out: 0,
+    replaced: 0,
     changed: 0,
+    missing: 300_000,
     record_faults: 0,
+    record_lost: false,
     single: false,
 };
 
@@ -97,6 +100,7 @@ pub const FAULTY_KILLS: Profile = Profile {
         stops: 150,
         leaves: 1_000,
         left_out: 150_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         single: true,
@@ -134,6 +138,7 @@ pub const ROTATING: Profile = Profile {
         stops: 100,
         leaves: 1_500,
         left_out: 100_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         ..PEACE
@@ -150,6 +155,7 @@ pub const ROTATING_POWER: Profile = Profile {
         stops: 100,
         leaves: 1_500,
         left_out: 100_000,
+        replaced: 100_000,
         changed: 300_000,
         record_faults: 2_000,
         ..PEACE
@@ -175,6 +181,30 @@ pub const HASTY: Profile = Profile {
     ..ROTATING
 };
 
+/// Copies of the record that are slow, full, lost, missing, while members come and go.
+pub const FORGETFUL: Profile = Profile {
+    name: "forgetful",
+    rates: Rates {
+        write_error: 3_000,
+        flush_error: 10_000,
+        ..QUIET
+    },
+    ailment: Ailment::None,
+    life: Some(Lives {
+        copies: &[3, 3, 5],
+        steps: 800,
+        power: 300,
+        stops: 50,
+        leaves: 10_000,
+        left_out: 150_000,
+        replaced: 100_000,
+        changed: 300_000,
+        record_faults: 100_000,
+        ..PEACE
+    }),
+    ..ROTATING
+};
+
 /// More write errors than any quorum survives, and kills.
 pub const STORM_KILLS: Profile = Profile {
     name: "storm-kills",
@@ -183,6 +213,20 @@ pub const STORM_KILLS: Profile = Profile {
         ..PEACE
     }),
     ..STORM
+};
+
+/// So many copies of the record fail that no mark can be set any more: writes fail, reads do not.
+pub const RECORD_LOST: Profile = Profile {
+    name: "record-lost",
+    beyond_budget: true,
+    life: Some(Lives {
+        steps: 2_500,
+        power: 300,
+        record_faults: 100_000,
+        record_lost: true,
+        ..PEACE
+    }),
+    ..RECORDED
 };
 
 /// A profile of the time before records, with one.
@@ -194,16 +238,47 @@ const fn recorded(profile: Profile, name: &'static str) -> Profile {
     }
 }
 
-pub const ALL: [Profile; 18] = [
+/// One bad copy more than any quorum survives.
+pub const BEYOND: Profile = Profile {
+    name: "beyond",
+    replicas: &[3, 4, 5],
+    excess: 1,
+    rates: Rates {
+        read_error: 2_000,
+        read_garbled: 1_000,
+        write_error: 1_000,
+        write_lost: 1_000,
+        write_torn: 500,
+        flush_error: 2_000,
+        rot: 300_000,
+        unreadable: 4_000,
+        ..QUIET
+    },
+    life: Some(PEACE),
+    requests: 6_000,
+    ..HEALTHY
+};
+
+/// The same, and kills and losses of power.
+pub const BEYOND_POWER: Profile = Profile {
+    name: "beyond-power",
+    life: Some(Lives {
+        steps: 2_500,
+        power: 400,
+        leaves: 1_500,
+        left_out: 100_000,
+        ..PEACE
+    }),
+    ..BEYOND
+};
+
+/// Runs in which nothing but the daemon is lost.
+pub const REMEMBERED: [Profile; 14] = [
     RECORDED,
     KILLS,
-    POWER,
     FAULTY,
     FAULTY_KILLS,
     SILENT_KILLS,
-    ROTATING,
-    ROTATING_POWER,
-    HASTY,
     STORM_KILLS,
     recorded(ERRORS, "errors-recorded"),
     recorded(SILENT, "silent-recorded"),
@@ -214,3 +289,16 @@ pub const ALL: [Profile; 18] = [
     recorded(MINORITY, "minority-recorded"),
     recorded(FIFO, "fifo-recorded"),
 ];
+
+/// Runs in which everything happens.
+pub const HARD: [Profile; 6] = [
+    POWER,
+    ROTATING,
+    ROTATING_POWER,
+    HASTY,
+    FORGETFUL,
+    RECORD_LOST,
+];
+
+/// Runs with more bad copies than any quorum survives.
+pub const BEYOND_ALL: [Profile; 2] = [BEYOND, BEYOND_POWER];

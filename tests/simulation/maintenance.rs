@@ -159,7 +159,11 @@ impl World {
                 self.clock
                     .after(delay, Happening::Life(Event::Opened { replica }));
             }
-            KeeperAction::Admitted { .. } | KeeperAction::MembersChanged => {
+            KeeperAction::Admitted { replica } => {
+                self.life.foreign[replica.index()] = false;
+                self.tell_members_changed(None);
+            }
+            KeeperAction::MembersChanged => {
                 self.tell_members_changed(None);
             }
             KeeperAction::Record => self.poll_record()?,
@@ -275,7 +279,15 @@ impl World {
             RecordAction::Lost => {
                 self.shared.lose_record();
                 self.wake_waiting();
-                return violation("R1", "the record is lost without a reason");
+                if !self.profile.life.is_some_and(|life| life.record_lost) {
+                    return violation("R1", "the record is lost without a reason");
+                }
+                self.tally.count("records lost");
+                if self.staff().keeper.is_none() {
+                    // It cannot even begin; somebody makes room and starts it again.
+                    self.copies.as_mut().expect("there is a record").failing = 0;
+                    self.life.crash_at = 0;
+                }
             }
             RecordAction::Regained => {}
         }
@@ -298,9 +310,11 @@ impl World {
         if copies.failing >> copy & 1 > 0 && !self.calm {
             return (Some(28), prompt);
         }
-        if self.calm || !self.life.served || !self.rng.chance(rate) || !copies.admits(copy) {
+        let fits = copies.admits(copy) || self.profile.life.is_some_and(|life| life.record_lost);
+        if self.calm || !self.life.served || !self.rng.chance(rate) || !fits {
             return (None, prompt);
         }
+        let copies = self.copies.as_mut().expect("there is a record");
         match self.rng.below(4) {
             0 => {
                 self.tally.count("record write error");
@@ -362,12 +376,13 @@ impl World {
         self.staff().keeper = Some(keeper);
         self.tell_keeper(KeeperEvent::Tick);
         self.life.served = true;
-        let epoch = self.staff().recorder.superblock().epoch();
-        if epoch <= self.life.epoch {
-            let what = format!("serves in epoch {epoch} after epoch {}", self.life.epoch);
+        let (epoch, opened) = (self.staff().recorder.superblock().epoch(), self.life.opened);
+        if epoch <= opened {
+            let what = format!("serves in epoch {epoch}, which is that of the last daemon");
             return violation("I12", what);
         }
-        self.life.epoch = epoch;
+        // This much is on a majority of the copies.
+        self.life.epoch = opened + 1;
         let delay = self.rng.below(3 * MS);
         self.clock.after(delay, Happening::Life(Event::Connect));
         Ok(())

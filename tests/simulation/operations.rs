@@ -7,6 +7,7 @@ use crate::budget::index;
 use crate::clock::Happening;
 use crate::content::garbled;
 use crate::faults::{Candidate, Fault, MS, mask_of, masked};
+use crate::landing::Landing;
 use crate::quorum::{BufferId, Event, Operation, OperationKind, Outcome};
 use crate::trace::{Line, Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
@@ -22,25 +23,16 @@ type Activity = (usize, u64);
 /// An operation in flight.
 #[derive(Clone, Copy)]
 pub struct InFlight {
-    lane: usize,
+    pub lane: usize,
     activity: Activity,
-    operation: Operation,
-    fault: Fault,
+    pub operation: Operation,
+    pub fault: Fault,
     repair: bool,
     /// Sectors that were transferred at submission; the rest are at completion.
-    transferred: u64,
-    submitted: u64,
+    pub transferred: u64,
+    pub submitted: u64,
     /// Which one it is of all operations of the run.
-    number: u64,
-}
-
-/// A write that was called complete and has not reached the medium.
-pub struct Landing {
-    pub replica: usize,
-    pub range: SectorRange,
-    pub values: Vec<u64>,
-    /// Writes that had reached each sector when this one was called complete.
-    pub landings: Vec<u32>,
+    pub number: u64,
 }
 
 /// All operations of a run.
@@ -56,7 +48,7 @@ pub struct Operations {
     piecewise: BTreeSet<(Activity, usize)>,
     /// Activities that work on a whole extent, as no request of the guest does.
     reconciling: BTreeSet<Activity>,
-    late: Vec<Landing>,
+    pub late: Vec<Landing>,
     /// Those of them that have not landed.
     pub late_left: usize,
     /// Per replica, when its last successful flush began.
@@ -90,8 +82,9 @@ impl Operations {
         std::mem::take(&mut self.parked)
     }
 
-    pub fn landing(&self, late: usize) -> &Landing {
-        &self.late[late]
+    /// The operation in this slot.
+    pub fn flight(&self, slot: usize) -> InFlight {
+        *self.slots[slot].as_ref().expect("in flight")
     }
 
     /// Whether `replica` completed a flush that began at step `since` or later.
@@ -145,7 +138,7 @@ impl Operations {
 }
 
 /// The sectors an operation transfers, and whether it changes the medium.
-fn target(kind: OperationKind) -> Option<(SectorRange, bool)> {
+pub fn target(kind: OperationKind) -> Option<(SectorRange, bool)> {
     match kind {
         OperationKind::Read { range, .. } => Some((range, false)),
         OperationKind::Write { range, .. } | OperationKind::WriteZeroes { range, .. } => {
@@ -342,7 +335,7 @@ impl World {
     }
 
     /// Moves the sectors in `mask` between buffer and medium.
-    fn transfer(&mut self, slot: usize, mask: u64) {
+    pub fn transfer(&mut self, slot: usize, mask: u64) {
         let flight = *self.operations.slots[slot].as_ref().expect("in flight");
         let replica = flight.operation.replica.index();
         match flight.operation.kind {
@@ -391,79 +384,6 @@ impl World {
             }
             OperationKind::Flush => {}
         }
-    }
-
-    /// The daemon is gone: of what is still to be transferred the sectors in `mask` are.
-    pub fn transfer_rest(&mut self, slot: usize, mask: u64) {
-        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
-        let replica = flight.operation.replica.index();
-        match target(flight.operation.kind) {
-            Some((range, true)) => {
-                self.transfer(slot, mask & !flight.transferred);
-                self.disks[replica].ended(range, flight.number, self.step);
-            }
-            Some((_, false)) => {}
-            // It may have failed, and nobody was told.
-            None => {
-                let well = flight.fault == Fault::None;
-                if mask != 0 {
-                    self.disks[replica].flushed(flight.submitted, well, &mut self.rng);
-                }
-            }
-        }
-    }
-
-    /// The write goes on although the daemon is gone.
-    pub fn outlive(&mut self, slot: usize) {
-        let flight = *self.operations.slots[slot].as_ref().expect("in flight");
-        let replica = flight.operation.replica.index();
-        let (range, data) = match flight.operation.kind {
-            OperationKind::Write {
-                range,
-                buffer,
-                skip_bytes,
-            } => (range, Some((buffer, skip_bytes))),
-            OperationKind::WriteZeroes { range, .. } => (range, None),
-            OperationKind::Read { .. } | OperationKind::Flush => return,
-        };
-        let pool = &self.workers[flight.lane].pool;
-        let mask = landing_mask(flight.fault, range) & !flight.transferred;
-        let values = masked(range, mask).map(|(place, sector)| {
-            let value = data.map_or(0, |(buffer, skip_bytes)| {
-                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
-                pool.value(buffer, skip + place)
-            });
-            (replica, sector, value)
-        });
-        self.life.strays.push(values.collect());
-        let number = self.life.strays.len() - 1;
-        let later = self.rng.below(30 * MS);
-        let what = crate::life::Event::Stray { number };
-        self.clock.after(later, Happening::Life(what));
-    }
-
-    fn land(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
-        self.put_on_medium(replica, sector, value, operation);
-        if self.budget.is_tainted(sector, replica) {
-            // To stay: what was wrong there does not come back.
-            self.disks[replica].rot(sector, value);
-            self.budget.cleanse(sector, replica);
-        }
-    }
-
-    pub fn put_on_medium(&mut self, replica: usize, sector: u64, value: u64, operation: u64) {
-        if self.disks[replica].write(sector, value, operation) {
-            self.budget.unshade(sector, replica);
-        }
-    }
-
-    /// Content changes that nobody asked for.
-    pub fn spoil(&mut self, replica: usize, sector: u64, value: u64) {
-        self.disks[replica].rot(sector, value);
-        self.budget.taint(sector, replica);
-        self.spoiled_at[index(sector)][replica] = self.step;
-        let line = Line::Spoiled { replica, sector };
-        self.trace.note(self.step, self.clock.now(), 0, line);
     }
 
     pub fn complete(&mut self, slot: usize) -> Verdict {
@@ -562,36 +482,10 @@ impl World {
             | Fault::Hang => Outcome::Done,
         }
     }
-
-    /// Keeps the data of a late write until they land.
-    fn postpone(&mut self, flight: &InFlight, range: SectorRange, after: u64) {
-        let replica = flight.operation.replica.index();
-        let count = index(u64::from(range.count()));
-        let mut landing = Landing {
-            replica,
-            range,
-            values: vec![0; count],
-            landings: vec![0; count],
-        };
-        for (place, sector) in masked(range, mask_of(range)) {
-            landing.landings[place] = self.disks[replica].landings(sector);
-            if let OperationKind::Write {
-                buffer, skip_bytes, ..
-            } = flight.operation.kind
-            {
-                let skip = index(u64::from(skip_bytes)) / crate::content::SECTOR_LEN;
-                landing.values[place] = self.workers[flight.lane].pool.value(buffer, skip + place);
-            }
-        }
-        self.operations.late.push(landing);
-        self.operations.late_left += 1;
-        let late = self.operations.late.len() - 1;
-        self.clock.after(after, Happening::Land { late });
-    }
 }
 
 /// The sectors of a write that reach the place they were meant for.
-fn landing_mask(fault: Fault, range: SectorRange) -> u64 {
+pub fn landing_mask(fault: Fault, range: SectorRange) -> u64 {
     match fault {
         Fault::None | Fault::Short | Fault::Garbled { .. } | Fault::Hang => mask_of(range),
         Fault::Errno { landed, .. } | Fault::Torn { landed } => landed,

@@ -56,10 +56,16 @@ pub struct Lives {
     pub leaves: u64,
     /// Per million: a member is not there at a start.
     pub left_out: u64,
+    /// Per million returns of a member: it is another one, that holds anything.
+    pub replaced: u64,
     /// Per million clean stops: somebody changes a member.
     pub changed: u64,
+    /// Per million starts: copies of the record are not there.
+    pub missing: u64,
     /// Per million writes of the record.
     pub record_faults: u64,
+    /// Also on so many copies that no majority is left: requests may fail then.
+    pub record_lost: bool,
     /// One replica alone fails.
     pub single: bool,
 }
@@ -80,6 +86,9 @@ pub struct Profile {
     pub mix: [u64; 4],
     /// More write errors than any quorum survives; writes may fail, but nothing may go wrong.
     pub beyond_budget: bool,
+    /// Copies that may be bad at once beyond what any quorum survives: requests may fail, and what
+    /// is silently wrong is counted, if enough bad copies explain it.
+    pub excess: usize,
     /// Guest requests of one run.
     pub requests: u64,
     /// If there is a record.
@@ -115,6 +124,7 @@ pub const HEALTHY: Profile = Profile {
     ailment: Ailment::None,
     mix: MIX,
     beyond_budget: false,
+    excess: 0,
     requests: 20_000,
     life: None,
 };
@@ -311,9 +321,9 @@ impl Profile {
     pub fn budget(&self, policy: &Policy) -> usize {
         let spare = policy.replicas - policy.threshold;
         if self.pattern == ReadPattern::Quorum && !policy.majority() {
-            spare.min(1)
+            spare.min(1) + self.excess
         } else {
-            spare
+            spare + self.excess
         }
     }
 

@@ -11,8 +11,8 @@ use crate::life::{Event, Stop};
 use crate::maintenance::{Maintenance, saved_states};
 use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
-    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened,
-    Recorder, Refusal, Superblock, open,
+    EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened, Recorder,
+    Refusal, Superblock, open,
 };
 use crate::trace::{Line, Verdict, violation};
 use crate::units::ReplicaId;
@@ -166,7 +166,8 @@ impl World {
     fn missing_copies(&mut self) -> u8 {
         let mut missing = 0u8;
         let copies = self.copies.as_mut().expect("there is a record");
-        if !self.life.served || !self.rng.chance(300_000) {
+        let odds = self.profile.life.map_or(0, |life| life.missing);
+        if !self.life.served || !self.rng.chance(odds) {
             return missing;
         }
         for copy in 0..copies.count() {
@@ -188,17 +189,20 @@ impl World {
     fn begin_daemon(&mut self, opened: Opened, marks: Marks, missing: u8, clean: bool) -> Verdict {
         self.life.daemons += 1;
         self.life.stop = Stop::No;
+        self.life.opened = opened.superblock.epoch();
         let saved = saved_states(&opened.superblock);
         let members = opened.superblock.members;
         // S3: who was changed while the disk was stopped lacks everything.
         for (replica, member) in members.iter().enumerate().take(self.disks.len()) {
             let known = member.fingerprint.inode;
+            let foreign = std::mem::take(&mut self.life.foreign[replica]);
             let changed = clean && known != 0 && known != self.life.fingerprints[replica];
-            if changed && !self.broken.is(Breach::FingerprintIgnored) {
+            if foreign || changed && !self.broken.is(Breach::FingerprintIgnored) {
                 self.tally.count("members changed");
                 marks.set_all(Bitmap::Behind(ReplicaId::new(replica)));
             }
         }
+        self.name_current(&marks);
         self.check_opened(&marks)?;
         let (geometry, policy) = (self.shape.geometry, self.shape.policy.clone());
         let mut shared = Shared::with_marks(geometry, policy, marks).expect("a valid profile");
@@ -226,6 +230,7 @@ impl World {
             lacking,
             clean,
             present,
+            marks: self.list_disorder(),
         });
         let copies = self.copies.as_ref().expect("there is a record").count();
         let writable: Vec<bool> = (0..copies).map(|copy| missing >> copy & 1 == 0).collect();
@@ -247,6 +252,23 @@ impl World {
         self.maintenance = Some(Maintenance::new(recorder, saved));
         self.plan_end();
         self.poll_record()
+    }
+
+    /// Clears that were lost may add up until every copy of an extent is behind: an operator has to
+    /// name one that is not.
+    fn name_current(&mut self, marks: &Marks) {
+        for extent in 0..self.shape.geometry.extents() {
+            let replicas = (0..self.disks.len()).map(ReplicaId::new);
+            let behind = |r: ReplicaId| marks.is_set(Bitmap::Behind(r), extent);
+            if !replicas.clone().all(behind) {
+                continue;
+            }
+            self.tally.count("extents without a copy");
+            let sound = replicas.clone().find(|&r| !self.seen.is_behind(extent, r));
+            if let Some(replica) = sound {
+                marks.clear(Bitmap::Behind(replica), extent);
+            }
+        }
     }
 
     /// Members that are not there are left out; the others are opened.

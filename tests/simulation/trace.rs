@@ -29,7 +29,7 @@ pub fn violation<T>(rule: &'static str, what: impl Into<String>) -> Verdict<T> {
 
 /// One thing that happened.
 #[allow(dead_code, reason = "for people to read: only printed")]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Line {
     Told(Event),
     Asked(Action),
@@ -46,12 +46,14 @@ pub enum Line {
     },
     Ended {
         power: bool,
+        marks: String,
     },
     Began {
         missing: u8,
         lacking: u8,
         clean: bool,
         present: u16,
+        marks: String,
     },
     Kept(KeeperAction),
 }

@@ -10,7 +10,7 @@ use crate::guest::{GuestRequest, Guests};
 use crate::life::Life;
 use crate::maintenance::Maintenance;
 use crate::model::Model;
-use crate::operations::{Landing, Operations, REMEMBERED};
+use crate::operations::Operations;
 use crate::pool::Pool;
 use crate::profile::{Ailment, Profile, Shape};
 use crate::quorum::{Action, Event, KeeperEvent, Lane, LaneId, Mutation, Request, Shared, Wakeup};
@@ -125,7 +125,11 @@ impl World {
         let replicas = policy.replicas;
         let sectors = geometry.sectors();
         let volatile = profile.life.is_some_and(|life| life.volatile);
-        let mut budget = Budget::new(profile.budget(policy), &geometry);
+        let mut budget = Budget::new(
+            profile.budget(policy),
+            policy.replicas - policy.threshold,
+            &geometry,
+        );
         if profile.life.is_some() {
             budget.forget_after(600 * MS);
         }
@@ -203,6 +207,11 @@ impl World {
             }
         }
         self.calm = true;
+        if self.profile.excess > 0 {
+            // Nobody may know any more what is right.
+            self.collect();
+            return Ok(());
+        }
         self.release_hung();
         self.wind_up()?;
         self.check_idle()?;
@@ -272,6 +281,7 @@ impl World {
         };
         self.step += 1;
         self.budget.now = self.clock.now();
+        self.budget.step = self.step;
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,
@@ -387,33 +397,6 @@ impl World {
             let delay = self.rng.below(MS);
             self.clock.after(delay, Happening::Complete { slot });
         }
-    }
-
-    /// A write that was called complete long ago reaches the medium, on top of what is there.
-    fn land_late(&mut self, late: usize) {
-        let &Landing { replica, range, .. } = self.operations.landing(late);
-        if !self.budget.admits_landing(range, replica) {
-            self.clock.after(MS, Happening::Land { late });
-            return;
-        }
-        for (place, sector) in (range.start()..range.end()).enumerate() {
-            let landing = self.operations.landing(late);
-            let (value, seen) = (landing.values[place], landing.landings[place]);
-            let overtaken = self.disks[replica].landings(sector) != seen;
-            self.put_on_medium(replica, sector, value, u64::MAX);
-            // To stay: that it came so late is fault enough.
-            self.disks[replica].rot(sector, value);
-            self.spoiled_at[index(sector)][replica] = self.step;
-            if overtaken {
-                self.budget.taint(sector, replica);
-            } else {
-                self.budget.cleanse(sector, replica);
-            }
-        }
-        self.operations.late_left -= 1;
-        // Who has read what was there before may still speak of it.
-        let forget = Happening::Forget { replica, range };
-        self.clock.after(REMEMBERED, forget);
     }
 
     /// The current copies of the extent of `range`, as slots.

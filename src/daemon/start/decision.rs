@@ -147,6 +147,19 @@ pub enum Refused {
         /// Why.
         why: String,
     },
+    /// Rule S3 would overwrite most of the replicas with the rest.
+    #[error(
+        "{changed} changed or was replaced while the disk was not served, and only {kept} is as the \
+         disk left it, which is too few to agree. Put back what was there; or, if {kept} holds what \
+         the disk is to be, start with --force, which rewrites the others; or, if the others do, \
+         remove the record ('quorum-blk record forget'): then all of them vote"
+    )]
+    FewUnchanged {
+        /// As it was left.
+        kept: String,
+        /// Not so.
+        changed: String,
+    },
     /// Fewer than T are up (rule S2).
     #[error(
         "only {up} of {replicas} replicas can be used, and {needed} are needed: {why}. Bring back \
@@ -372,8 +385,20 @@ fn judge_changes(
     }
     let kept = up.minus(decision.changed);
     if kept.count() < wanted.threshold && !decision.changed.is_empty() {
-        let names = names_of(kept.iter().map(name));
-        decision.advice.push(Advice::FewUnchanged { names });
+        let kept = names_of(kept.iter().map(name));
+        let written_to = |&replica: &ReplicaId| {
+            matches!(
+                verdicts[replica.index()],
+                Verdict::Doubted(Doubt::Changed | Doubt::Replaced)
+            )
+        };
+        let changed: ReplicaSet = decision.changed.iter().filter(written_to).collect();
+        // Nobody can say who is right: those few, or those that somebody has written to.
+        if !changed.is_empty() && !wanted.force {
+            let changed = names_of(changed.iter().map(name));
+            return Err(Refused::FewUnchanged { kept, changed });
+        }
+        decision.advice.push(Advice::FewUnchanged { names: kept });
     }
     for replica in decision.absent.iter() {
         let name = name(replica);

@@ -2,6 +2,7 @@
 //! Why a disk is not served.
 
 use std::io;
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -44,6 +45,17 @@ pub enum StartError {
     /// The policy contradicts itself.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// A record that nobody would keep up to date any more.
+    #[error(
+        "there is a state record at {}: with --record none it would not learn what is written now, \
+         and be believed again later. Serve the disk with it, or remove it first ('quorum-blk record \
+         forget')",
+        path.display()
+    )]
+    RecordLeftBehind {
+        /// A copy of it.
+        path: PathBuf,
+    },
     /// Blocks of a disk stay as they are.
     #[error(
         "the disk has blocks of {recorded} bytes, and --block-size says {configured}: leave it \

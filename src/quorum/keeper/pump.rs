@@ -290,7 +290,10 @@ fn helpable(shared: &Shared) -> ReplicaSet {
 /// are read, by whomever (rule W7); whole extents are reconciled.
 fn work_on(shared: &Shared, extent: u64) -> (Job, Request) {
     let returning = shared.membership.returning(extent);
-    if !shared.unresolved.holds_extent(extent)
+    // A check needs T current copies; without them the whole extent is in want of order.
+    let enough = shared.membership.current(extent).count() >= shared.policy.threshold;
+    if enough
+        && !shared.unresolved.holds_extent(extent)
         && let Some(part) = shared.unresolved.part_of(extent)
     {
         let range = shared.geometry.first_piece(part);

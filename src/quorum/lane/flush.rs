@@ -40,6 +40,8 @@ pub(super) struct FlushRun {
     deadline: Option<Time>,
     /// All that matter have answered; marks may still be waited for.
     ended: bool,
+    /// What is to be told once the marks are durable.
+    verdict: Option<bool>,
     told: bool,
 }
 
@@ -125,6 +127,7 @@ impl Lane {
             started: turn.now,
             deadline: None,
             ended: false,
+            verdict: None,
             told: false,
         }));
         for replica in asked.iter() {
@@ -188,7 +191,9 @@ impl Lane {
         if run.ended {
             return;
         }
-        let enough = run.done.count() >= shared.policy.threshold;
+        let done = run.done;
+        let enough = members.is_flush_enough(done);
+        let run = self.run_mut(slot);
         let mut awaited = run.pending.intersection(members.up());
         if enough {
             // Rule F2: who lags is not waited for.
@@ -251,7 +256,7 @@ impl Lane {
         if run.deadline.take().is_some() {
             self.disarm();
         }
-        let mut ok = done.count() >= shared.policy.threshold;
+        let mut ok = true;
         let mut wait = None;
         for replica in shared.membership.replicas().minus(done).iter() {
             if broken!(shared, FailedFlushNotMarked) {
@@ -261,17 +266,29 @@ impl Lane {
             ok &= marked.complete;
             wait = wait.max(marked.wait);
         }
-        if let Some(wait) = wait
-            && ok
-            && !shared.is_record_lost()
-            && !broken!(shared, AcknowledgeBeforeBehind)
-        {
-            self.wait_durable(turn, slot, wait);
-            return;
+        // Also counts those that fell behind because of this (invariant I5).
+        ok &= shared.membership.is_flush_enough(done);
+        self.run_mut(slot).verdict = Some(ok);
+        match wait {
+            // What becomes dirty from here on is nothing that this run covers.
+            Some(wait) if ok && !broken!(shared, AcknowledgeBeforeBehind) => {
+                self.wait_durable(turn, slot, wait);
+            }
+            Some(_) | None => self.flush_tell(turn, slot, ok),
         }
-        ok &= wait.is_none() || broken!(shared, AcknowledgeBeforeBehind);
+    }
+
+    /// Marks that the run waited for are durable, or never will be.
+    pub(super) fn flush_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let ok = self.run_mut(slot).verdict.expect("it has ended");
+        let ok = ok && !turn.shared.is_record_lost();
+        self.flush_tell(turn, slot, ok);
+        self.flush_wind_up(slot);
+    }
+
+    fn flush_tell<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, ok: bool) {
         if !ok {
-            let sectors = u32::try_from(shared.geometry.sectors()).unwrap_or(u32::MAX);
+            let sectors = u32::try_from(turn.shared.geometry.sectors()).unwrap_or(u32::MAX);
             let range = SectorRange::new(0, sectors).expect("a disk is not empty");
             turn.report(Report::Failure {
                 range,
@@ -280,12 +297,6 @@ impl Lane {
         }
         self.run_mut(slot).told = true;
         self.flush_publish(turn, ok);
-    }
-
-    /// Marks that the run waited for are durable, or never will be.
-    pub(super) fn flush_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        self.flush_end(turn, slot);
-        self.flush_wind_up(slot);
     }
 
     /// A replica went: it is not waited for any more.

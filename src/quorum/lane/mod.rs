@@ -53,8 +53,8 @@ const ACTIVITIES_MAX: u16 = 8192;
 const ACTIVITIES_RESERVED: usize = 256;
 
 /// Slots that may be taken when another request comes: a read that goes to arbitration while an
-/// answer is still out needs a second one.
-const REQUESTS_MAX: usize = (ACTIVITIES_MAX as usize - ACTIVITIES_RESERVED) / 2;
+/// answer is still out needs a second one, and a third if it has to be flushed.
+const REQUESTS_MAX: usize = (ACTIVITIES_MAX as usize - ACTIVITIES_RESERVED) / 3;
 
 /// How often deadlines are looked at while there are any. Deadlines are at least 20 ms away.
 const TICK: Duration = Duration::from_millis(5);
@@ -225,10 +225,16 @@ pub struct Lane {
     reconciles_queued: VecDeque<SlotId>,
     /// Those whose turn it is.
     reconciling: usize,
-    /// Activities that wait until the marks up to a number are durable; numbers only rise.
+    /// Activities that wait until the marks up to a number are durable. Numbers rise, but for those
+    /// of settlements, which are noted before they are waited for; these then wait a little longer
+    /// than they would have to.
     waits: VecDeque<(u64, SlotId)>,
     /// Requests that wait for replicas to come back.
     paused: Vec<Waiter>,
+    /// Requests whose extent is to be brought into order once more.
+    retries: Vec<Waiter>,
+    /// Reads that gave their slots back and wait.
+    parked_reads: usize,
     /// A replica went or came, and not every activity has been told.
     members_changed: bool,
     /// When to look for operations that take too long.
@@ -269,6 +275,8 @@ impl Lane {
             reconciling: 0,
             waits: VecDeque::with_capacity(ACTIVITIES_RESERVED),
             paused: Vec::new(),
+            retries: Vec::new(),
+            parked_reads: 0,
             members_changed: false,
             next_look: None,
             flushes: Vec::with_capacity(ACTIVITIES_RESERVED),
@@ -287,8 +295,8 @@ impl Lane {
     /// Whether another request may be submitted now. Otherwise some completion comes first.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.starved.is_empty()
-            && self.activities.room() > usize::from(ACTIVITIES_MAX) - REQUESTS_MAX
+        let taken = usize::from(ACTIVITIES_MAX) - self.activities.room();
+        self.starved.is_empty() && taken + self.parked_reads < REQUESTS_MAX
     }
 
     /// Whether no request and no operation is left.
@@ -306,7 +314,7 @@ impl Lane {
     /// Whether requests wait for replicas to come back. They fail with [`Wakeup::FailPaused`].
     #[must_use]
     pub fn has_paused(&self) -> bool {
-        !self.paused.is_empty()
+        !(self.paused.is_empty() && self.retries.is_empty())
     }
 
     /// What was counted so far.
@@ -370,7 +378,7 @@ impl Lane {
             Event::Tick => self.tick(turn),
         }
         self.run_ready(turn);
-        if self.activities.is_empty() {
+        if self.activities.is_empty() && self.retries.is_empty() {
             self.next_look = None;
         } else if self.next_look.is_none() {
             self.next_look = Some(now.after(LOOK));
@@ -465,6 +473,7 @@ impl Lane {
         if self.next_look.is_some_and(|look| look <= turn.now) {
             self.next_look = None;
             self.look_for_hung(turn);
+            self.retry(turn);
         }
         let mut swept = std::mem::take(&mut self.swept);
         swept.clear();
@@ -577,13 +586,16 @@ impl Lane {
     fn take_durable<B: Buffers>(&mut self, turn: &Turn<'_, B>) -> Option<SlotId> {
         let &(number, slot) = self.waits.front()?;
         let shared = turn.shared;
-        if shared.membership.marks().is_settled(number) || shared.is_record_lost() {
+        let ready = || shared.membership.marks().is_settled(number) || shared.is_record_lost();
+        // The flag first: more may have been made durable, but not these, and it be taken down.
+        let is_ready = ready() || {
+            shared.wait_for_record(self.id);
+            ready()
+        };
+        is_ready.then(|| {
             self.waits.pop_front();
-            return Some(slot);
-        }
-        // More were made durable, but not these: the next time counts as well.
-        shared.wait_for_record(self.id);
-        None
+            slot
+        })
     }
 
     fn run_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
@@ -595,8 +607,8 @@ impl Lane {
             Activity::Write(_) => self.write_durable(turn, slot),
             Activity::Settle(_) => self.settle_durable(turn, slot),
             Activity::FlushRun(_) => self.flush_durable(turn, slot),
+            Activity::Reconcile(_) => self.reconcile_durable(turn, slot),
             Activity::Read(_)
-            | Activity::Reconcile(_)
             | Activity::FlushRequest(_)
             | Activity::Probe(_)
             | Activity::Replied => unreachable!("waits for no mark"),
@@ -613,6 +625,8 @@ impl Lane {
                 self.run_durable(turn, slot);
             } else if std::mem::take(&mut self.members_changed) {
                 self.tell_members_changed(turn);
+            } else if self.reconcile_next(turn) {
+                // It may have ended at once, and made room for the next.
             } else if std::mem::take(&mut self.run_due) {
                 self.flush_begin(turn);
             } else if let Some(&slot) = self.settles_starved.front()

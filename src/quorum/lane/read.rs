@@ -7,7 +7,6 @@ use super::super::order::ReadStamp;
 use super::super::policy::{REQUEST_SECTORS_MAX, ReadPattern};
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
-use super::reconcile::Waiter;
 use super::settle::Matter;
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
 use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
@@ -346,13 +345,14 @@ impl Lane {
         let read = self.read_mut(slot);
         let (range, thorough) = (read.range, read.check.is_some());
         let tag = self.read_drop(turn, slot);
-        let waiter = Waiter::Read { tag, range };
         if thorough {
             // Whoever brings extents into order comes by; a check need not wait for it.
             self.reply_at_once(turn, tag, Status::IoError);
         } else if self.shall_pause(turn, needed) {
+            let waiter = self.park_read(tag, range);
             self.paused.push(waiter);
         } else if resolve || self.can_reconcile(turn, extent, needed) {
+            let waiter = self.park_read(tag, range);
             self.reconcile_for(turn, extent, waiter);
         } else {
             self.refuse(turn, tag, range, During::Read);

@@ -3,8 +3,9 @@
 //! and bringing replicas that are up and behind in it up to date (rules Y5, V6).
 //!
 //! ```text
-//! Locking -> Queued -> Piece -> ... -> Piece -> Flushing -> Done
-//! (extent)   (turn)    a settlement each        a run that begins now
+//! Locking -> Queued -> Piece -> ... -> Piece -> Flushing -> Marking -> Done
+//! (extent)   (turn)    a settlement each        a run that   (B* of who is
+//!                                               begins now    not current)
 //! ```
 //!
 //! The work on the data is that of settlements, one for each piece of the extent, under the lock
@@ -12,12 +13,17 @@
 //! cannot be served before it is done; these wait here.
 
 use super::super::event::{During, LockTicket, Status, Tag};
+use super::super::membership::Settled;
 use super::super::mutation::broken;
 use super::super::{Buffers, LockMode};
 use super::flush::FlushFor;
 use super::settle::Matter;
 use super::{Activity, Lane, SlotId, Turn};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange};
+
+/// Attempts to bring an extent into order for a request that lacks current copies, half a second
+/// apart: longer than a replica takes to be opened again after a hiccup.
+const ATTEMPTS_MAX: u8 = 20;
 
 /// Extents of a lane that are worked on at once. More wait with their locks held.
 const RECONCILES_MAX: usize = 32;
@@ -33,6 +39,8 @@ pub(super) enum Waiter {
         tag: Tag,
         /// What it reads.
         range: SectorRange,
+        /// How often its extent was brought into order in vain.
+        attempts: u8,
     },
     /// A flush request.
     Flush(SlotId),
@@ -44,6 +52,7 @@ enum Phase {
     Queued,
     Piece,
     Flushing,
+    Marking,
     Done,
 }
 
@@ -56,7 +65,7 @@ pub(super) struct Reconcile {
     phase: Phase,
     /// First sector that no piece has covered.
     next: u64,
-    /// The extent was in U.
+    /// Sectors of the extent were in U, and all pieces so far are equal on all current copies.
     resolves: bool,
     /// Replicas to bring up to date.
     targets: ReplicaSet,
@@ -178,12 +187,21 @@ impl Lane {
 
     pub(super) fn reconcile_granted<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         self.reconcile_mut(slot).phase = Phase::Queued;
+        self.reconciles_queued.push_back(slot);
+        self.reconcile_next(turn);
+    }
+
+    /// Starts the next extent, if it is the turn of one. Returns whether it was.
+    pub(super) fn reconcile_next<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) -> bool {
         if self.reconciling >= RECONCILES_MAX {
-            self.reconciles_queued.push_back(slot);
-            return;
+            return false;
         }
+        let Some(slot) = self.reconciles_queued.pop_front() else {
+            return false;
+        };
         self.reconciling += 1;
         self.reconcile_start(turn, slot);
+        true
     }
 
     /// Looks what there is to do. It is done with the lock held, so nothing is written meanwhile.
@@ -199,7 +217,7 @@ impl Lane {
         }
         let free = |&replica: &ReplicaId| !members.has_stray(extent, replica);
         let targets: ReplicaSet = targets.iter().filter(free).collect();
-        let resolves = shared.unresolved.holds_extent(extent);
+        let resolves = shared.unresolved.touches(shared.geometry.extent_range(extent));
         let reconcile = self.reconcile_mut(slot);
         reconcile.resolves = resolves;
         reconcile.targets = targets;
@@ -273,7 +291,7 @@ impl Lane {
         let shared = turn.shared;
         let members = &shared.membership;
         let reconcile = self.reconcile_mut(slot);
-        let (extent, range) = (reconcile.extent, reconcile.range);
+        let extent = reconcile.extent;
         let stamp = shared.activity.last(extent);
         let broken = broken!(shared, ResolveNotFlushed | ResyncNotFlushed);
         let flushed = |replica| broken || shared.activity.is_flushed(replica, stamp);
@@ -283,9 +301,8 @@ impl Lane {
             .iter()
             .all(|replica| flushed(replica) || !current.contains(replica));
         let known = reconcile.voters.contains_all(current);
-        if reconcile.resolves && durable && known {
-            shared.unresolved.remove_extent(extent, range);
-        }
+        reconcile.resolves &= durable && known;
+        let resolved = reconcile.resolves;
         let mut returned = ReplicaSet::EMPTY;
         for replica in reconcile.targets.iter() {
             let mut counter = reconcile.counters[replica.index()];
@@ -301,7 +318,40 @@ impl Lane {
             }
         }
         self.counters.resynced_extents += u64::try_from(returned.count()).expect("16 at most");
+        if resolved {
+            // Rule Y1: what is shown does not change any more, whoever is there after a crash.
+            let holders = members.current(extent);
+            match members.settle_for(extent, holders) {
+                Settled::Held {
+                    wait: Some(number), ..
+                } => {
+                    self.reconcile_mut(slot).phase = Phase::Marking;
+                    self.wait_durable(turn, slot, number);
+                    return;
+                }
+                Settled::Held { wait: None, .. } => self.reconcile_leave_unresolved(turn, slot),
+                Settled::TooFew => {}
+            }
+        }
         self.reconcile_end(turn, slot);
+    }
+
+    /// Marks that the end waited for are durable, or never will be.
+    pub(super) fn reconcile_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        assert!(
+            self.reconcile_mut(slot).phase == Phase::Marking,
+            "waits for no mark"
+        );
+        if !turn.shared.is_record_lost() {
+            self.reconcile_leave_unresolved(turn, slot);
+        }
+        self.reconcile_end(turn, slot);
+    }
+
+    fn reconcile_leave_unresolved<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let reconcile = self.reconcile_mut(slot);
+        let (extent, range) = (reconcile.extent, reconcile.range);
+        turn.shared.unresolved.remove_extent(extent, range);
     }
 
     /// Whatever became of it: lets others have the extent, and those go on who waited.
@@ -314,22 +364,60 @@ impl Lane {
         self.reconciles.retain(|&known| known != slot);
         self.unlock(turn, slot, range);
         for waiter in waiters {
-            self.go_on(turn, waiter, true);
+            self.reconcile_done_for(turn, extent, waiter);
         }
         if let Some(tag) = tag {
             let members = &shared.membership;
             let left = members.returning(extent).minus(members.lagging());
-            let done = left.is_empty() && !shared.unresolved.holds_extent(extent);
+            let done = left.is_empty() && !shared.unresolved.touches(range);
             let status = if done { Status::Ok } else { Status::IoError };
             // Lives on until the reply is taken note of.
             self.reply(turn, slot, tag, status, None);
         } else {
             self.activities.remove(slot);
         }
+        // The next one is started by who looks what became possible.
         self.reconciling -= 1;
-        if let Some(next) = self.reconciles_queued.pop_front() {
-            self.reconciling += 1;
-            self.reconcile_start(turn, next);
+    }
+
+    /// The request goes on, or waits for another attempt: an operation of before may have been in
+    /// the way, or a replica that went and is to come back (rule V6).
+    fn reconcile_done_for<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        extent: u64,
+        mut waiter: Waiter,
+    ) {
+        let needed = turn.shared.policy.threshold;
+        let lacks = turn.shared.membership.current(extent).count() < needed;
+        let attempts = match &mut waiter {
+            Waiter::Read { attempts, .. } => attempts,
+            Waiter::Write(slot) => self.write_attempts(*slot),
+            Waiter::Flush(_) => unreachable!("waits for no extent"),
+        };
+        *attempts += 1;
+        if lacks && *attempts < ATTEMPTS_MAX && self.can_reconcile(turn, extent, needed) {
+            self.retries.push(waiter);
+        } else {
+            self.go_on(turn, waiter, true);
+        }
+    }
+
+    /// Another attempt for those whose first one was in vain.
+    pub(super) fn retry<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        for waiter in std::mem::take(&mut self.retries) {
+            self.go_on(turn, waiter, false);
+        }
+    }
+
+    /// A read that gives its slot back and waits. It is counted all the same: it will want one.
+    pub(super) fn park_read(&mut self, tag: Tag, range: SectorRange) -> Waiter {
+        self.parked_reads += 1;
+        let attempts = 0;
+        Waiter::Read {
+            tag,
+            range,
+            attempts,
         }
     }
 
@@ -343,9 +431,15 @@ impl Lane {
         match waiter {
             Waiter::Write(slot) => self.write_resume(turn, slot, reconciled),
             // Past all that wait: it may be first in its ring (rule Q3).
-            Waiter::Read { tag, range } => {
+            Waiter::Read {
+                tag,
+                range,
+                attempts,
+            } => {
+                self.parked_reads -= 1;
                 let mut matter = Matter::new(range, During::Read, true);
                 matter.reconciled = reconciled;
+                matter.attempts = attempts;
                 self.settle_begin(turn, matter, Some(tag));
             }
             Waiter::Flush(slot) => self.flush_again(turn, slot),
@@ -361,10 +455,15 @@ impl Lane {
 
     /// Those who wait for replicas to come back fail (rule Q4).
     pub(super) fn fail_paused<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
-        for waiter in std::mem::take(&mut self.paused) {
+        let mut waiters = std::mem::take(&mut self.paused);
+        waiters.append(&mut self.retries);
+        for waiter in waiters {
             match waiter {
                 Waiter::Write(slot) => self.write_abandon(turn, slot),
-                Waiter::Read { tag, range } => self.refuse(turn, tag, range, During::Read),
+                Waiter::Read { tag, range, .. } => {
+                    self.parked_reads -= 1;
+                    self.refuse(turn, tag, range, During::Read);
+                }
                 Waiter::Flush(slot) => self.flush_refuse(turn, slot),
             }
         }

@@ -17,6 +17,7 @@ mod repair;
 mod verdict;
 
 use super::super::event::{BadCause, BufferId, During, OperationKind, Outcome, Status, Tag};
+use super::super::membership::Settled;
 use super::super::mutation::broken;
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
@@ -39,6 +40,8 @@ pub(super) struct Matter {
     pub(super) reconciled: bool,
     /// Whether dissenters are rewritten, if the policy allows it.
     pub(super) repair: bool,
+    /// How often the extent was brought into order for it in vain.
+    pub(super) attempts: u8,
 }
 
 impl Matter {
@@ -49,6 +52,7 @@ impl Matter {
             explained,
             reconciled: false,
             repair: true,
+            attempts: 0,
         }
     }
 }
@@ -107,6 +111,11 @@ pub(super) struct Settle {
     writing: ReplicaSet,
     /// Repairs that nobody waits for and that may still land.
     strays: ReplicaSet,
+    /// A current copy of sectors in U could not be flushed: they stay in U, and are not shown.
+    undurable: bool,
+    /// Everybody who is not current has been marked behind, so that no other version of what leaves
+    /// U can come back.
+    others_marked: bool,
     /// Marks up to this number have to be durable before the reply.
     marks: Option<u64>,
     /// When the last operation was submitted.
@@ -329,6 +338,8 @@ impl Lane {
             to_repair: ReplicaSet::EMPTY,
             writing: ReplicaSet::EMPTY,
             strays: ReplicaSet::EMPTY,
+            undurable: false,
+            others_marked: false,
             marks: None,
             asked_at: turn.now,
             origin,
@@ -368,7 +379,10 @@ impl Lane {
                 self.settle_cancel(turn, slot);
                 let range = matter.range;
                 if let Some(tag) = origin {
-                    let waiter = Waiter::Read { tag, range };
+                    let mut waiter = self.park_read(tag, range);
+                    if let Waiter::Read { attempts, .. } = &mut waiter {
+                        *attempts = matter.attempts;
+                    }
                     if pause {
                         self.paused.push(waiter);
                     } else {
@@ -680,11 +694,21 @@ impl Lane {
             return;
         }
         let (range, resolves) = (settle.matter.range, settle.resolves());
-        settle.phase = Phase::Settled;
-        let current = shared
-            .membership
-            .current(shared.geometry.extent_of(range.start()));
+        let extent = shared.geometry.extent_of(range.start());
+        let current = shared.membership.current(extent);
         let decided = settle.winners.iter().all(|winner| !winner.is_empty());
+        let leaves = resolves && settle.parent.is_none() && !settle.undurable;
+        if leaves && decided && !std::mem::replace(&mut settle.others_marked, true) {
+            // Rule Y1: what is shown does not change any more, whoever is there after a crash.
+            if let Settled::Held { wait, .. } = shared.membership.settle_for(extent, current) {
+                settle.marks = wait;
+                self.settle_conclude(turn, slot);
+                return;
+            }
+        }
+        let settle = self.settle_mut(slot);
+        settle.phase = Phase::Settled;
+        let lost = shared.is_record_lost() && resolves;
         let verified = !shared.policy.blkverify
             || settle
                 .winners
@@ -696,12 +720,12 @@ impl Lane {
         if settle.deadline.take().is_some() {
             self.disarm();
         }
-        if resolves && complete && current.count() >= shared.policy.threshold {
+        if leaves && complete && !lost && current.count() >= shared.policy.threshold {
             shared.unresolved.remove(range);
         }
         let settle = self.settle_mut(slot);
+        let undurable = settle.undurable;
         if !settle.rewritten.is_empty() || !settle.to_repair.is_empty() {
-            let extent = shared.geometry.extent_of(range.start());
             shared.activity.note(extent, turn.now);
         }
         self.settle_leave_strays(turn, slot);
@@ -719,7 +743,7 @@ impl Lane {
             return;
         }
         if let Some(tag) = origin {
-            let (status, data) = if decided && verified {
+            let (status, data) = if decided && verified && !undurable && !lost {
                 (Status::Ok, result)
             } else {
                 (Status::IoError, None)

@@ -63,6 +63,8 @@ pub(super) struct Write {
     repeats: u8,
     /// Its extent was resynced for it; it is not done a second time.
     reconciled: bool,
+    /// How often that was done in vain.
+    attempts: u8,
     started: Time,
     /// When those that are late are left behind; set once T copies hold the write (rule W6).
     grace_until: Option<Time>,
@@ -148,6 +150,7 @@ impl Lane {
             errnos: [0; REPLICAS_MAX],
             repeats: 0,
             reconciled: false,
+            attempts: 0,
             started: turn.now,
             grace_until: None,
         }));
@@ -216,6 +219,11 @@ impl Lane {
             .order
             .suspend(range, self.id, ticket, &mut self.woken);
         self.wake(turn.actions);
+    }
+
+    /// How often the extent of a suspended write was brought into order in vain.
+    pub(super) fn write_attempts(&mut self, slot: SlotId) -> &mut u8 {
+        &mut self.write_mut(slot).attempts
     }
 
     /// What the write was suspended for is over.
@@ -288,7 +296,12 @@ impl Lane {
         replicas: ReplicaSet,
     ) {
         let write = self.write_mut(slot);
-        write.pending = replicas;
+        // Operations on replicas that went meanwhile may still be out.
+        assert!(
+            write.pending.intersection(replicas).is_empty(),
+            "one operation on a replica at a time"
+        );
+        write.pending = write.pending.union(replicas);
         let kind = write.operation();
         for replica in replicas.iter() {
             turn.submit(slot, replica, kind);

@@ -16,6 +16,10 @@ impl Lane {
         let block_sectors = shared.geometry.block_sectors();
         let settle = self.settle_mut(slot);
         let range = settle.matter.range;
+        // Who went while the record was waited for is not written to any more.
+        let gone = settle.to_repair.minus(shared.membership.up());
+        settle.lost = settle.lost.union(settle.targets.intersection(gone));
+        settle.to_repair = settle.to_repair.minus(gone);
         let to_repair = settle.to_repair;
         let differs = |replica| settle.next_run(replica, 0, block_sectors).is_some();
         let any = to_repair.iter().any(differs);
@@ -250,8 +254,9 @@ impl Lane {
             self.counters.repaired_sectors += u64::from(sectors);
         }
         let settle = self.settle_mut(slot);
-        if settle.resolves() && settle.parent.is_none() && !settle.rewritten.is_empty() {
-            // Rule Y1: what was rewritten is durable before anybody sees it.
+        if settle.resolves() && settle.parent.is_none() {
+            // Rule Y1: it is durable before anybody sees it. Also where nothing was rewritten: copies
+            // may be equal only because an earlier attempt ended before its flush.
             settle.phase = Phase::Flushing;
             let range = settle.matter.range;
             if settle.deadline.take().is_some() {
@@ -265,12 +270,20 @@ impl Lane {
         self.settle_conclude(turn, slot);
     }
 
-    /// The flush run has ended; who was not flushed in it is behind, or not up.
+    /// The flush run has ended; who was not flushed in it is behind, or not up, unless there is
+    /// nobody else left.
     pub(in super::super) fn settle_flushed<B: Buffers>(
         &mut self,
         turn: &mut Turn<'_, B>,
         slot: SlotId,
     ) {
+        let shared = turn.shared;
+        let settle = self.settle_mut(slot);
+        let extent = shared.geometry.extent_of(settle.matter.range.start());
+        let stamp = shared.activity.last(extent);
+        let current = shared.membership.current(extent);
+        let flushed = |replica| shared.activity.is_flushed(replica, stamp);
+        settle.undurable = !current.iter().all(flushed);
         self.settle_conclude(turn, slot);
         self.settle_wind_up(turn, slot);
     }

@@ -16,9 +16,12 @@ impl Lane {
         let extent = shared
             .geometry
             .extent_of(self.settle_mut(slot).matter.range.start());
-        let current = shared.membership.current(extent).count();
+        let current = shared.membership.current(extent);
         let crash = shared.unresolved.holds_extent(extent);
         let settle = self.settle_mut(slot);
+        // Who fell behind, or went, since it answered has no vote any more (rule V1).
+        settle.good = settle.good.intersection(current.union(settle.targets));
+        let current = current.count();
         // Rule Y5: with fewer than T current copies all of them must agree. Only an extent that is
         // being brought into order is decided like that; a guest's read is not.
         let least = if settle.parent.is_some() {
@@ -32,14 +35,18 @@ impl Lane {
             Rule::LargestUnique { least }
         };
         // Any version a sector in U may legally have will do if nobody has T votes; but after a
-        // crash not everybody wants that (rules S4, Y3).
+        // crash not everybody wants that (rules S4, Y3), and a guest's read needs T copies to choose
+        // from (rule V6).
+        let few = settle.parent.is_none() && current < threshold;
         let open_rule = match shared.crash_tie() {
+            _ if few => rule,
             CrashTie::Choose => Rule::LargestFirst { least },
             CrashTie::MajorityOnly | CrashTie::Error if crash => rule,
             CrashTie::MajorityOnly | CrashTie::Error => Rule::LargestFirst { least },
         };
         settle.winners = settle.elect(turn.buffers, rule, open_rule);
         self.settle_prefer_trusted(turn, slot, rule);
+        self.settle_refuse_lone_winners(slot, least, least < threshold);
         self.settle_assemble(turn, slot);
         self.settle_compare_targets(turn, slot);
         self.settle_report(turn, slot);
@@ -61,6 +68,22 @@ impl Lane {
             self.settle_conclude(turn, slot);
         } else {
             self.settle_repair(turn, slot);
+        }
+    }
+
+    /// Takes back what was elected by too few: with fewer than T current copies all must agree where
+    /// nothing is to be chosen (rule Y5), and what is chosen is chosen from at least as many readable
+    /// copies as would have been needed to agree.
+    fn settle_refuse_lone_winners(&mut self, slot: SlotId, least: usize, unanimous: bool) {
+        let settle = self.settle_mut(slot);
+        let voters = settle.good.minus(settle.targets);
+        for index in 0..settle.winners.len() {
+            let readable = voters.minus(settle.unread[index]);
+            let dissent = settle.winners[index] != readable;
+            let open = settle.open[index];
+            if readable.count() < least || unanimous && !open && dissent {
+                settle.winners[index] = ReplicaSet::EMPTY;
+            }
         }
     }
 
@@ -156,6 +179,7 @@ impl Lane {
             explained,
             reconciled: _,
             repair: _,
+            attempts: _,
         } = settle.matter;
         let voters = settle.good.minus(settle.targets);
         // What cannot be chosen yet will be: that is no failure.
