@@ -283,6 +283,63 @@ fn adopted_images_take_the_content_of_the_one_that_is_named() {
 }
 
 #[test]
+fn a_guest_flushes_while_others_are_overwritten_with_the_adopted_image() {
+    let mut site = Site::bare(&["--resync-rate", "1M"]);
+    let mut model = Model::new(SECTORS);
+    for index in [1, 2] {
+        site.spoil(index, 0, SECTORS, 0x55);
+    }
+    site.start_with(&["--adopt-from", "replica0"]);
+    let mut guest = Guest::connect(&site);
+    let mut random = Random::new(76);
+    for _ in 0..40 {
+        let worked = guest.work(&mut model, &mut random, 4, |done| done < 5);
+        worked.expect("the daemon lives");
+        guest.flush(&mut model);
+    }
+    guest.check_all(&mut model, false);
+    drop(guest);
+    site.await_equal();
+    site.assert_no_failure();
+    site.stop();
+}
+
+#[test]
+fn a_guest_flushes_while_slow_replicas_get_all_that_they_missed() {
+    let Some(mut site) = Site::faulty(&[0], &[]) else {
+        return;
+    };
+    site.stop();
+    let missing = site.folder().join("missing");
+    let path = std::mem::replace(&mut site.paths[0], missing);
+    take_away(&site.images[2]);
+    let mut model = Model::new(SECTORS);
+    site.start_with(&["--force"]);
+    let mut guest = Guest::connect(&site);
+    for sector in (0..SECTORS).step_by(1024) {
+        guest.write(&mut model, sector, 64);
+    }
+    drop(guest);
+    site.stop_anyhow();
+    site.paths[0] = path;
+    put_back(&site.images[2]);
+    site.fault(0).tell("delay 0.05");
+    site.start();
+    let mut guest = Guest::connect(&site);
+    for _ in 0..60 {
+        // Extents of which there is one copy are dirty only because they are copied.
+        guest.flush(&mut model);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    site.fault(0).tell("delay 0");
+    guest.check_all(&mut model, false);
+    drop(guest);
+    site.await_equal();
+    site.assert_no_failure();
+    site.stop();
+}
+
+#[test]
 fn images_assumed_clean_are_not_compared() {
     let mut site = Site::bare(&[]);
     site.spoil(1, 50, 1, 0x44);
