@@ -335,3 +335,36 @@ fn four_queues_work_on_while_a_replica_hangs_and_comes_back() {
     site.stop();
     assert_eq!(site.difference(), None);
 }
+
+#[test]
+fn a_full_replica_does_not_keep_a_good_one_from_catching_up() {
+    let arguments = ["--max-write-errors", "0", "--max-repairs", "0"];
+    let Some(mut site) = Site::faulty(&[0, 1], &arguments) else {
+        return;
+    };
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    // Replica 0 is late until nobody waits for it, and then replica 1 is full: two of three.
+    site.fault(0).tell("delay 0.1 write");
+    for sector in (0..SECTORS).step_by(1024) {
+        guest.write(&mut model, sector, 8);
+    }
+    site.await_event("QUORUM_BLK_REPLICA_LAGGING", |data| {
+        data["replica"] == "replica0"
+    });
+    site.fault(1).tell("enospc on");
+    // However it ends: two replicas of three do not take it.
+    guest.status_of_write(4000, 8);
+    // One is enough again.
+    site.fault(0).tell("delay 0");
+    site.await_state(0, "in-sync");
+    for sector in (512..SECTORS).step_by(1024) {
+        guest.write(&mut model, sector, 8);
+    }
+    guest.check_all(&mut model, false);
+    site.fault(1).tell("enospc off");
+    site.await_healthy();
+    drop(guest);
+    site.await_equal();
+    site.stop();
+}
