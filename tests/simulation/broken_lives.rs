@@ -36,9 +36,9 @@ const SCATTERED: Profile = Profile {
     name: "scattered",
     life: Some(Lives {
         copies: &[3],
-        steps: 300,
-        missing: 1_000_000,
-        record_faults: 200_000,
+        steps: 500,
+        missing: 500_000,
+        record_faults: 400_000,
         ..life(KILLS)
     }),
     ..KILLS
@@ -95,8 +95,9 @@ fn f4_cache_kept_at_open_is_noticed() {
 
 #[test]
 fn r1_one_copy_is_not_enough() {
-    let rules = ["I4", "I8", "I12", "R5"];
-    record_mutation_is_noticed(RecordMutation::OneCopyIsEnough, &[SCATTERED], &rules);
+    let rules = ["I4", "I8", "I12", "I13", "R5"];
+    let profiles = [SCATTERED, HASTY, POWER];
+    record_mutation_is_noticed(RecordMutation::OneCopyIsEnough, &profiles, &rules);
 }
 
 #[test]

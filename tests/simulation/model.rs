@@ -203,6 +203,8 @@ impl Model {
         began: u64,
         now: u64,
     ) -> Result<(), String> {
+        // What was shown of a write that failed meanwhile obliges to nothing any more.
+        let floor = floor.min(self.sectors[index(sector)].floor);
         let Some(version) = self.legal(sector, value, floor, began) else {
             return Err(format!(
                 "sector {sector} read as {value:#x} (version {:?}); nothing older than version \

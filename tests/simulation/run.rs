@@ -140,7 +140,7 @@ const EXERCISED_REMEMBERED: [(&str, u64); 22] = [
     ("probes", 20),
     ("choices", 1_000),
     ("kicks", 500),
-    ("lagging", 10),
+    ("lagging", 1),
     ("members gone", 500),
     ("members back", 1_000),
     ("members left out", 200),

@@ -16,6 +16,7 @@
 mod repair;
 mod verdict;
 
+use super::super::activity::Stamp;
 use super::super::event::{BadCause, BufferId, During, OperationKind, Outcome, Status, Tag};
 use super::super::membership::Settled;
 use super::super::mutation::broken;
@@ -111,6 +112,9 @@ pub(super) struct Settle {
     writing: ReplicaSet,
     /// Repairs that nobody waits for and that may still land.
     strays: ReplicaSet,
+    /// The moment after which a flush has to have begun to make the sectors durable. Others may
+    /// write in the extent meanwhile.
+    stamp: Option<Stamp>,
     /// A current copy of sectors in U could not be flushed: they stay in U, and are not shown.
     undurable: bool,
     /// Everybody who is not current has been marked behind, so that no other version of what leaves
@@ -338,6 +342,7 @@ impl Lane {
             to_repair: ReplicaSet::EMPTY,
             writing: ReplicaSet::EMPTY,
             strays: ReplicaSet::EMPTY,
+            stamp: None,
             undurable: false,
             others_marked: false,
             marks: None,

@@ -264,6 +264,7 @@ impl Lane {
             }
             let extent = turn.shared.geometry.extent_of(range.start());
             turn.shared.activity.note(extent, turn.now);
+            self.settle_mut(slot).stamp = Some(turn.shared.activity.last(extent));
             self.flush_for(turn, FlushFor::Settle(slot));
             return;
         }
@@ -280,7 +281,7 @@ impl Lane {
         let shared = turn.shared;
         let settle = self.settle_mut(slot);
         let extent = shared.geometry.extent_of(settle.matter.range.start());
-        let stamp = shared.activity.last(extent);
+        let stamp = settle.stamp.expect("taken when the flush was asked for");
         let current = shared.membership.current(extent);
         let flushed = |replica| shared.activity.is_flushed(replica, stamp);
         settle.undurable = !current.iter().all(flushed);
