@@ -43,22 +43,17 @@ fn await_free(path: &std::path::Path) {
     }
 }
 
-/// Ends the daemon while replica 1 hangs in what it was asked, and looks what comes of it.
-fn end_while_hanging(hang: &str, kicked: bool) {
-    let mut site = Site::faulty(&[1], &["--io-timeout", "2", "--flush-grace", "1"]);
+fn busy_site() -> (Site, Model, Guest) {
+    let site = Site::faulty(&[1], &["--io-timeout", "2", "--flush-grace", "1"]);
     let mut model = Model::new(SECTORS);
     let mut guest = Guest::connect(&site);
     guest.write(&mut model, 0, 16);
     guest.flush(&mut model);
-    site.fault(1).tell(hang);
-    guest.write(&mut model, 4096, 16);
-    guest.flush(&mut model);
-    if kicked {
-        site.await_event("QUORUM_BLK_REPLICA_KICKED", |data| {
-            data["replica"] == "replica1"
-        });
-    }
-    drop(guest);
+    (site, model, guest)
+}
+
+/// Ends the daemon while something hangs on replica 1, and looks what comes of it.
+fn end_while_hanging(mut site: Site, mut model: Model) {
     site.process().signal(Signal::Terminate);
     await_left(&site);
     // What does not hang can be served again at once.
@@ -84,12 +79,33 @@ fn end_while_hanging(hang: &str, kicked: bool) {
     assert_eq!(site.difference(), None);
 }
 
+fn with_operations_of_the_guest(hang: &str) {
+    let (site, mut model, mut guest) = busy_site();
+    site.fault(1).tell(hang);
+    guest.write(&mut model, 4096, 16);
+    guest.flush(&mut model);
+    site.await_event("QUORUM_BLK_REPLICA_KICKED", |data| {
+        data["replica"] == "replica1"
+    });
+    drop(guest);
+    end_while_hanging(site, model);
+}
+
 #[test]
 fn a_replica_that_hangs_in_writes_holds_up_neither_the_end_nor_the_record() {
-    end_while_hanging("hang", true);
+    with_operations_of_the_guest("hang");
 }
 
 #[test]
 fn a_replica_that_hangs_in_flushes_holds_up_neither_the_end_nor_the_record() {
-    end_while_hanging("hang fsync", true);
+    with_operations_of_the_guest("hang fsync");
+}
+
+#[test]
+fn a_replica_that_hangs_in_the_last_flush_holds_up_neither_the_end_nor_the_record() {
+    let (site, mut model, mut guest) = busy_site();
+    guest.write(&mut model, 4096, 16);
+    site.fault(1).tell("hang fsync");
+    drop(guest);
+    end_while_hanging(site, model);
 }
