@@ -47,18 +47,18 @@ fn options(name: &str, path: &Path, cache: Cache) -> RawOptions {
     }
 }
 
-fn faulty_file(folder: &Path, start: fn(&Path) -> Option<FaultyFile>) -> Option<FaultyFile> {
+fn faulty_file(folder: &Path, start: fn(&Path) -> FaultyFile) -> FaultyFile {
     let image = folder.join("b");
     fs::write(&image, vec![1; IMAGE_BYTES]).unwrap();
     start(&image)
 }
 
 impl Pair {
-    fn new() -> Option<Self> {
+    fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let healthy = folder.path().join("a");
         fs::write(&healthy, vec![1; IMAGE_BYTES]).unwrap();
-        let faulty = faulty_file(folder.path(), FaultyFile::new)?;
+        let faulty = faulty_file(folder.path(), FaultyFile::new);
         let set = [
             options("a", &healthy, Cache::Buffered),
             options("b", &faulty.path, Cache::Direct),
@@ -70,13 +70,13 @@ impl Pair {
             ring_entries: 64,
         };
         let [_, options] = set;
-        Some(Self {
+        Self {
             executor: Executor::new(&replicas, config).unwrap(),
             ended: Vec::new(),
             faulty,
             options,
             folder,
-        })
+        }
     }
 
     fn buffer(&mut self, byte: u8) -> BufferId {
@@ -166,7 +166,7 @@ fn write(sector: u64, buffer: BufferId) -> OperationKind {
 
 #[test]
 fn detach_waits_for_what_hangs_and_keeps_the_locks_until_then() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     pair.faulty.tell("hang");
     let (data, room) = (pair.buffer(7), pair.buffer(0));
     pair.start(1, faulty_slot(), write(16, data));
@@ -207,7 +207,7 @@ fn detach_waits_for_what_hangs_and_keeps_the_locks_until_then() {
 
 #[test]
 fn many_operations_that_hang_do_not_hold_up_the_other_replica() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     pair.faulty.tell("hang");
     // Each keeps a thread of the kernel waiting, and it has eight by default on two processors.
     for op in 0..60 {
@@ -225,7 +225,7 @@ fn many_operations_that_hang_do_not_hold_up_the_other_replica() {
 
 #[test]
 fn a_replica_whose_server_died_is_gone_and_lets_go() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     let replica = pair.executor.replicas().nth(1).unwrap().cloned().unwrap();
     assert_eq!(replica.is_still_there().unwrap(), Presence::There);
     pair.faulty.tell("hang");
@@ -247,7 +247,7 @@ fn a_replica_whose_server_died_is_gone_and_lets_go() {
 
 #[test]
 fn errors_on_command_become_outcomes() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     pair.faulty.tell("eio read on 64 8");
     let buffer = pair.buffer(0);
     assert_eq!(pair.run(read(64, buffer)), EIO);
@@ -271,7 +271,7 @@ fn errors_on_command_become_outcomes() {
 
 #[test]
 fn a_delay_is_shared_by_what_waits_side_by_side() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     pair.faulty.tell("delay 0.3 read");
     let begin = Instant::now();
     for op in 0..8 {
@@ -286,7 +286,7 @@ fn a_delay_is_shared_by_what_waits_side_by_side() {
 
 #[test]
 fn power_loss_takes_what_was_not_flushed_and_nothing_else() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     pair.faulty.tell("buffer on");
     assert_eq!(pair.write(0, 2), DONE);
     assert_eq!(pair.run(OperationKind::Flush), DONE);
@@ -312,9 +312,7 @@ fn power_loss_takes_what_was_not_flushed_and_nothing_else() {
 #[test]
 fn opening_drops_pages_that_are_not_what_the_medium_has() {
     let folder = tempfile::tempdir().unwrap();
-    let Some(faulty) = faulty_file(folder.path(), FaultyFile::cached) else {
-        return;
-    };
+    let faulty = faulty_file(folder.path(), FaultyFile::cached);
     assert!(
         fs::read(&faulty.path)
             .unwrap()
@@ -347,7 +345,7 @@ fn opening_drops_pages_that_are_not_what_the_medium_has() {
 
 #[test]
 fn a_replica_changed_while_it_was_away_shows_when_it_is_reopened() {
-    let Some(mut pair) = Pair::new() else { return };
+    let mut pair = Pair::new();
     for changed in [false, true] {
         assert_eq!(pair.write(0, 9), DONE);
         let replica = pair.executor.replicas().nth(1).unwrap().cloned().unwrap();
@@ -373,9 +371,7 @@ fn a_replica_changed_while_it_was_away_shows_when_it_is_reopened() {
 fn a_killed_daemon_keeps_its_locks_until_its_last_write_has_landed() {
     let mut disk = Setup::new().start();
     disk.stop();
-    let Some(faulty) = FaultyFile::new(&disk.images[2]) else {
-        return;
-    };
+    let faulty = FaultyFile::new(&disk.images[2]);
     disk.images[2].clone_from(&faulty.path);
     disk.start_again();
     let mut front_end = disk.connect(&Options::default());

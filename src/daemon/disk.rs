@@ -2,12 +2,14 @@
 //! The disk that is served: replicas opened and checked, workers running, a device in front.
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use tracing::warn;
 
 use super::clock::Clock;
-use super::maintenance::{self, MaintenanceError, MaintenanceSetup};
+use super::maintenance::{self, MaintenanceError, MaintenanceSetup, STOP_LIMIT};
 use super::start::{self, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
 use crate::config::Config;
@@ -23,6 +25,12 @@ const PART_BYTES_MAX: usize = 256 << 10;
 
 /// Submissions of a worker that go to the kernel in one call.
 const RING_ENTRIES: u32 = 256;
+
+/// How long workers may take to end beyond the time after which operations count as hung.
+const WORKERS_STOP_MARGIN: Duration = Duration::from_secs(10);
+
+/// How long maintenance may take to end beyond the time in which the record is to be closed.
+const MAINTENANCE_STOP_MARGIN: Duration = Duration::from_secs(5);
 
 /// A disk that cannot be served.
 #[derive(Debug, Error)]
@@ -49,8 +57,14 @@ pub struct Disk {
     device: Arc<Device>,
     sectors: u64,
     mailboxes: Vec<Arc<Mailbox<Message>>>,
-    workers: Vec<JoinHandle<()>>,
-    maintenance: JoinHandle<()>,
+    /// Workers that were started.
+    workers: usize,
+    /// Each worker tells its end here, once.
+    worker_ends: Receiver<()>,
+    /// The maintenance thread tells its end here.
+    maintenance_end: Receiver<()>,
+    /// How long the end of the workers may take.
+    workers_stop_limit: Duration,
 }
 
 impl Disk {
@@ -97,7 +111,8 @@ impl Disk {
                 .collect(),
         )?;
         let executor = executor_config(config, replicas.len());
-        let maintenance = maintenance::spawn(MaintenanceSetup {
+        let (ended, maintenance_end) = channel();
+        maintenance::spawn(MaintenanceSetup {
             shared: Arc::clone(&shared),
             replicas: replicas.clone(),
             options,
@@ -111,13 +126,17 @@ impl Disk {
             keeper_config: keeper_config(config),
             keeper,
             record,
+            ended,
         })?;
+        let (ended, worker_ends) = channel();
         let mut disk = Self {
             device: Arc::new(device),
             sectors: shape.sectors,
             mailboxes,
-            workers: Vec::with_capacity(count),
-            maintenance,
+            workers: 0,
+            worker_ends,
+            maintenance_end,
+            workers_stop_limit: config.patience.io_timeout + WORKERS_STOP_MARGIN,
         };
         for index in 0..config.workers {
             let worker = worker::spawn(WorkerSetup {
@@ -129,9 +148,10 @@ impl Disk {
                 reports: reports.clone(),
                 counters: counters.worker(usize::from(index)),
                 clock,
+                ended: ended.clone(),
             });
             match worker {
-                Ok(worker) => disk.workers.push(worker),
+                Ok(()) => disk.workers += 1,
                 Err(error) => {
                     disk.stop();
                     return Err(error.into());
@@ -172,17 +192,33 @@ impl Disk {
 
     /// Lets the workers finish what they have and ends them, then closes the record. Connections
     /// have ended before.
+    ///
+    /// Takes no longer than a limit, whatever hangs: threads that operations keep are left behind
+    /// for the end of the process.
     pub fn stop(self) {
-        for mailbox in &self.mailboxes[..self.workers.len()] {
+        for mailbox in &self.mailboxes[..self.workers] {
             mailbox.post(Message::Shutdown);
         }
-        for worker in self.workers {
-            // A worker that panicked has ended the process.
-            let _ = worker.join();
+        let until = Instant::now() + self.workers_stop_limit;
+        let ended = (0..self.workers)
+            .take_while(|_| {
+                let left = until.saturating_duration_since(Instant::now());
+                self.worker_ends.recv_timeout(left).is_ok()
+            })
+            .count();
+        let workers_ended = ended == self.workers;
+        if !workers_ended {
+            warn!(
+                "{} workers did not end in time: the disk is not closed cleanly",
+                self.workers - ended
+            );
         }
-        let maintenance = self.mailboxes.last().expect("maintenance has the last one");
-        maintenance.post(Message::Shutdown);
-        let _ = self.maintenance.join();
+        self.maintenance_mailbox()
+            .post(Message::Close { workers_ended });
+        let limit = STOP_LIMIT + MAINTENANCE_STOP_MARGIN;
+        if self.maintenance_end.recv_timeout(limit).is_err() {
+            warn!("the maintenance thread did not end in time");
+        }
     }
 }
 

@@ -36,6 +36,16 @@ pub fn try_lock(file: &impl AsFd) -> io::Result<Locked> {
     }
 }
 
+/// Gives up every lock of this opening of the file, whatever bytes they are on.
+///
+/// # Errors
+/// If the storage does not let go of them; they end with the opening at the latest.
+pub fn unlock(file: &impl AsFd) -> io::Result<()> {
+    let mut lock = whole_file();
+    lock.l_type = short(libc::F_UNLCK);
+    control(file, libc::F_OFD_SETLK, &mut lock)
+}
+
 /// Whether another opening of the file has the lock. Takes none.
 ///
 /// # Errors
@@ -98,5 +108,8 @@ mod tests {
         assert_eq!(try_lock(&second).unwrap(), Locked::Held);
         drop(duplicate);
         assert_eq!(try_lock(&second).unwrap(), Locked::Yes);
+        let third = open();
+        unlock(&second).unwrap();
+        assert_eq!(try_lock(&third).unwrap(), Locked::Yes);
     }
 }

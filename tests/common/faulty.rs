@@ -21,18 +21,20 @@ pub struct FaultyFile {
 }
 
 impl FaultyFile {
-    /// Shows `image` as `image.faulty` beside it. `None`, with a word about it, where it cannot be
-    /// mounted for want of root or FUSE.
-    pub fn new(image: &Path) -> Option<Self> {
+    /// Shows `image` as `image.faulty` beside it.
+    ///
+    /// # Panics
+    /// Where it cannot be mounted: a test that cannot run must not look like one that passed.
+    pub fn new(image: &Path) -> Self {
         Self::start(image, &[])
     }
 
     /// The same with the host's page cache above it, which outlives closing and opening.
-    pub fn cached(image: &Path) -> Option<Self> {
+    pub fn cached(image: &Path) -> Self {
         Self::start(image, &["--cached"])
     }
 
-    fn start(image: &Path, arguments: &[&str]) -> Option<Self> {
+    fn start(image: &Path, arguments: &[&str]) -> Self {
         let path = image.with_extension("faulty");
         let control = image.with_extension("control");
         File::create(&path).expect("a mount point");
@@ -49,16 +51,18 @@ impl FaultyFile {
         let output = server.stdout.take().expect("a pipe");
         BufReader::new(output).read_line(&mut line).expect("a line");
         if line != "ready\n" {
-            eprintln!("not run: a FUSE file system cannot be mounted here");
             let _ = server.wait();
-            return None;
+            panic!(
+                "a FUSE file system cannot be mounted here: this test needs root, /dev/fuse and \
+                 python3"
+            );
         }
-        Some(Self {
+        Self {
             server,
             path,
             image: image.to_owned(),
             control,
-        })
+        }
     }
 
     /// Carries out a command that gives no value.

@@ -23,9 +23,7 @@ fn busy(guest: &mut Guest, model: &mut Model, random: &mut Random, requests: usi
 
 #[test]
 fn a_hanging_replica_delays_nobody_beyond_the_grace_and_gets_what_it_missed() {
-    let Some(mut site) = Site::faulty(&[1], &["--io-timeout", "2"]) else {
-        return;
-    };
+    let mut site = Site::faulty(&[1], &["--io-timeout", "2"]);
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(21);
     let mut guest = Guest::connect(&site);
@@ -72,9 +70,7 @@ fn a_hanging_replica_delays_nobody_beyond_the_grace_and_gets_what_it_missed() {
 
 #[test]
 fn only_what_a_replica_missed_is_copied() {
-    let Some(mut site) = Site::faulty(&[2], &["--io-timeout", "2"]) else {
-        return;
-    };
+    let mut site = Site::faulty(&[2], &["--io-timeout", "2"]);
     let mut model = Model::new(SECTORS);
     let mut guest = Guest::connect(&site);
     site.fault(2).tell("hang write");
@@ -101,9 +97,7 @@ fn only_what_a_replica_missed_is_copied() {
 #[test]
 fn a_replica_that_fails_writes_for_a_while_is_behind_and_catches_up() {
     for fault in ["eio write", "enospc"] {
-        let Some(mut site) = Site::faulty(&[0], &["--max-write-errors", "0"]) else {
-            return;
-        };
+        let mut site = Site::faulty(&[0], &["--max-write-errors", "0"]);
         let mut model = Model::new(SECTORS);
         let mut random = Random::new(22);
         let mut guest = Guest::connect(&site);
@@ -129,9 +123,7 @@ fn a_replica_that_fails_writes_for_a_while_is_behind_and_catches_up() {
 
 #[test]
 fn a_replica_beyond_its_error_budget_is_failed_and_stays_so() {
-    let Some(mut site) = Site::faulty(&[0], &["--max-write-errors", "4"]) else {
-        return;
-    };
+    let mut site = Site::faulty(&[0], &["--max-write-errors", "4"]);
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(23);
     let mut guest = Guest::connect(&site);
@@ -164,9 +156,7 @@ fn a_replica_beyond_its_error_budget_is_failed_and_stays_so() {
 
 #[test]
 fn a_flush_that_failed_once_is_never_believed_again() {
-    let Some(mut site) = Site::faulty(&[1], &[]) else {
-        return;
-    };
+    let mut site = Site::faulty(&[1], &[]);
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(24);
     let mut guest = Guest::connect(&site);
@@ -196,9 +186,7 @@ fn a_flush_that_failed_once_is_never_believed_again() {
 
 #[test]
 fn read_errors_are_outvoted_and_rewritten() {
-    let Some(mut site) = Site::faulty(&[1], &["--max-repairs", "0"]) else {
-        return;
-    };
+    let mut site = Site::faulty(&[1], &["--max-repairs", "0"]);
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(25);
     let mut guest = Guest::connect(&site);

@@ -14,10 +14,12 @@
 //! - `records`: copies of the state record fail.
 //! - `starts`: what a start decides.
 //! - `storm`: one fault after the other, and kills in the middle of them.
+//! - `pausing`: requests wait for replicas to come back.
+//! - `stopping`: the daemon is to end while a replica hangs.
 //! - `upkeep`: first comparison, scrub, status.
 //!
 //! Files that go wrong on command need root and FUSE (`tests/vm/faulty_file.py`); without, those
-//! tests say so and end.
+//! tests fail.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -26,9 +28,11 @@ mod guest;
 mod kills;
 mod leaving;
 mod model;
+mod pausing;
 mod power;
 mod records;
 mod site;
 mod starts;
+mod stopping;
 mod storm;
 mod upkeep;

@@ -74,20 +74,20 @@ impl Site {
         }
     }
 
-    /// The same with replicas that go wrong on command. `None`: not possible here.
-    pub fn faulty(faulty: &[usize], arguments: &[&str]) -> Option<Self> {
+    /// The same with replicas that go wrong on command.
+    pub fn faulty(faulty: &[usize], arguments: &[&str]) -> Self {
         Self::faulty_of(3, faulty, arguments)
     }
 
     /// The same with so many replicas.
-    pub fn faulty_of(count: usize, faulty: &[usize], arguments: &[&str]) -> Option<Self> {
+    pub fn faulty_of(count: usize, faulty: &[usize], arguments: &[&str]) -> Self {
         let mut site = Self::bare_of(count, arguments);
         for &index in faulty {
-            let file = FaultyFile::new(&site.images[index])?;
+            let file = FaultyFile::new(&site.images[index]);
             site.paths[index].clone_from(&file.path);
             site.faulty[index] = Some(file);
         }
-        Some(site.adopted(&["--assume-clean"]))
+        site.adopted(&["--assume-clean"])
     }
 
     /// Served for the first time.

@@ -108,9 +108,7 @@ fn one_fault_after_the_other_and_kills_between_them() {
         ["--max-write-errors", "0"],
         ["--max-repairs", "0"],
     ];
-    let Some(mut site) = Site::faulty(&[1, 2], arguments.as_flattened()) else {
-        return;
-    };
+    let mut site = Site::faulty(&[1, 2], arguments.as_flattened());
     let mut model = Model::new(SECTORS);
     let mut random = Random::new(91);
     for round in 0..ROUNDS {

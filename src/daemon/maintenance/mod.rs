@@ -17,8 +17,8 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
+use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -27,7 +27,7 @@ use tracing::{debug, info};
 use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
 use super::warden::{self, WardenSetup};
-use super::worker::{AbortOnPanic, Message};
+use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
 use crate::control::{Counters, ReportSender};
 use crate::device::mailbox::Mailbox;
@@ -40,6 +40,7 @@ use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
 use crate::units::{ReplicaId, Time};
 use roster::Roster;
+pub use stop::STOP_LIMIT;
 use stop::Stop;
 
 /// How often the keeper is told how much the guest asks for.
@@ -90,6 +91,8 @@ pub struct MaintenanceSetup {
     pub keeper: KeeperStart,
     /// `None`: nothing is remembered.
     pub record: Option<OpenRecord>,
+    /// Where the end of the thread is told.
+    pub ended: Sender<()>,
 }
 
 /// A maintenance thread that cannot be started.
@@ -119,26 +122,35 @@ pub enum MaintenanceError {
 }
 
 /// Starts the thread and waits until the epoch of this run has begun (rule R7): before that nothing
-/// may be written to a replica.
+/// may be written to a replica. Its end is told by `ended` and by nothing else: the thread must not
+/// be waited for, since it stays where operations hang.
 ///
 /// # Errors
 /// [`MaintenanceError`].
-pub fn spawn(setup: MaintenanceSetup) -> Result<JoinHandle<()>, MaintenanceError> {
+pub fn spawn(setup: MaintenanceSetup) -> Result<(), MaintenanceError> {
     let (ready, started) = sync_channel(1);
-    let thread = thread::Builder::new()
+    let ended = setup.ended.clone();
+    thread::Builder::new()
         .name("maintenance".to_owned())
         .spawn(move || match Maintenance::new(setup) {
             Ok(mut maintenance) => {
                 let _abort = AbortOnPanic;
                 maintenance.run(&ready);
+                maintenance.release_locks();
+                if maintenance.has_operations() {
+                    let _ = ended.send(());
+                    park_for_ever();
+                }
+                // The rings are gone, and the files they kept, before that is told.
+                drop(maintenance);
+                let _ = ended.send(());
             }
             Err(error) => {
                 let _ = ready.send(Err(error));
             }
         })
         .map_err(MaintenanceError::Thread)?;
-    started.recv().map_err(|_| MaintenanceError::Gone)??;
-    Ok(thread)
+    started.recv().map_err(|_| MaintenanceError::Gone)?
 }
 
 /// A write of the record: to which copy, and the recorder's name for it.
@@ -147,6 +159,10 @@ type RecordWrite = (u8, WriteId);
 struct Record {
     recorder: Recorder,
     writer: BlockWriter<RecordWrite>,
+    /// Second descriptors of the files, for their locks.
+    files: Vec<Option<File>>,
+    /// Writes under way, by copy.
+    under_way: Vec<u32>,
     paths: Vec<PathBuf>,
     /// The change that was last found durable.
     durable: Option<ChangeId>,
@@ -193,6 +209,11 @@ impl Maintenance {
         let record = setup
             .record
             .map(|open| -> Result<Record, MaintenanceError> {
+                let copies = open.files.iter();
+                let files = copies
+                    .map(|file| file.as_ref().map(File::try_clone).transpose())
+                    .collect::<Result<Vec<_>, _>>()
+                    .map_err(MaintenanceError::Wait)?;
                 let writer = BlockWriter::new(open.files)?;
                 events
                     .add_edge(&writer.wake_fd(), TOKEN_RECORD)
@@ -201,6 +222,8 @@ impl Maintenance {
                     cold: open.recorder.superblock().cold,
                     recorder: open.recorder,
                     writer,
+                    under_way: vec![0; files.len()],
+                    files,
                     paths: open.paths,
                     durable: None,
                 })
@@ -506,6 +529,7 @@ impl Maintenance {
                     bytes,
                 } => {
                     self.counters.maintenance().record_writes.add(1);
+                    record.under_way[usize::from(copy)] += 1;
                     record
                         .writer
                         .write(usize::from(copy), block, bytes, (copy, write));
@@ -539,6 +563,9 @@ impl Maintenance {
         record.writer.submit()?;
         let mut written = std::mem::take(&mut self.written);
         record.writer.reap(&mut written)?;
+        for Written { name, .. } in &written {
+            record.under_way[usize::from(name.0)] -= 1;
+        }
         for Written { name, errno } in written.drain(..) {
             let (copy, write) = name;
             self.tell_recorder(RecordEvent::Written { copy, write, errno });
@@ -597,8 +624,11 @@ impl Maintenance {
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
                 Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
-                Message::Shutdown => self.begin_stop(),
-                Message::Queue(_) | Message::Detach(_) | Message::Attach(..) => {
+                Message::Close { workers_ended } => self.begin_stop(workers_ended),
+                Message::Queue(_)
+                | Message::Detach(_)
+                | Message::Attach(..)
+                | Message::Shutdown => {
                     unreachable!("for workers")
                 }
             }

@@ -88,6 +88,17 @@ impl Roster {
         self.standings.iter().map(open).collect()
     }
 
+    /// The open replicas on which no worker has anything under way, once the workers have ended.
+    pub(super) fn idle_replicas(&self) -> Vec<(ReplicaId, Arc<Replica>)> {
+        let idle = |(at, standing): (usize, &Standing)| match standing {
+            Standing::Here(replica) | Standing::Joining { replica, .. } => {
+                Some((ReplicaId::new(at), Arc::clone(replica)))
+            }
+            Standing::Leaving { .. } | Standing::Away => None,
+        };
+        self.standings.iter().enumerate().filter_map(idle).collect()
+    }
+
     /// Has a replica opened that is away.
     pub(super) fn open(&self, replica: ReplicaId) {
         let order = Order::Open(self.open_replicas());

@@ -9,19 +9,29 @@
 //! Whatever does not succeed in time is left as it is: the next start then finds an unclean end, and
 //! resolves what was dirty.
 
-use std::time::Duration;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::super::fingerprints;
+use super::super::{file_lock, fingerprints};
 use super::{KeeperState, Maintenance, RecordEvent, STOP_TAG};
-use crate::quorum::{Bitmap, Event, ReplicaState, Request, Shared, Status, Tag};
+use crate::quorum::{Bitmap, Event, ReplicaState, Request, Shared, Status, Tag, Wakeup};
 use crate::record::{ChangeId, Fingerprint, MemberState, Superblock, VERIFIED};
 use crate::replica::Replica;
-use crate::units::{ReplicaId, Time};
+use crate::units::{ReplicaId, ReplicaSet, Time};
 
 /// How long all of it may take.
-const STOP_LIMIT: Duration = Duration::from_secs(20);
+pub const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long all replicas together may take to tell their fingerprints. They were flushed before.
+const FINGERPRINT_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long it may take to give up locks. On network storage that is a request to a server.
+const UNLOCK_LIMIT: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Phase {
@@ -40,6 +50,10 @@ pub(super) struct Stop {
     phase: Phase,
     until: Option<Time>,
     flushed: Option<Status>,
+    /// A worker may still have operations anywhere: nothing can be said to be clean.
+    unsure: bool,
+    /// Replicas whose fingerprint is still being taken.
+    asked: ReplicaSet,
 }
 
 impl Stop {
@@ -65,9 +79,10 @@ impl Stop {
 }
 
 impl Maintenance {
-    /// Workers have ended: nothing is written any more but by what is under way here.
-    pub(super) fn begin_stop(&mut self) {
+    /// If the workers have ended, nothing is written any more but by what is under way here.
+    pub(super) fn begin_stop(&mut self, workers_ended: bool) {
         if !self.stop.is_begun() {
+            self.stop.unsure = !workers_ended;
             self.stop.phase = Phase::Draining;
             self.stop.until = Some(self.clock.now().after(STOP_LIMIT));
         }
@@ -77,6 +92,10 @@ impl Maintenance {
         if self.stop.until.is_some_and(|until| until <= self.now) && !self.stop.is_done() {
             warn!("the disk could not be closed in time: the next start resolves what is dirty");
             self.stop.phase = Phase::Done;
+        }
+        // Requests that wait for replicas to come back would hold up the end (rule Q4).
+        if self.stop.is_begun() && self.lane.has_paused() {
+            self.tell_lane(Event::Wake(Wakeup::FailPaused));
         }
         match self.stop.phase {
             Phase::Running | Phase::Done => {}
@@ -96,7 +115,7 @@ impl Maintenance {
                     self.stop.phase = Phase::Cleaning;
                     for extent in 0..self.shared.geometry.extents() {
                         let marks = self.shared.membership.marks();
-                        if marks.is_set(Bitmap::Dirty, extent) {
+                        if marks.is_set(Bitmap::Dirty, extent) && !self.stop.unsure {
                             self.shared.try_clean(extent, self.now, 0);
                         }
                     }
@@ -126,26 +145,31 @@ impl Maintenance {
     fn close_record(&mut self) {
         let members = &self.shared.membership;
         let dirty = members.marks().count(Bitmap::Dirty);
-        let clean = dirty == 0 && self.shared.unresolved.extents() == 0;
-        let replicas = self.roster.open_replicas();
-        let (state, shared) = (self.keeper.state(), &self.shared);
+        let clean = dirty == 0 && self.shared.unresolved.extents() == 0 && !self.stop.unsure;
+        // What is said of those that are not up stays: it is of the time before this run, or good
+        // for nothing.
         let up = members.up();
+        let mut open = self.roster.idle_replicas();
+        open.retain(|(id, _)| up.contains(*id));
+        self.stop.asked = open.iter().map(|(id, _)| *id).collect();
+        let prints = fingerprints_of(open);
+        for (id, _) in &prints {
+            self.stop.asked.remove(*id);
+        }
+        let asked_in_vain = self.stop.asked;
+        let (state, shared) = (self.keeper.state(), &self.shared);
         let Some(record) = &mut self.record else {
             return;
         };
         let change = record.recorder.change(|superblock| {
             describe(superblock, &state, shared);
             superblock.clean = clean;
-            for (index, replica) in replicas.iter().enumerate() {
-                let open = replica
-                    .as_ref()
-                    .filter(|_| up.contains(ReplicaId::new(index)));
-                // What is said of those that are not up stays: it is of the time before this run,
-                // or good for nothing.
-                if let Some(replica) = open {
-                    let print = fingerprint_of(replica).unwrap_or_default();
-                    superblock.members[index].fingerprint = print;
-                }
+            for (id, print) in &prints {
+                superblock.members[id.index()].fingerprint = print.unwrap_or_default();
+            }
+            // One of before would be believed.
+            for id in asked_in_vain.iter() {
+                superblock.members[id.index()].fingerprint = Fingerprint::default();
             }
         });
         self.stop.phase = Phase::Closing(change);
@@ -158,6 +182,54 @@ impl Maintenance {
                 "closed with dirty extents: the next start resolves them"
             );
         }
+    }
+}
+
+impl Maintenance {
+    /// Gives up the locks of what nothing is under way on, after the end.
+    ///
+    /// A thread that hangs in an operation on one replica keeps all files of the process open, also
+    /// after a signal has ended it. The locks on that replica have to stay (rule K2); with those on
+    /// the others and on the record the disk could not be served again before the one answers.
+    pub(super) fn release_locks(&mut self) {
+        if self.stop.unsure || !self.stop.is_begun() {
+            return;
+        }
+        let mut replicas = self.roster.idle_replicas();
+        replicas.retain(|(id, _)| {
+            self.executor.in_flight_on(*id) == 0 && !self.stop.asked.contains(*id)
+        });
+        let mut copies = Vec::new();
+        if let Some(record) = &mut self.record {
+            let files = record.files.iter_mut().zip(&record.under_way);
+            copies.extend(
+                files.filter_map(|(file, under_way)| file.take().filter(|_| *under_way == 0)),
+            );
+        }
+        let (done, unlocked) = channel();
+        let helper = thread::Builder::new()
+            .name("unlock".to_owned())
+            .spawn(move || {
+                // What cannot be given up ends with the process.
+                for (_, replica) in &replicas {
+                    let Replica::Raw(raw) = &**replica;
+                    let _ = file_lock::unlock(&raw.fd().as_fd());
+                }
+                for copy in &copies {
+                    let _ = file_lock::unlock(copy);
+                }
+                drop((replicas, copies));
+                let _ = done.send(());
+            });
+        if helper.is_ok() {
+            let _ = unlocked.recv_timeout(UNLOCK_LIMIT);
+        }
+    }
+
+    /// Whether operations are under way, which only those that hang are after the end.
+    pub(super) fn has_operations(&self) -> bool {
+        let writes = |record: &super::Record| record.under_way.iter().any(|count| *count > 0);
+        self.executor.in_flight() > 0 || self.record.as_ref().is_some_and(writes)
     }
 }
 
@@ -182,9 +254,33 @@ pub(super) fn describe(superblock: &mut Superblock, state: &KeeperState, shared:
     }
 }
 
-/// By what a replica is known again. The file is flushed first, so that its time of change is the
-/// last one.
-fn fingerprint_of(replica: &Replica) -> Option<Fingerprint> {
-    let found = replica.durable_fingerprint().ok()?;
-    Some(fingerprints::to_record(&found))
+/// By what replicas are known again. The files are flushed first, so that their times of change are
+/// the last ones. `None`: that cannot be told. Replicas that do not answer in time are left out.
+///
+/// Every replica is asked by a thread of its own, which stays where the storage hangs.
+fn fingerprints_of(
+    replicas: Vec<(ReplicaId, Arc<Replica>)>,
+) -> Vec<(ReplicaId, Option<Fingerprint>)> {
+    let (answers, prints) = channel();
+    for (id, replica) in replicas {
+        let answers = answers.clone();
+        let asked = thread::Builder::new()
+            .name(format!("fingerprint{}", id.index()))
+            .spawn(move || {
+                let found = replica.durable_fingerprint().ok();
+                drop(replica);
+                // Nobody waits any more only if this took too long.
+                let _ = answers.send((id, found.map(|found| fingerprints::to_record(&found))));
+            });
+        if let Err(error) = asked {
+            warn!(replica = id.index(), %error, "the replica is not asked what it is known by");
+        }
+    }
+    drop(answers);
+    let until = Instant::now() + FINGERPRINT_LIMIT;
+    std::iter::from_fn(|| {
+        let left = until.saturating_duration_since(Instant::now());
+        prints.recv_timeout(left).ok()
+    })
+    .collect()
 }

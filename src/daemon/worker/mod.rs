@@ -17,8 +17,8 @@ mod queues;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, Sender, sync_channel};
+use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -105,8 +105,13 @@ pub enum Message {
     Command(Command),
     /// To maintenance: how is the disk?
     Status(Ack<KeeperStatus>),
-    /// End when nothing is in flight any more.
+    /// To a worker: end when nothing is in flight any more.
     Shutdown,
+    /// To maintenance: close the disk.
+    Close {
+        /// All workers have ended: what they had under way is on replicas that were kicked.
+        workers_ended: bool,
+    },
 }
 
 impl From<QueueCommand> for Message {
@@ -133,6 +138,8 @@ pub struct WorkerSetup {
     pub counters: Arc<WorkerCounters>,
     /// The time.
     pub clock: Clock,
+    /// Where it tells that it has ended.
+    pub ended: Sender<()>,
 }
 
 /// A worker that cannot be started.
@@ -152,13 +159,15 @@ pub enum WorkerError {
     Gone,
 }
 
-/// Starts a worker and waits until it is ready.
+/// Starts a worker and waits until it is ready. Its end is told by `ended` and by nothing else: the
+/// thread must not be waited for, since it stays where operations hang.
 ///
 /// # Errors
 /// [`WorkerError`].
-pub fn spawn(setup: WorkerSetup) -> Result<JoinHandle<()>, WorkerError> {
+pub fn spawn(setup: WorkerSetup) -> Result<(), WorkerError> {
     let (ready, started) = sync_channel(1);
-    let thread = thread::Builder::new()
+    let ended = setup.ended.clone();
+    thread::Builder::new()
         .name(format!("worker{}", setup.index))
         .spawn(move || {
             // The ring belongs to the thread that makes it.
@@ -170,6 +179,13 @@ pub fn spawn(setup: WorkerSetup) -> Result<JoinHandle<()>, WorkerError> {
                     // Nobody waits any more only if the start was given up.
                     let _ = ready.send(Ok(()));
                     worker.run();
+                    if worker.executor.in_flight() > 0 {
+                        let _ = ended.send(());
+                        park_for_ever();
+                    }
+                    // The ring is gone, and what it kept of the replicas, before that is told.
+                    drop(worker);
+                    let _ = ended.send(());
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -177,8 +193,16 @@ pub fn spawn(setup: WorkerSetup) -> Result<JoinHandle<()>, WorkerError> {
             }
         })
         .map_err(WorkerError::Thread)?;
-    wait_until_ready(&started)?;
-    Ok(thread)
+    wait_until_ready(&started)
+}
+
+/// What a thread does at its end whose ring has operations that hang: both leaving the thread and
+/// taking the ring down would block in the kernel until the storage answers. The end of the
+/// process ends the wait.
+pub(super) fn park_for_ever() -> ! {
+    loop {
+        thread::park();
+    }
 }
 
 fn wait_until_ready(started: &Receiver<Result<(), WorkerError>>) -> Result<(), WorkerError> {

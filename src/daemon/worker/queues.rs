@@ -197,7 +197,8 @@ impl Worker {
                 | Message::Vanished { .. }
                 | Message::Opened { .. }
                 | Message::Command(_)
-                | Message::Status(_) => unreachable!("for the maintenance thread"),
+                | Message::Status(_)
+                | Message::Close { .. } => unreachable!("for the maintenance thread"),
                 Message::Shutdown => self.shutting_down = true,
             }
         }
