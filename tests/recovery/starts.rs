@@ -306,9 +306,7 @@ fn a_guest_flushes_while_others_are_overwritten_with_the_adopted_image() {
 
 #[test]
 fn a_guest_flushes_while_slow_replicas_get_all_that_they_missed() {
-    let Some(mut site) = Site::faulty(&[0], &[]) else {
-        return;
-    };
+    let mut site = Site::faulty(&[0], &[]);
     site.stop();
     let missing = site.folder().join("missing");
     let path = std::mem::replace(&mut site.paths[0], missing);
