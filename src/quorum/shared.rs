@@ -189,7 +189,9 @@ impl Shared {
                 && self.activity.last(extent) == stamp
                 && !self.unresolved.touches(range)
                 && others.iter().all(behind)
-                && current.intersection(self.membership.unflushable()).is_empty()
+                && current
+                    .intersection(self.membership.unflushable())
+                    .is_empty()
                 && current.iter().all(flushed);
             if clean || broken {
                 marks.clear(Bitmap::Dirty, extent);

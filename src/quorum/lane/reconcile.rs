@@ -217,7 +217,9 @@ impl Lane {
         }
         let free = |&replica: &ReplicaId| !members.has_stray(extent, replica);
         let targets: ReplicaSet = targets.iter().filter(free).collect();
-        let resolves = shared.unresolved.touches(shared.geometry.extent_range(extent));
+        let resolves = shared
+            .unresolved
+            .touches(shared.geometry.extent_range(extent));
         let reconcile = self.reconcile_mut(slot);
         reconcile.resolves = resolves;
         reconcile.targets = targets;
