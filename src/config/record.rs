@@ -82,8 +82,9 @@ pub enum RecordPlaceError {
 pub struct RecordPlaces {
     /// Where the K copies are kept: 1, 3 or 5 different paths. Copy k is at `copies[k]`.
     pub copies: Vec<PathBuf>,
-    /// Where there would be copies if the replicas were given in another order. A record that is
-    /// found only there belongs to this disk all the same.
+    /// Where else there would be copies: with the replicas in another order, or beside the images
+    /// though they are looked for somewhere else now. Each once, and none of the copies. A record
+    /// that is found only there belongs to this disk all the same.
     pub elsewhere: Vec<PathBuf>,
 }
 
@@ -177,7 +178,8 @@ impl RecordConfig {
         elsewhere.extend(beside_all(replicas, is_file));
         // One path for two replicas is refused when they are opened; here it would only be in the
         // way of that.
-        elsewhere.retain(|path| !copies.contains(path));
+        let mut listed = BTreeSet::new();
+        elsewhere.retain(|path| !copies.contains(path) && listed.insert(path.clone()));
         let mut seen = BTreeSet::new();
         for path in &copies {
             if !seen.insert(path.as_path()) {
@@ -301,7 +303,17 @@ mod tests {
         let folder = RecordConfig::Folder("/var".into());
         let (copies, elsewhere) = paths(&folder, &set);
         assert_eq!(copies, ["/var/a.qrec", "/var/c.qrec", "/var/d.qrec"]);
-        assert_eq!(elsewhere, ["/var/e.qrec"]);
+        assert_eq!(
+            elsewhere,
+            [
+                "/var/e.qrec",
+                "/1/a.qrec",
+                "/3/c.qrec",
+                "/4/d.qrec",
+                "/5/e.qrec"
+            ],
+            "a record beside the images is the same disk's"
+        );
         let (copies, _) = paths(&folder, &set[1..2]);
         assert_eq!(copies, ["/var/b.qrec"], "devices have one copy");
     }

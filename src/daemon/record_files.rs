@@ -79,6 +79,16 @@ pub enum RecordFileError {
         /// Where there is one.
         found: PathBuf,
     },
+    /// Somebody made a copy between our look and our turn to make it.
+    #[error(
+        "the state record {} was made by another process meanwhile: the disk was served since this \
+         start began; start again",
+        path.display()
+    )]
+    Appeared {
+        /// The copy.
+        path: PathBuf,
+    },
     /// A copy could not be made.
     #[error(
         "cannot create the state record {} ({length_bytes} bytes); its folder must exist, be \
@@ -228,7 +238,14 @@ impl RecordFiles {
             source,
         };
         if !matches!(file.state, State::Open(_)) {
-            let open = open_new(&file.path).map_err(|source| refuse(&file.path, source))?;
+            // What was not there must not be there now: somebody else's record may be in it.
+            let fresh = matches!(file.state, State::Missing);
+            let open = open_new(&file.path, fresh).map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => RecordFileError::Appeared {
+                    path: file.path.clone(),
+                },
+                _ => refuse(&file.path, source),
+            })?;
             lock(&open, &file.path)?;
             file.state = State::Open(open);
         }
@@ -427,9 +444,10 @@ fn open_existing(path: &Path, writes: bool) -> io::Result<File> {
     checked(options.open(path)?)
 }
 
-fn open_new(path: &Path) -> io::Result<File> {
+fn open_new(path: &Path, fresh: bool) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).mode(0o600);
+    options.read(true).write(true).mode(0o600);
+    options.create(true).create_new(fresh);
     options.custom_flags(libc::O_DSYNC | libc::O_NONBLOCK);
     checked(options.open(path)?)
 }
@@ -585,6 +603,18 @@ mod tests {
         let mut files = RecordFiles::open(&folder.places(&["a"], &[]), NOW).unwrap();
         files.create(0, 8192).unwrap();
         assert_eq!(fs::read(folder.path("a")).unwrap(), vec![0; 8192]);
+    }
+
+    #[test]
+    fn copy_that_somebody_made_meanwhile_is_left_alone() {
+        let folder = Folder::new();
+        let places = folder.places(&["a"], &[]);
+        let mut late = RecordFiles::open(&places, NOW).unwrap();
+        fs::write(folder.path("a"), b"record").unwrap();
+        let refused = late.create(0, LENGTH).unwrap_err();
+        assert!(matches!(refused, RecordFileError::Appeared { .. }));
+        assert!(late.remove().unwrap().is_empty());
+        assert_eq!(fs::read(folder.path("a")).unwrap(), b"record");
     }
 
     #[test]

@@ -114,7 +114,8 @@ pub enum Refusal {
     #[error(
         "{first} and {second} of the state record have lived apart since epoch {epoch}: the disk \
          was opened twice, each time with other copies. Find out which side holds the data that \
-         count, move the other side's copies and replicas away, and start again"
+         count, remove {first} or {second}, whichever is of the other side, and start again: the \
+         replicas of that side are then rewritten where they differ"
     )]
     Fork {
         /// A copy.
@@ -156,7 +157,8 @@ pub enum Refusal {
     },
     /// The record has another number of copies.
     #[error(
-        "the state record has {recorded} copies and {configured} are configured: name them all"
+        "the state record has {recorded} copies and {configured} are configured: give all replicas \
+         that the disk had, in the same order, or name all copies"
     )]
     Copies {
         /// K of the record.

@@ -40,7 +40,7 @@ pub use opened::{CopyState, Note, Opened};
 pub use opening::{CopySource, Expected, Found, OpenOptions, ReadBlock, open};
 pub use page::PageImage;
 pub use recorder::{
-    ChangeId, RECORD_CLEAR_DELAY, RECORD_WRITE_LIMIT, RecordAction, RecordEvent, Recorder,
-    RecorderError, WriteId,
+    ChangeId, RECORD_CLEAR_DELAY, RECORD_HANG_LIMIT, RECORD_WRITE_LIMIT, RecordAction, RecordEvent,
+    Recorder, RecorderError, WriteId,
 };
 pub use superblock::{DiskUuid, FORMAT_VERSION, Superblock, VERIFIED};

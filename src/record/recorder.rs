@@ -32,6 +32,10 @@ use crate::units::Time;
 /// A write to a copy that takes longer than this excludes the copy, if the others suffice.
 pub const RECORD_WRITE_LIMIT: Duration = Duration::from_secs(5);
 
+/// A write that takes longer than this excludes the copy even if the others do not suffice: the
+/// record is lost then, and requests fail rather than wait for ever.
+pub const RECORD_HANG_LIMIT: Duration = Duration::from_secs(30);
+
 /// Clears that nothing follows are written after this time.
 pub const RECORD_CLEAR_DELAY: Duration = Duration::from_secs(1);
 
@@ -331,8 +335,7 @@ impl Recorder {
     pub fn deadline(&self) -> Option<Time> {
         let late = |place: usize| {
             let busy = self.copies[place].busy_since()?;
-            self.can_spare(place)
-                .then(|| busy.after(RECORD_WRITE_LIMIT))
+            Some(busy.after(self.patience(place)?))
         };
         let late = (0..self.copies.len()).filter_map(late).min();
         let clears = self

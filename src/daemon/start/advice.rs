@@ -163,7 +163,7 @@ impl fmt::Display for Advice {
                 Doubt::Replaced => write!(
                     f,
                     "replica '{name}' is not the file or device that it was when the disk was last \
-                     served: it will be rewritten from the others; stop now if it is there by mistake"
+                     served: it will be rewritten from the others"
                 ),
                 Doubt::Unknown => write!(
                     f,
@@ -174,7 +174,7 @@ impl fmt::Display for Advice {
             Self::FewUnchanged { names } => write!(
                 f,
                 "fewer replicas than must agree are as the disk left them: what {names} holds \
-                 becomes the content of all; stop now if that is not meant"
+                 becomes the content of all"
             ),
             Self::AllChanged => f.write_str(
                 "every replica changed while the disk was not served: all of them vote, and they \

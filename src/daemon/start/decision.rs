@@ -149,8 +149,8 @@ pub enum Refused {
     },
     /// Rule S3 would overwrite most of the replicas with the rest.
     #[error(
-        "{changed} changed or was replaced while the disk was not served, and only {kept} is as the \
-         disk left it, which is too few to agree. Put back what was there; or, if {kept} holds what \
+        "while the disk was not served somebody wrote to {changed}, and only {kept} is as the disk \
+         left it, which is too few to agree. Put back what was there; or, if {kept} holds what \
          the disk is to be, start with --force, which rewrites the others; or, if the others do, \
          remove the record ('quorum-blk record forget'): then all of them vote"
     )]
@@ -386,15 +386,12 @@ fn judge_changes(
     let kept = up.minus(decision.changed);
     if kept.count() < wanted.threshold && !decision.changed.is_empty() {
         let kept = names_of(kept.iter().map(name));
-        let written_to = |&replica: &ReplicaId| {
-            matches!(
-                verdicts[replica.index()],
-                Verdict::Doubted(Doubt::Changed | Doubt::Replaced)
-            )
-        };
+        let written_to =
+            |&replica: &ReplicaId| verdicts[replica.index()] == Verdict::Doubted(Doubt::Changed);
         let changed: ReplicaSet = decision.changed.iter().filter(written_to).collect();
-        // Nobody can say who is right: those few, or those that somebody has written to.
-        if !changed.is_empty() && !wanted.force {
+        // Nobody can say who is right: those few, or those that somebody has written to. What is
+        // another file or unknown holds nothing of the disk, and a reader overwrites nothing.
+        if !changed.is_empty() && !wanted.force && !wanted.read_only {
             let changed = names_of(changed.iter().map(name));
             return Err(Refused::FewUnchanged { kept, changed });
         }
@@ -423,7 +420,9 @@ fn judge_number(facts: &Facts, up: ReplicaSet, decision: &mut Decision) -> Resul
                 to: wanted.threshold,
             });
         }
-        if wanted.force && !past.minority && decision.written_off.is_empty() {
+        let few = |advice: &Advice| matches!(advice, Advice::FewUnchanged { .. });
+        let needed = !decision.written_off.is_empty() || decision.advice.iter().any(few);
+        if wanted.force && !past.minority && !needed {
             decision.advice.push(Advice::ForceNotNeeded);
         }
         return Ok(());

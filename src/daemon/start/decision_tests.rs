@@ -140,8 +140,9 @@ fn decision_for_every_kind_of_find() {
             "T=2 changed=[1]",
         ),
         (
-            "two changed: the one that is left decides",
+            "two changed, by force: the one that is left decides",
             |f| {
+                f.wanted.force = true;
                 f.replicas[1].found = Ok(changed(12));
                 f.replicas[2].found = Ok(changed(13));
             },
@@ -170,6 +171,20 @@ fn decision_for_every_kind_of_find() {
                 f.replicas[1].found = Ok(print(99));
             },
             "T=2 changed=[1] resolve",
+        ),
+        (
+            "two changed, and a reader overwrites nothing",
+            |f| {
+                f.wanted.read_only = true;
+                f.replicas[1].found = Ok(changed(12));
+                f.replicas[2].found = Ok(changed(13));
+            },
+            "T=2 changed=[1, 2]",
+        ),
+        (
+            "two replaced: blank disks do not outvote the one that is left",
+            |f| find(f, [11, 22, 23]),
+            "T=2 changed=[1, 2]",
         ),
         ("all changed", |f| find(f, [21, 22, 23]), "T=2 verify"),
         (
@@ -355,6 +370,14 @@ fn refusals_say_what_to_do() {
             "and 'c' cannot be used: replica 'c': cannot open. Bring back",
         ),
         (
+            "somebody wrote to two of three",
+            |f| {
+                f.replicas[1].found = Ok(changed(12));
+                f.replicas[2].found = Ok(changed(13));
+            },
+            "somebody wrote to 'b' and 'c', and only 'a' is as the disk left it",
+        ),
+        (
             "nothing may be written",
             |f| {
                 unclean(f);
@@ -402,12 +425,13 @@ fn operator_is_told_the_reason_and_the_cure() {
             "replica 'b' is not the file or device that it was",
         ),
         (
-            "majority changed",
+            "majority changed, by force",
             |f| {
+                f.wanted.force = true;
                 f.replicas[0].found = Ok(changed(11));
                 f.replicas[1].found = Ok(changed(12));
             },
-            "what 'c' holds becomes the content of all; stop now",
+            "what 'c' holds becomes the content of all",
         ),
         (
             "all changed",

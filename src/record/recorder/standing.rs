@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which copies take part: leaving out, taking back, and the epochs that go with it (rules R1, R7).
 
-use super::{RECORD_WRITE_LIMIT, RecordAction, Recorder, RecorderError, Stage};
+use std::time::Duration;
+
+use super::{RECORD_HANG_LIMIT, RECORD_WRITE_LIMIT, RecordAction, Recorder, RecorderError, Stage};
 use crate::record::copies::{Copy, Standing};
 use crate::record::error::Refusal;
 use crate::record::heads::read_heads;
@@ -94,11 +96,20 @@ impl Recorder {
         }
     }
 
+    /// How long a write to the copy in this place may take. `None`: for ever, nobody waits for it.
+    pub(super) fn patience(&self, place: usize) -> Option<Duration> {
+        match self.copies[place].standing {
+            Standing::Out => None,
+            _ if self.can_spare(place) => Some(RECORD_WRITE_LIMIT),
+            _ => Some(RECORD_HANG_LIMIT),
+        }
+    }
+
     pub(super) fn exclude_late(&mut self, now: Time, actions: &mut Vec<RecordAction>) {
         for place in 0..self.copies.len() {
             let busy = self.copies[place].busy_since();
-            let late = busy.is_some_and(|busy| now.since(busy) >= RECORD_WRITE_LIMIT);
-            if late && self.can_spare(place) {
+            let limits = busy.zip(self.patience(place));
+            if limits.is_some_and(|(busy, limit)| now.since(busy) >= limit) {
                 self.exclude(place, None, actions);
             }
         }

@@ -124,7 +124,7 @@ fn late_copy_is_left_out_after_the_limit() {
     machine.poll();
     assert_eq!(
         machine.recorder.deadline(),
-        None,
+        Some(machine.now.after(RECORD_HANG_LIMIT)),
         "nobody can be spared yet"
     );
     machine.run_without(&[0]);
@@ -146,6 +146,21 @@ fn late_copy_is_left_out_after_the_limit() {
     machine.run();
     assert_eq!(machine.recorder.superblock().epoch(), 3);
     assert_eq!(machine.recorder.deadline(), None);
+}
+
+#[test]
+fn record_whose_majority_hangs_is_lost_after_a_longer_limit() {
+    let mut machine = Machine::create(3, 100);
+    let _ = machine.marks.ask(d(), 1);
+    machine.poll();
+    machine.run_without(&[0, 1]);
+    let deadline = machine.recorder.deadline().unwrap();
+    assert_eq!(deadline, machine.now.after(RECORD_HANG_LIMIT));
+    assert!(!machine.recorder.is_lost());
+    machine.now = deadline;
+    machine.tell(RecordEvent::Tick);
+    assert!(says(&machine, |a| matches!(a, RecordAction::Lost)));
+    assert!(machine.recorder.is_lost());
 }
 
 #[test]
