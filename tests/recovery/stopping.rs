@@ -53,8 +53,13 @@ fn busy_site() -> (Site, Model, Guest) {
 }
 
 /// Ends the daemon while something hangs on replica 1, and looks what comes of it.
-fn end_while_hanging(mut site: Site, mut model: Model) {
+fn end_while_hanging(mut site: Site, model: Model) {
     site.process().signal(Signal::Terminate);
+    see_end(site, model);
+}
+
+/// The daemon was told to end.
+fn see_end(mut site: Site, mut model: Model) {
     await_left(&site);
     // What does not hang can be served again at once.
     for index in 0..3 {
@@ -108,4 +113,19 @@ fn a_replica_that_hangs_in_the_last_flush_holds_up_neither_the_end_nor_the_recor
     site.fault(1).tell("hang fsync");
     drop(guest);
     end_while_hanging(site, model);
+}
+
+#[test]
+fn a_replica_that_hangs_when_its_fingerprint_is_taken_holds_up_neither_the_end_nor_the_record() {
+    let (mut site, mut model, mut guest) = busy_site();
+    guest.write(&mut model, 4096, 16);
+    drop(guest);
+    // Late, so that there is time to let the second one hang: the one after the last flush.
+    site.fault(1).tell("delay 0.5 fsync");
+    let asked = site.fault(1).ask("count fsync");
+    site.process().signal(Signal::Terminate);
+    site.fault(1).wait_until("count fsync", asked + 2);
+    site.fault(1).tell("hang fsync");
+    site.fault(1).tell("delay 0 fsync");
+    see_end(site, model);
 }

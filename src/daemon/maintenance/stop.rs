@@ -9,7 +9,6 @@
 //! Whatever does not succeed in time is left as it is: the next start then finds an unclean end, and
 //! resolves what was dirty.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
@@ -143,6 +142,9 @@ impl Maintenance {
 
     /// Says in the record how the disk was left.
     fn close_record(&mut self) {
+        if self.record.is_none() {
+            return;
+        }
         let members = &self.shared.membership;
         let dirty = members.marks().count(Bitmap::Dirty);
         let clean = dirty == 0 && self.shared.unresolved.extents() == 0 && !self.stop.unsure;
@@ -183,9 +185,7 @@ impl Maintenance {
             );
         }
     }
-}
 
-impl Maintenance {
     /// Gives up the locks of what nothing is under way on, after the end.
     ///
     /// A thread that hangs in an operation on one replica keeps all files of the process open, also
@@ -213,7 +213,7 @@ impl Maintenance {
                 // What cannot be given up ends with the process.
                 for (_, replica) in &replicas {
                     let Replica::Raw(raw) = &**replica;
-                    let _ = file_lock::unlock(&raw.fd().as_fd());
+                    let _ = file_lock::unlock(&raw.fd());
                 }
                 for copy in &copies {
                     let _ = file_lock::unlock(copy);
