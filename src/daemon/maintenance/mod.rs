@@ -540,7 +540,16 @@ impl Maintenance {
                 }
                 RecordAction::Excluded { copy, errno } => {
                     let path = record.paths[usize::from(copy)].display();
-                    debug!(errno, "the copy {path} of the state record is left out");
+                    let why = match errno {
+                        Some(errno) => std::io::Error::from_raw_os_error(errno).to_string(),
+                        None => "a write to it takes too long".to_owned(),
+                    };
+                    // Until the epoch has begun nobody reads the reports.
+                    if record.durable.is_none() {
+                        tracing::warn!("the copy {path} of the state record is left out: {why}");
+                    } else {
+                        debug!("the copy {path} of the state record is left out: {why}");
+                    }
                     self.counters.maintenance().record_copies_lost.add(1);
                     let errno = errno.unwrap_or(libc::ETIMEDOUT);
                     self.reports.send(EventData::RecordCopyLost { copy, errno });
