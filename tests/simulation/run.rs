@@ -141,7 +141,7 @@ const EXERCISED_REMEMBERED: [(&str, u64); 22] = [
     ("choices", 1_000),
     ("kicks", 500),
     ("lagging", 1),
-    ("members gone", 500),
+    ("members gone", 350),
     ("members back", 1_000),
     ("members left out", 200),
     ("members changed", 20),
