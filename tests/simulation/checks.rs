@@ -88,7 +88,7 @@ impl World {
     /// The same, at any time: what was chosen then may have been written to all copies since, and is
     /// what they all hold until the guest writes there.
     fn was_explained(&self, sector: u64) -> bool {
-        self.profile.excess > 0 && self.budget.was_lost(sector, 0)
+        self.profile.excess > 0 && self.budget.was_lost(sector, 1)
     }
 
     /// I2: T current copies hold the write, everybody else is behind.
