@@ -6,15 +6,15 @@
 )]
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
 use quorum_blk::quorum::{Buffers, OpId, Operation, OperationKind, Outcome, Purpose};
 use quorum_blk::replica::{
-    Cache, Executor, ExecutorConfig, OpenFault, Presence, RawOptions, RawReplica, Replica,
-    SetError, check_set, open_set,
+    Cache, Executor, ExecutorConfig, Fingerprint, OpenFault, Presence, RawOptions, RawReplica,
+    Replica, SetError, check_set, open_set,
 };
 use quorum_blk::units::{ReplicaId, SectorRange};
 
@@ -200,8 +200,8 @@ fn a_device_is_known_again_by_the_file_behind_it() {
     let replica = RawReplica::open(&one.options()).unwrap();
     let found = replica.found();
     assert_eq!(found.size_bytes, IMAGE_BYTES);
-    let metadata = fs::metadata(&one.backing).unwrap();
-    assert_eq!(found.inode, metadata.ino());
+    let behind = Fingerprint::of_path(&one.backing).unwrap();
+    assert_eq!(found.inode, behind.inode);
     drop(replica);
     // The times of the node itself change whenever it is opened or made.
     assert!(

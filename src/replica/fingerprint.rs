@@ -9,6 +9,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::replica::identity::{Identity, backing_file, sysfs_directory};
 
@@ -24,7 +25,9 @@ pub struct Fingerprint {
     pub size_bytes: u64,
     /// Time of the last change in nanoseconds since 1970; 0 for most block devices.
     pub mtime_ns: i128,
-    /// Number of the inode, or a number that stands for the device's name.
+    /// Number of the inode, mixed with the time of the file's birth where the file system keeps it;
+    /// or a number that stands for the device's name. The first file on a fresh file system has the
+    /// same inode on all of them, and images on disks of their own are just that.
     pub inode: u64,
     /// Number of the device that the file is on, or that the device has. Only good until the next
     /// boot, or mount of that file system.
@@ -62,13 +65,13 @@ impl Fingerprint {
             return Ok(Self {
                 size_bytes: metadata.len(),
                 mtime_ns: mtime_ns(metadata),
-                inode: metadata.ino(),
+                inode: file_number(metadata),
                 device: metadata.dev(),
             });
         };
         let backing = backing_file(number).and_then(|path| fs::metadata(path).ok());
         let (mtime_ns, inode) = match backing {
-            Some(backing) => (mtime_ns(&backing), backing.ino()),
+            Some(backing) => (mtime_ns(&backing), file_number(&backing)),
             None => (0, name_number(number)),
         };
         Ok(Self {
@@ -78,6 +81,20 @@ impl Fingerprint {
             device: number,
         })
     }
+}
+
+/// A number for a file that another one does not have, on whatever file system it is.
+fn file_number(metadata: &Metadata) -> u64 {
+    let born = metadata.created().ok();
+    let since_epoch = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok());
+    mixed(metadata.ino(), since_epoch)
+}
+
+fn mixed(inode: u64, born: Option<Duration>) -> u64 {
+    let Some(born) = born else { return inode };
+    // Spread over all bits, so that inodes and times near each other do not meet.
+    let nanos = born.as_secs().wrapping_mul(1_000_000_000) + u64::from(born.subsec_nanos());
+    inode ^ nanos.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
 }
 
 fn mtime_ns(metadata: &Metadata) -> i128 {

@@ -154,3 +154,32 @@ fn fnv1a_is_the_published_one() {
     assert_eq!(fnv1a(b"a"), 0xaf63_dc4c_8601_ec8c);
     assert_eq!(fnv1a(b"foobar"), 0x8594_4171_f739_67e8);
 }
+
+#[test]
+fn files_with_one_inode_on_two_file_systems_have_numbers_of_their_own() {
+    let at = |nanos: u64| Some(Duration::from_nanos(1_900_000_000_000_000_000 + nanos));
+    let numbers = [
+        mixed(12, at(0)),
+        mixed(12, at(1)),
+        mixed(13, at(0)),
+        mixed(13, at(1)),
+        mixed(12, None),
+    ];
+    for (index, number) in numbers.iter().enumerate() {
+        assert!(!numbers[..index].contains(number), "{index}");
+    }
+    // Without a time of birth there is only the inode.
+    assert_eq!(mixed(12, None), 12);
+}
+
+#[test]
+fn fingerprint_tells_a_file_from_its_copy_and_knows_it_by_another_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, path) = image(folder.path());
+    let first = Fingerprint::of_path(&path).unwrap();
+    let moved = folder.path().join("moved");
+    fs::rename(&path, &moved).unwrap();
+    assert_eq!(Fingerprint::of_path(&moved).unwrap(), first);
+    fs::copy(&moved, &path).unwrap();
+    assert_ne!(Fingerprint::of_path(&path).unwrap().inode, first.inode);
+}
