@@ -144,7 +144,7 @@ const EXERCISED_REMEMBERED: [(&str, u64); 22] = [
     ("members gone", 350),
     ("members back", 1_000),
     ("members left out", 200),
-    ("members changed", 20),
+    ("members changed", 10),
     ("copies left out", 100),
     ("copies back", 500),
     ("copy lost", 200),
