@@ -145,11 +145,11 @@ const EXERCISED_REMEMBERED: [(&str, u64); 22] = [
     ("members back", 1_000),
     ("members left out", 200),
     ("members changed", 10),
-    ("copies left out", 100),
+    ("copies left out", 50),
     ("copies back", 500),
     ("copy lost", 200),
-    ("copy full", 50),
-    ("record write error", 50),
+    ("copy full", 10),
+    ("record write error", 20),
 ];
 
 /// The same for runs in which power is lost as well.
