@@ -13,10 +13,10 @@ use super::maintenance::{self, MaintenanceError, MaintenanceSetup, STOP_LIMIT};
 use super::start::{self, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
 use crate::config::Config;
-use crate::control::{Counters, ReportSender};
+use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Ack;
 use crate::device::{Device, DeviceOptions, Mailbox, OptionsError, PublishOrder, WorkerMailbox};
-use crate::quorum::{Command, KeeperConfig, KeeperStatus};
+use crate::quorum::{Command, KeeperConfig};
 use crate::replica::ExecutorConfig;
 
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
@@ -180,7 +180,7 @@ impl Disk {
 
     /// How the disk is; `None` if the maintenance thread has ended.
     #[must_use]
-    pub fn status(&self) -> Option<KeeperStatus> {
+    pub fn status(&self) -> Option<DiskFacts> {
         let (ack, status) = Ack::new();
         self.maintenance_mailbox().post(Message::Status(ack));
         status.wait().ok()

@@ -13,6 +13,7 @@
 
 pub mod clock;
 pub mod control_loop;
+mod copy_warden;
 mod disk;
 pub mod event_loop;
 pub mod file_lock;
