@@ -29,11 +29,10 @@ use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
-use crate::io::within;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
 use crate::replica::{
-    Fingerprint, Format, RawOptions, Replica, SetShape, check_distinct, check_set,
+    Fingerprint, Format, RawOptions, Replica, SetShape, check_distinct_within, check_set,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
@@ -70,11 +69,7 @@ pub struct Start {
 pub fn start(config: &Config) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
-    let set = options.clone();
-    let look = move || check_distinct(&set);
-    if let Ok(distinct) = within("opener", config.patience.io_timeout, look) {
-        distinct?;
-    }
+    check_distinct_within(&options, config.patience.io_timeout)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;

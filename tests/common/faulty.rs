@@ -34,6 +34,16 @@ impl FaultyFile {
         Self::start(image, &["--cached"])
     }
 
+    /// Shows `image` so that it can be opened for reading only.
+    pub fn read_only(image: &Path) -> Self {
+        Self::start(image, &["--read-only"])
+    }
+
+    /// Shows `image` on a file system that has no locks.
+    pub fn without_locks(image: &Path) -> Self {
+        Self::start(image, &["--no-locks"])
+    }
+
     fn start(image: &Path, arguments: &[&str]) -> Self {
         let path = image.with_extension("faulty");
         let control = image.with_extension("control");
