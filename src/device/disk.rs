@@ -4,37 +4,33 @@
 use std::sync::Arc;
 
 use super::config_space::{CONFIG_BYTES_MAX, DeviceOptions, OptionsError};
-use super::mailbox::WorkerMailbox;
+use super::lifecycle::Lifecycle;
 use super::queue::PublishOrder;
 
-/// One virtual disk as front-ends see it, and the workers behind it. Outlives connections.
+/// One virtual disk as front-ends see it, and what is behind it. Outlives connections.
 pub struct Device {
     options: Arc<DeviceOptions>,
     config_space: [u8; CONFIG_BYTES_MAX],
     order: PublishOrder,
-    workers: Vec<Arc<dyn WorkerMailbox>>,
+    lifecycle: Lifecycle,
 }
 
 impl Device {
-    /// A device with these options, whose queues are spread over `workers`.
+    /// A device with these options, and the disk behind it, open or closed.
     ///
     /// # Errors
     /// The first option that cannot be served.
-    ///
-    /// # Panics
-    /// If there is no worker.
     pub fn new(
         options: DeviceOptions,
         order: PublishOrder,
-        workers: Vec<Arc<dyn WorkerMailbox>>,
+        lifecycle: Lifecycle,
     ) -> Result<Self, OptionsError> {
-        assert!(!workers.is_empty(), "a device needs a worker");
         options.validate()?;
         Ok(Self {
             config_space: options.config_space(),
             options: Arc::new(options),
             order,
-            workers,
+            lifecycle,
         })
     }
 
@@ -50,16 +46,10 @@ impl Device {
         self.order
     }
 
-    /// The worker that owns queue `queue`.
+    /// The disk behind it.
     #[must_use]
-    pub fn worker_of(&self, queue: u16) -> &Arc<dyn WorkerMailbox> {
-        &self.workers[usize::from(queue) % self.workers.len()]
-    }
-
-    /// All workers.
-    #[must_use]
-    pub fn workers(&self) -> &[Arc<dyn WorkerMailbox>] {
-        &self.workers
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.lifecycle
     }
 
     /// `size` bytes of the configuration space from `offset` on, zeroes beyond its end.
@@ -79,7 +69,6 @@ impl std::fmt::Debug for Device {
         f.debug_struct("Device")
             .field("options", &self.options)
             .field("order", &self.order)
-            .field("workers", &self.workers.len())
             .finish_non_exhaustive()
     }
 }
