@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use super::*;
 use crate::device::lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 use crate::device::test_support::{TestWorker, workers};
-use crate::device::{PublishOrder, WorkerMailbox};
+use crate::device::PublishOrder;
 
 /// Storage that counts, refuses and waits as it is told.
 #[derive(Default)]
