@@ -18,8 +18,8 @@ use crate::config::Config;
 use crate::control::{Counters, ReportSender};
 use crate::device::mailbox::Ack;
 use crate::device::{
-    Device, DeviceOptions, Lifecycle, Mailbox, OpenDisk, OpenFailed, OptionsError, PublishOrder,
-    Storage, WorkerMailbox,
+    BeganCallback, Device, DeviceOptions, DiskIdentity, Lifecycle, Mailbox, OpenDisk, OpenFailed,
+    OptionsError, PublishOrder, Storage, WorkerMailbox,
 };
 use crate::quorum::{Command, KeeperConfig, KeeperStatus};
 use crate::replica::ExecutorConfig;
@@ -54,10 +54,8 @@ pub enum DiskError {
     Worker(#[from] WorkerError),
     /// What is opened is not what was there before.
     #[error(
-        "the guest was told of a disk of {} sectors of 512 bytes in blocks of {} bytes, and what is \
-         there now has {} in blocks of {}: it is not opened, since the guest would not know; start \
-         the daemon again if that is wanted",
-        told.sectors, told.block_bytes, found.sectors, found.block_bytes
+        "the guest was told of {told}, and what is there now is {found}: it is not opened, since the \
+         guest would not know; start the daemon again if that is meant to be so"
     )]
     Changed {
         /// What it was told.
@@ -130,6 +128,8 @@ struct Running {
     maintenance_end: Receiver<()>,
     /// How long the end of the workers may take.
     workers_stop_limit: Duration,
+    /// Which disk it is, and which run.
+    identity: DiskIdentity,
 }
 
 impl Disk {
@@ -164,8 +164,12 @@ impl Disk {
             queues: config.num_queues,
             queue_size: config.queue_size,
         };
-        let lifecycle = Lifecycle::new(Arc::clone(&disk) as Arc<dyn Storage>, open);
-        // Front-ends are offered no record of what is in flight, so the used index has to be one
+        let storage = Arc::clone(&disk) as Arc<dyn Storage>;
+        let lifecycle = match open {
+            Some(open) => Lifecycle::of_open(storage, open),
+            None => Lifecycle::of_closed(storage, looks.uuid),
+        };
+        // Where the front-end keeps no record of what is in flight, the used index has to be one
         // (rule Q3).
         match Device::new(options, PublishOrder::Ring, lifecycle) {
             Ok(device) => Ok((disk, Arc::new(device))),
@@ -247,6 +251,7 @@ impl Disk {
         let found = Looks {
             sectors: start.shape.sectors,
             block_bytes: start.shape.block_bytes,
+            uuid: start.identity.uuid,
         };
         let told = *lock(&self.told).get_or_insert(found);
         if told != found {
@@ -287,6 +292,7 @@ impl Running {
             shape,
             record,
             keeper,
+            identity,
         } = start;
         let DiskSetup {
             config,
@@ -326,6 +332,7 @@ impl Running {
             worker_ends,
             maintenance_end,
             workers_stop_limit: config.patience.io_timeout + WORKERS_STOP_MARGIN,
+            identity,
         };
         for index in 0..config.workers {
             let worker = worker::spawn(WorkerSetup {
@@ -353,10 +360,12 @@ impl Running {
     /// What connections see of it.
     fn open_disk(&self) -> OpenDisk {
         let workers = self.mailboxes[..self.workers].iter();
+        let workers = workers.map(|mailbox| Arc::clone(mailbox) as Arc<dyn WorkerMailbox>);
+        let maintenance = Arc::clone(self.maintenance_mailbox());
         OpenDisk::new(
-            workers
-                .map(|mailbox| Arc::clone(mailbox) as Arc<dyn WorkerMailbox>)
-                .collect(),
+            workers.collect(),
+            self.identity,
+            began_callback(maintenance),
         )
     }
 
@@ -394,6 +403,15 @@ impl Running {
             warn!("the maintenance thread did not end in time");
         }
     }
+}
+
+/// Tells maintenance how the disk begins, and waits until that is durable.
+fn began_callback(maintenance: Arc<Mailbox<Message>>) -> BeganCallback {
+    Box::new(move |began| {
+        let (ack, durable) = Ack::new();
+        maintenance.post(Message::Began(began, ack));
+        durable.wait()
+    })
 }
 
 /// Each worker gets its share of the memory, but never less than one request of the largest size

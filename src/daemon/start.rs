@@ -22,6 +22,7 @@ mod marking;
 mod replicas;
 mod settled;
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -32,8 +33,11 @@ use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
+use crate::device::DiskIdentity;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
-use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
+use crate::record::{
+    DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
+};
 use crate::replica::{
     Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct, check_set,
 };
@@ -68,6 +72,8 @@ pub struct Start {
     pub record: Option<OpenRecord>,
     /// What the keeper begins with.
     pub keeper: KeeperStart,
+    /// Which disk it is, and which run of the daemon.
+    pub identity: DiskIdentity,
 }
 
 /// Opens the disk of `config`, and decides how it is to be served. Takes as long as its storage
@@ -119,6 +125,7 @@ fn without_record(
         shape,
         record: None,
         keeper: KeeperState::fresh(),
+        identity: DiskIdentity::NONE,
     })
 }
 
@@ -147,7 +154,7 @@ fn only_reading(
         scrub_cursor: None,
         ..disk.keeper_start(&opened.superblock)
     };
-    Ok(disk.into_start(None, keeper))
+    Ok(disk.into_start(None, keeper, DiskIdentity::NONE))
 }
 
 fn with_record(
@@ -167,13 +174,14 @@ fn with_record(
     let ids = RunIds::new().map_err(StartError::Random)?;
     let disk = settle(config, set, &opened, ids, true)?;
     let keeper = disk.keeper_start(&opened.superblock);
+    let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
     let (writable, advice) =
         copies::prepare(&mut files, &opened, config.record == RecordConfig::Beside);
     advice.iter().for_each(Advice::tell);
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
-    Ok(disk.into_start(Some(record), keeper))
+    Ok(disk.into_start(Some(record), keeper, identity))
 }
 
 /// Rule S5: plain images.
@@ -214,6 +222,12 @@ fn first_time(
         decision: Decision::of_first_use(config.threshold),
     };
     let keeper = disk.keeper_start(&superblock);
+    let identity = DiskIdentity {
+        uuid: superblock.disk.0,
+        run: ids.run,
+        // Nobody has served it before.
+        previous_run: ids.run,
+    };
 
     let count = files.files().len();
     let writable = vec![true; count];
@@ -246,7 +260,19 @@ fn first_time(
     }
     .tell();
     let record = disk.open_record(config, recorder, files, &writable, ids);
-    Ok(disk.into_start(Some(record), keeper))
+    Ok(disk.into_start(Some(record), keeper, identity))
+}
+
+/// Which disk has this record, and which runs are its last and this one.
+fn identity(before: &Superblock, ids: RunIds) -> DiskIdentity {
+    // An epoch that was not begun is of a run that never served.
+    let mut epochs = before.history.entries().iter();
+    let last = epochs.find(|entry| entry.begun);
+    DiskIdentity {
+        uuid: before.disk.0,
+        run: ids.run,
+        previous_run: last.map_or(ids.run, |entry| entry.run()),
+    }
 }
 
 /// What the copies say together; `None`: nothing, there is no record.
@@ -274,6 +300,19 @@ pub struct Looks {
     pub sectors: u64,
     /// Logical blocks, in bytes.
     pub block_bytes: u32,
+    /// UUID of the disk, from its record; zeroes without one, or if nothing is written.
+    pub uuid: [u8; 16],
+}
+
+impl fmt::Display for Looks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let uuid = DiskUuid(self.uuid);
+        let (sectors, block_bytes) = (self.sectors, self.block_bytes);
+        write!(
+            f,
+            "disk {uuid} of {sectors} sectors in blocks of {block_bytes} bytes"
+        )
+    }
 }
 
 /// Looks at the disk of `config` without locking or writing anything, while another daemon may have
@@ -297,13 +336,19 @@ pub fn look(config: &Config) -> Result<Looks, StartError> {
         return Ok(Looks {
             sectors: shape.sectors,
             block_bytes: shape.block_bytes,
+            uuid: DiskIdentity::NONE.uuid,
         });
     };
+    let only_reads = options.iter().all(|options| options.read_only);
     let superblock = look_at_record(config, &places)?.superblock;
     decision::check_count(usize::from(superblock.replicas), options.len())?;
     Ok(Looks {
         sectors: superblock.sectors,
         block_bytes: u32::from(superblock.block_sectors) * 512,
+        uuid: match only_reads {
+            true => DiskIdentity::NONE.uuid,
+            false => superblock.disk.0,
+        },
     })
 }
 

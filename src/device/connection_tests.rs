@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::device::config_space::feature;
 use crate::device::test_support::{
-    DriverRing, TestDisk, TestWorker, device, open_device, options, write_header,
+    DriverRing, TestDisk, TestWorker, device, device_of, options, write_header,
 };
 use crate::device::{QueueCommand, WorkerMailbox};
 
@@ -471,7 +471,7 @@ impl WorkerMailbox for Recorder {
 fn stopping_a_ring_waits_for_its_worker_and_answers_its_position() {
     let recorder = Arc::new(Recorder::default());
     let worker = Arc::clone(&recorder) as Arc<dyn WorkerMailbox>;
-    let mut vmm = Vmm::connect(&open_device(options(), vec![worker]));
+    let mut vmm = Vmm::connect(&Arc::new(device_of(options(), vec![worker])));
     vmm.negotiate(feature::EVENT_IDX);
     vmm.send_memory();
     vmm.start_ring(2, &DriverRing::new(0, 16), 0);
@@ -524,7 +524,7 @@ fn ring_starts_when_all_is_there_whatever_the_order() {
 fn connection_without_a_worker_ends_and_says_so() {
     let mailbox = Arc::new(crate::device::Mailbox::<QueueCommand>::new().unwrap());
     mailbox.close();
-    let mut vmm = Vmm::connect(&open_device(options(), vec![mailbox]));
+    let mut vmm = Vmm::connect(&Arc::new(device_of(options(), vec![mailbox])));
     vmm.negotiate(0);
     vmm.send_memory();
     assert!(vmm.frontend.get_features().is_err());

@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
+use super::disk::{Began, BeganCallback, DiskIdentity};
 use super::mailbox::{WorkerGone, WorkerMailbox};
 use super::vring::{self, DeviceVring};
 
@@ -41,20 +42,51 @@ pub trait Storage: Send + Sync {
 #[error("the disk cannot be opened")]
 pub struct OpenFailed(#[source] pub Arc<dyn Error + Send + Sync>);
 
-/// An open disk: the workers that its queues are spread over.
+/// An open disk: which it is, and the workers that its queues are spread over. Every opening makes
+/// another one.
 pub struct OpenDisk {
     workers: Vec<Arc<dyn WorkerMailbox>>,
+    identity: DiskIdentity,
+    began: BeganCallback,
+    /// What came of telling how it began.
+    told: Mutex<Option<Result<(), WorkerGone>>>,
 }
 
 impl OpenDisk {
-    /// A disk that `workers` serve.
+    /// A disk that `workers` serve. `began` is called once, before its first ring starts.
     ///
     /// # Panics
     /// If there is no worker.
     #[must_use]
-    pub fn new(workers: Vec<Arc<dyn WorkerMailbox>>) -> Self {
+    pub fn new(
+        workers: Vec<Arc<dyn WorkerMailbox>>,
+        identity: DiskIdentity,
+        began: BeganCallback,
+    ) -> Self {
         assert!(!workers.is_empty(), "a device needs a worker");
-        Self { workers }
+        Self {
+            workers,
+            identity,
+            began,
+            told: Mutex::new(None),
+        }
+    }
+
+    /// Which disk it is, and which run: an opening is a run of its own (rule R7).
+    #[must_use]
+    pub fn identity(&self) -> DiskIdentity {
+        self.identity
+    }
+
+    /// Says how the disk begins to be used, before a ring of it starts. Only the first word since
+    /// the disk was opened counts. Returns when what follows from it is durable; not for threads
+    /// of the data path.
+    ///
+    /// # Errors
+    /// If nobody is there any more to see to that.
+    pub fn begin(&self, began: Began) -> Result<(), WorkerGone> {
+        let mut told = lock(&self.told);
+        *told.get_or_insert_with(|| (self.began)(began))
     }
 
     /// The worker that owns queue `queue`.
@@ -74,6 +106,7 @@ impl fmt::Debug for OpenDisk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OpenDisk")
             .field("workers", &self.workers.len())
+            .field("identity", &self.identity)
             .finish_non_exhaustive()
     }
 }
@@ -94,6 +127,8 @@ pub enum SuspendError {
 pub struct Lifecycle {
     storage: Arc<dyn Storage>,
     state: Mutex<State>,
+    /// Apart from the state, which is held while the disk is being opened.
+    identity: Mutex<DiskIdentity>,
 }
 
 #[derive(Default)]
@@ -104,16 +139,37 @@ struct State {
 }
 
 impl Lifecycle {
-    /// A disk that is open already, or closed and opened when its first ring starts.
+    /// A disk that `storage` has opened already.
     #[must_use]
-    pub fn new(storage: Arc<dyn Storage>, open: Option<OpenDisk>) -> Self {
+    pub fn of_open(storage: Arc<dyn Storage>, open: OpenDisk) -> Self {
         Self {
             storage,
+            identity: Mutex::new(open.identity),
             state: Mutex::new(State {
-                open: open.map(Arc::new),
+                open: Some(Arc::new(open)),
                 rings: Vec::new(),
             }),
         }
+    }
+
+    /// A disk that `storage` is to open when the first ring starts. `uuid` is what is known of it;
+    /// zeroes if nothing is.
+    #[must_use]
+    pub fn of_closed(storage: Arc<dyn Storage>, uuid: [u8; 16]) -> Self {
+        Self {
+            storage,
+            identity: Mutex::new(DiskIdentity {
+                uuid,
+                ..DiskIdentity::NONE
+            }),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Which disk it is, and which run it is or was last in; of no run if it was never open.
+    #[must_use]
+    pub fn identity(&self) -> DiskIdentity {
+        *lock(&self.identity)
     }
 
     /// Waits until nobody else changes anything. Not for the control thread while there is a
@@ -121,8 +177,8 @@ impl Lifecycle {
     #[must_use]
     pub fn gate(&self) -> Gate<'_> {
         Gate {
-            storage: &*self.storage,
-            state: self.state.lock().unwrap_or_else(PoisonError::into_inner),
+            lifecycle: self,
+            state: lock(&self.state),
         }
     }
 
@@ -164,9 +220,13 @@ impl fmt::Debug for Lifecycle {
     }
 }
 
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The right to start and stop rings, and to open and close the disk.
 pub struct Gate<'a> {
-    storage: &'a dyn Storage,
+    lifecycle: &'a Lifecycle,
     state: MutexGuard<'a, State>,
 }
 
@@ -185,7 +245,8 @@ impl Gate<'_> {
         if let Some(open) = &self.state.open {
             return Ok(Arc::clone(open));
         }
-        let open = Arc::new(self.storage.open(given_up)?);
+        let open = Arc::new(self.lifecycle.storage.open(given_up)?);
+        *lock(&self.lifecycle.identity) = open.identity;
         self.state.open = Some(Arc::clone(&open));
         Ok(open)
     }
@@ -193,7 +254,7 @@ impl Gate<'_> {
     /// Closes the disk, if it is open. No ring runs any more.
     pub fn close(&mut self) {
         if self.state.open.take().is_some() {
-            self.storage.close();
+            self.lifecycle.storage.close();
         }
     }
 

@@ -5,9 +5,9 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::device::lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
-use crate::device::test_support::{TestWorker, workers};
 use crate::device::PublishOrder;
+use crate::device::lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
+use crate::device::test_support::{TestWorker, nameless_disk, workers};
 
 /// Storage that counts, refuses and waits as it is told.
 #[derive(Default)]
@@ -42,7 +42,7 @@ impl Storage for TestStorage {
         let (mailboxes, workers) = workers(&self.disk, 2);
         *self.workers.lock().unwrap() = workers;
         self.opened.fetch_add(1, Ordering::SeqCst);
-        Ok(OpenDisk::new(mailboxes))
+        Ok(nameless_disk(mailboxes))
     }
 
     fn close(&self) {
@@ -57,7 +57,7 @@ fn closed_device() -> (Arc<Device>, Arc<TestStorage>) {
         disk: TestDisk::new(options().sectors),
         ..TestStorage::default()
     });
-    let lifecycle = Lifecycle::new(Arc::clone(&storage) as Arc<dyn Storage>, None);
+    let lifecycle = Lifecycle::of_closed(Arc::clone(&storage) as Arc<dyn Storage>, [0; 16]);
     let device = Device::new(options(), PublishOrder::Ring, lifecycle).unwrap();
     (Arc::new(device), storage)
 }

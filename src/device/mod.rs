@@ -32,7 +32,7 @@ pub mod vring;
 
 pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
-pub use disk::Device;
+pub use disk::{Began, BeganCallback, Device, DiskIdentity};
 pub use lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};

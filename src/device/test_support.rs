@@ -15,7 +15,8 @@ use super::mailbox::{Ack, Mailbox, QueueCommand};
 use super::queue::{Fetched, RingAddresses, VirtQueue};
 use super::request::{BlockStatus, GuestRequest, RequestKind};
 use super::{
-    Device, GuestMemory, Lifecycle, OpenDisk, OpenFailed, PublishOrder, Storage, WorkerMailbox,
+    Device, DiskIdentity, GuestMemory, Lifecycle, OpenDisk, OpenFailed, PublishOrder, Storage,
+    WorkerMailbox,
 };
 
 pub const NEXT: u16 = 1;
@@ -189,7 +190,7 @@ impl TestDisk {
 pub fn device(options: DeviceOptions, count: usize) -> (Arc<Device>, TestDisk, Vec<TestWorker>) {
     let disk = TestDisk::new(options.sectors);
     let (mailboxes, workers) = workers(&disk, count);
-    (open_device(options, mailboxes), disk, workers)
+    (Arc::new(device_of(options, mailboxes)), disk, workers)
 }
 
 /// Workers that serve `disk`, and their mailboxes.
@@ -204,12 +205,6 @@ pub fn workers(disk: &TestDisk, count: usize) -> (Vec<Arc<dyn WorkerMailbox>>, V
     (mailboxes, workers)
 }
 
-/// A device whose disk is open and stays so.
-pub fn open_device(options: DeviceOptions, workers: Vec<Arc<dyn WorkerMailbox>>) -> Arc<Device> {
-    let lifecycle = Lifecycle::new(Arc::new(NoStorage), Some(OpenDisk::new(workers)));
-    Arc::new(Device::new(options, PublishOrder::Ring, lifecycle).unwrap())
-}
-
 /// Behind a device that is open and stays so.
 struct NoStorage;
 
@@ -221,6 +216,17 @@ impl Storage for NoStorage {
     fn close(&self) {
         unreachable!("nobody closes it")
     }
+}
+
+/// A device of these workers, whose disk is open, stays so, and remembers nothing.
+pub fn device_of(options: DeviceOptions, workers: Vec<Arc<dyn WorkerMailbox>>) -> Device {
+    let lifecycle = Lifecycle::of_open(Arc::new(NoStorage), nameless_disk(workers));
+    Device::new(options, PublishOrder::Ring, lifecycle).unwrap()
+}
+
+/// An open disk that remembers nothing.
+pub fn nameless_disk(workers: Vec<Arc<dyn WorkerMailbox>>) -> OpenDisk {
+    OpenDisk::new(workers, DiskIdentity::NONE, Box::new(|_| Ok(())))
 }
 
 impl TestWorker {
