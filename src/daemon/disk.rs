@@ -15,7 +15,9 @@ use super::worker::{self, Message, WorkerError, WorkerSetup};
 use crate::config::Config;
 use crate::control::{Counters, ReportSender};
 use crate::device::mailbox::Ack;
-use crate::device::{Device, DeviceOptions, Mailbox, OptionsError, PublishOrder, WorkerMailbox};
+use crate::device::{
+    BeganCallback, Device, DeviceOptions, Mailbox, OptionsError, PublishOrder, WorkerMailbox,
+};
 use crate::quorum::{Command, KeeperConfig, KeeperStatus};
 use crate::replica::ExecutorConfig;
 
@@ -86,6 +88,7 @@ impl Disk {
             shape,
             record,
             keeper,
+            identity,
         } = start::start(config)?;
         let count = usize::from(config.workers);
         // One more for the maintenance thread.
@@ -102,13 +105,15 @@ impl Disk {
                 queues: config.num_queues,
                 queue_size: config.queue_size,
             },
-            // Front-ends are offered no record of what is in flight, so the used index has to be
+            // Where the front-end keeps no record of what is in flight, the used index has to be
             // one (rule Q3).
             PublishOrder::Ring,
             mailboxes[..count]
                 .iter()
                 .map(|m| Arc::clone(m) as Arc<dyn WorkerMailbox>)
                 .collect(),
+            identity,
+            began_callback(Arc::clone(&mailboxes[count])),
         )?;
         let executor = executor_config(config, replicas.len());
         let (ended, maintenance_end) = channel();
@@ -220,6 +225,15 @@ impl Disk {
             warn!("the maintenance thread did not end in time");
         }
     }
+}
+
+/// Tells maintenance how the disk begins, and waits until that is durable.
+fn began_callback(maintenance: Arc<Mailbox<Message>>) -> BeganCallback {
+    Box::new(move |began| {
+        let (ack, durable) = Ack::new();
+        maintenance.post(Message::Began(began, ack));
+        durable.wait()
+    })
 }
 
 /// Each worker gets its share of the memory, but never less than one request of the largest size

@@ -29,6 +29,7 @@ use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
+use crate::device::DiskIdentity;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
 use crate::replica::{
@@ -59,6 +60,8 @@ pub struct Start {
     pub record: Option<OpenRecord>,
     /// What the keeper begins with.
     pub keeper: KeeperStart,
+    /// Which disk it is, and which run of the daemon.
+    pub identity: DiskIdentity,
 }
 
 /// Opens the disk of `config`, and decides how it is to be served. Takes as long as its storage
@@ -105,6 +108,7 @@ fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, St
         shape,
         record: None,
         keeper: KeeperState::fresh(),
+        identity: DiskIdentity::NONE,
     })
 }
 
@@ -132,7 +136,7 @@ fn only_reading(
         scrub_cursor: None,
         ..disk.keeper_start(&opened.superblock)
     };
-    Ok(disk.into_start(None, keeper))
+    Ok(disk.into_start(None, keeper, DiskIdentity::NONE))
 }
 
 fn with_record(
@@ -151,13 +155,14 @@ fn with_record(
     let ids = RunIds::new().map_err(StartError::Random)?;
     let disk = settle(config, set, &opened, ids, true)?;
     let keeper = disk.keeper_start(&opened.superblock);
+    let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
     let (writable, advice) =
         copies::prepare(&mut files, &opened, config.record == RecordConfig::Beside);
     advice.iter().for_each(Advice::tell);
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
-    Ok(disk.into_start(Some(record), keeper))
+    Ok(disk.into_start(Some(record), keeper, identity))
 }
 
 /// Rule S5: plain images.
@@ -197,6 +202,12 @@ fn first_time(
         decision: Decision::of_first_use(config.threshold),
     };
     let keeper = disk.keeper_start(&superblock);
+    let identity = DiskIdentity {
+        uuid: superblock.disk.0,
+        run: ids.run,
+        // Nobody has served it before.
+        previous_run: ids.run,
+    };
 
     let count = files.files().len();
     let writable = vec![true; count];
@@ -229,7 +240,19 @@ fn first_time(
     }
     .tell();
     let record = disk.open_record(config, recorder, files, &writable, ids);
-    Ok(disk.into_start(Some(record), keeper))
+    Ok(disk.into_start(Some(record), keeper, identity))
+}
+
+/// Which disk has this record, and which runs are its last and this one.
+fn identity(before: &Superblock, ids: RunIds) -> DiskIdentity {
+    // An epoch that was not begun is of a run that never served.
+    let mut epochs = before.history.entries().iter();
+    let last = epochs.find(|entry| entry.begun);
+    DiskIdentity {
+        uuid: before.disk.0,
+        run: ids.run,
+        previous_run: last.map_or(ids.run, |entry| entry.run()),
+    }
 }
 
 /// What the copies say together; `None`: nothing, there is no record.

@@ -14,9 +14,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::device::config_space::feature;
 use crate::device::test_support::{
-    DriverRing, TestDisk, TestWorker, device, options, write_header,
+    DriverRing, TestDisk, TestWorker, device, device_of, options, write_header,
 };
-use crate::device::{PublishOrder, QueueCommand, WorkerMailbox};
+use crate::device::{QueueCommand, WorkerMailbox};
 
 const MEMORY_BYTES: u64 = 0x20_0000;
 const DATA: u64 = 0x10_0000;
@@ -460,7 +460,7 @@ impl WorkerMailbox for Recorder {
 fn stopping_a_ring_waits_for_its_worker_and_answers_its_position() {
     let recorder = Arc::new(Recorder::default());
     let worker = Arc::clone(&recorder) as Arc<dyn WorkerMailbox>;
-    let device = Device::new(options(), PublishOrder::Ring, vec![worker]).unwrap();
+    let device = device_of(options(), vec![worker]);
     let mut vmm = Vmm::connect(&Arc::new(device));
     vmm.negotiate(feature::EVENT_IDX);
     vmm.send_memory();
@@ -514,7 +514,7 @@ fn ring_starts_when_all_is_there_whatever_the_order() {
 fn connection_without_a_worker_ends_and_says_so() {
     let mailbox = Arc::new(crate::device::Mailbox::<QueueCommand>::new().unwrap());
     mailbox.close();
-    let device = Device::new(options(), PublishOrder::Ring, vec![mailbox]).unwrap();
+    let device = device_of(options(), vec![mailbox]);
     let mut vmm = Vmm::connect(&Arc::new(device));
     vmm.negotiate(0);
     vmm.send_memory();

@@ -30,7 +30,7 @@ pub mod vring;
 
 pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
-pub use disk::Device;
+pub use disk::{Began, BeganCallback, Device, DiskIdentity};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};
 pub use queue::{Fetched, PublishOrder, QueueSetup, Ticket, VirtQueue};

@@ -14,7 +14,7 @@ use super::config_space::DeviceOptions;
 use super::mailbox::{Ack, Mailbox, QueueCommand};
 use super::queue::{Fetched, RingAddresses, VirtQueue};
 use super::request::{BlockStatus, GuestRequest, RequestKind};
-use super::{Device, GuestMemory, PublishOrder, WorkerMailbox};
+use super::{Device, DiskIdentity, GuestMemory, PublishOrder, WorkerMailbox};
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -188,8 +188,21 @@ pub fn device(options: DeviceOptions, count: usize) -> (Arc<Device>, TestDisk, V
         .iter()
         .map(|worker| Arc::clone(&worker.mailbox) as Arc<dyn WorkerMailbox>)
         .collect();
-    let device = Device::new(options, PublishOrder::Ring, mailboxes).unwrap();
+    let device = device_of(options, mailboxes);
     (Arc::new(device), disk, workers)
+}
+
+/// A device of these workers, whose disk remembers nothing.
+pub fn device_of(options: DeviceOptions, workers: Vec<Arc<dyn WorkerMailbox>>) -> Device {
+    let none = DiskIdentity::NONE;
+    Device::new(
+        options,
+        PublishOrder::Ring,
+        workers,
+        none,
+        Box::new(|_| Ok(())),
+    )
+    .unwrap()
 }
 
 impl TestWorker {
