@@ -190,6 +190,13 @@ impl Disk {
         self.mailboxes.last().expect("maintenance has the last one")
     }
 
+    /// How long [`Disk::stop`] takes at most.
+    #[must_use]
+    pub fn stop_limit(config: &Config) -> Duration {
+        let workers = config.patience.io_timeout + WORKERS_STOP_MARGIN;
+        workers + STOP_LIMIT + MAINTENANCE_STOP_MARGIN
+    }
+
     /// Lets the workers finish what they have and ends them, then closes the record. Connections
     /// have ended before.
     ///
