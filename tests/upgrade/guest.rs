@@ -42,6 +42,8 @@ struct Shared {
     completed: AtomicUsize,
     /// How long it was without a back-end: from the end of one to the first completion by the next.
     outages: Mutex<Vec<Duration>>,
+    /// How often it found nobody at the socket.
+    refused: AtomicUsize,
 }
 
 /// The guest.
@@ -61,12 +63,7 @@ pub struct Guest {
 impl Load {
     /// Boots a guest that works until it is told to stop.
     pub fn start(socket: &Path, options: Options, seed: u64) -> Self {
-        Self::go_on(Guest::boot(socket, options, seed))
-    }
-
-    /// The same with a guest that is there already.
-    pub fn go_on(mut guest: Guest) -> Self {
-        guest.shared = Arc::default();
+        let mut guest = Guest::boot(socket, options, seed);
         let shared = Arc::clone(&guest.shared);
         let thread = std::thread::spawn(move || {
             guest.work();
@@ -97,6 +94,11 @@ impl Load {
         self.shared.outages.lock().unwrap().clone()
     }
 
+    /// How often it found nobody at the socket.
+    pub fn refused(&self) -> usize {
+        self.shared.refused.load(Ordering::Relaxed)
+    }
+
     /// Waits until it has gone on at a new back-end so often.
     #[track_caller]
     pub fn await_outages(&self, count: usize) {
@@ -116,7 +118,7 @@ impl Load {
 
 impl Guest {
     /// Boots a guest.
-    pub fn boot(socket: &Path, options: Options, seed: u64) -> Self {
+    fn boot(socket: &Path, options: Options, seed: u64) -> Self {
         let options = Options {
             queues: u16::try_from(QUEUES).unwrap(),
             timeout: PATIENCE,
@@ -146,11 +148,6 @@ impl Guest {
                 self.versions[block]
             );
         }
-    }
-
-    /// The connection.
-    pub fn front_end(&mut self) -> &mut FrontEnd {
-        &mut self.front_end
     }
 
     fn work(&mut self) {
@@ -237,6 +234,9 @@ impl Guest {
         let deadline = Instant::now() + PATIENCE;
         while let Err(error) = self.front_end.reconnect(&self.socket) {
             assert!(Instant::now() < deadline, "nobody serves: {error:?}");
+            if matches!(error, FrontEndError::Connect { .. }) {
+                self.shared.refused.fetch_add(1, Ordering::Relaxed);
+            }
             std::thread::sleep(Duration::from_millis(2));
         }
     }

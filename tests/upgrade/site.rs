@@ -84,6 +84,21 @@ impl Site {
         arguments
     }
 
+    /// The same as a file. The record says already that all replicas are equal if it was served
+    /// before.
+    pub fn config_file(&self, name: &str) -> PathBuf {
+        let quoted = |path: &Path| serde_json::to_string(path).expect("a path in a test is text");
+        let replicas: Vec<String> = self.paths.iter().map(|path| quoted(path)).collect();
+        let text = format!(
+            "assume-clean = true\nreplica = [{}]\nevents = {}\n",
+            replicas.join(", "),
+            quoted(&self.events_of(name)),
+        );
+        let file = self.folder().join("disk.toml");
+        fs::write(&file, text).unwrap();
+        file
+    }
+
     /// The folder for the log of a daemon.
     pub fn folder_of(&self, name: &str) -> PathBuf {
         let folder = self.folder().join(name);
