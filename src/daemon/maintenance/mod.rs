@@ -32,7 +32,7 @@ use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
 use crate::control::{Counters, ReportSender};
-use crate::device::Began;
+use crate::device::mailbox::Ack;
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -190,6 +190,8 @@ struct Maintenance {
     next_guest_look: Time,
     stop: Stop,
     ties: Ties,
+    /// Who waits until the way the disk begins is durable.
+    began_owed: Vec<Ack<()>>,
     /// Something was in U when this run began, and is, as far as was said.
     unresolved: bool,
     // What is to be carried out, and reused.
@@ -268,6 +270,7 @@ impl Maintenance {
             next_guest_look: setup.clock.now(),
             stop: Stop::default(),
             ties,
+            began_owed: Vec::new(),
             unresolved,
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
@@ -633,7 +636,7 @@ impl Maintenance {
             match message {
                 Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
-                Message::Began(began) => self.began(began),
+                Message::Began(began, ack) => self.began(began, ack),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -650,15 +653,6 @@ impl Maintenance {
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
                 Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
-                Message::Began(began, durable) => {
-                    match began {
-                        Began::Warm => {
-                            info!("warm start: the front-end brought what was in flight")
-                        }
-                        Began::Cold => info!("cold start: nothing is known of what was in flight"),
-                    }
-                    durable.send(());
-                }
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)
