@@ -8,12 +8,14 @@
 //! - [`Superblock`], [`Member`], [`History`]: what block 0 and 1 of a copy say.
 //! - [`PageImage`], [`Layout`]: pages of bits, and where they lie.
 //! - [`open`]: what the copies together say ([`Opened`]), or why they cannot be used ([`Refusal`]).
+//! - [`Growth`]: what follows when the disk becomes longer.
 //! - [`Recorder`]: keeps the copies up to date with [`Marks`](crate::quorum::Marks) afterwards.
 
 mod copies;
 mod error;
 mod fields;
 pub mod fuzzing;
+mod growth;
 mod heads;
 mod history;
 mod layout;
@@ -31,6 +33,7 @@ mod superblock;
 mod tests;
 
 pub use error::{FormatError, Refusal};
+pub use growth::{Growth, GrowthError};
 pub use history::{EPOCHS_REMEMBERED, EpochEntry, EpochId, History};
 pub use layout::{BLOCK_BYTES, Block, COPIES_MAX, Layout, PAGES_MAX, Slot};
 pub use member::{Fingerprint, Member, MemberState};

@@ -7,6 +7,7 @@
 
 use super::error::Refusal;
 use super::heads::{Heads, read_heads};
+use super::history::EpochEntry;
 use super::layout::{BLOCK_BYTES, Block, Slot};
 use super::lineage::{Decision, Holds, Life, decide};
 use super::merge::{PageSource, merge};
@@ -14,7 +15,7 @@ use super::merge::{PageSource, merge};
 use super::mutation::RecordMutation;
 use super::mutation::broken;
 use super::opened::{CopyState, Note, Opened, OpenedCopy};
-use super::superblock::{DiskUuid, FIRST_EPOCH, SEQUENCE_LIMIT, Superblock};
+use super::superblock::{DiskUuid, FIRST_EPOCH, SEQUENCE_LIMIT, Superblock, VERIFIED};
 
 /// Reads blocks of a copy: a file, or memory.
 pub trait ReadBlock {
@@ -323,7 +324,10 @@ fn choose<R>(
             (exact, superblock.epoch(), superblock.sequence)
         })
         .cloned();
-    let chosen = chosen.expect("a copy that knows the epoch");
+    let mut chosen = chosen.expect("a copy that knows the epoch");
+    if !chosen.history.newest().is_same(epoch) && !broken!(options, SizeOfRaiseTaken) {
+        take_smallest_size(&mut chosen, candidates, epoch);
+    }
     for (&place, holds) in places.iter().zip(holders) {
         let index = candidates[place].newest().map_or(0, |head| head.copy_index);
         candidates[place].holder = match holds {
@@ -336,6 +340,30 @@ fn choose<R>(
         }
     }
     Ok((chosen, forced))
+}
+
+/// A raise that never counted may have been to make the disk longer, and nothing depends on that:
+/// copies that it did not come to lack the pages of what was added. Once the disk had become
+/// longer in fact, every copy that knows the epoch says so.
+fn take_smallest_size<R>(
+    chosen: &mut Superblock,
+    candidates: &[Candidate<'_, R>],
+    epoch: EpochEntry,
+) {
+    let slots = candidates.iter().filter_map(|c| c.heads.as_ref());
+    let superblocks = slots.flat_map(|heads| heads.valid.iter().flatten());
+    let same_shape = |other: &&Superblock| {
+        other.history.knows(epoch)
+            && (other.extent_shift, other.block_sectors)
+                == (chosen.extent_shift, chosen.block_sectors)
+    };
+    let smallest = superblocks.filter(same_shape).map(|s| s.sectors).min();
+    chosen.sectors = smallest.unwrap_or(chosen.sectors);
+    for cursor in [&mut chosen.verify_cursor, &mut chosen.scrub_cursor] {
+        if *cursor != VERIFIED {
+            *cursor = chosen.sectors.min(*cursor);
+        }
+    }
 }
 
 fn life<R>(candidate: &Candidate<'_, R>) -> Option<Life> {

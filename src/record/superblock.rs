@@ -48,7 +48,7 @@ pub(super) const SEQUENCE_MAX: u64 = u64::MAX >> 1;
 pub(super) const SEQUENCE_LIMIT: u64 = SEQUENCE_MAX / 2;
 
 /// Sectors of the largest disk: its bytes can be counted in a file offset.
-const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
+pub(super) const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
 
 /// The largest extent that is ever needed: with it the largest disk has one.
 const EXTENT_SHIFT_MAX: u8 = 54;
