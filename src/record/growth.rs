@@ -4,8 +4,12 @@
 //! Nothing in a copy moves: the pages of what is added lie behind those there are. So growing is
 //! an opening like any other, of a record that was made longer between being read and being
 //! written: the epoch of this run begins with pages first and the superblock with the new size
-//! last, and before more than half of the copies say that it has begun, the old epoch, and with
-//! it the old size, is what counts.
+//! last, and before an epoch with the new size has begun the old size is what counts.
+//!
+//! Between the moment when the first copy says that it has begun and that when enough of them do,
+//! an opening may go either way. One that takes the old size may write pages, which say nothing of
+//! what is new. Hence the superblock tells of a growth ([`Growing`]) until enough copies know the
+//! new size, and as long as it does, all that is new is dirty, whatever the maps say.
 
 use thiserror::Error;
 
@@ -13,8 +17,8 @@ use super::layout::{EXTENTS_MAX, Layout, Slot};
 use super::merge::survey_pages;
 use super::opened::{CopyState, Opened};
 use super::opening::{CopySource, Found, ReadBlock};
-use super::superblock::{SECTORS_MAX, Superblock};
-use crate::quorum::{Bitmap, Marks, PAGE_EXTENTS, PAGE_WORDS, PageBits};
+use super::superblock::{Growing, SECTORS_MAX, Superblock};
+use crate::quorum::{Bitmap, Geometry, Marks, PAGE_EXTENTS, PAGE_WORDS, PageBits};
 
 /// A size that the disk cannot be given. Sizes in the text are in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
@@ -75,20 +79,20 @@ pub struct Growth {
 }
 
 impl Growth {
-    /// That of the disk of `superblock` to `to` sectors; `None` if it has that size.
+    /// That of a disk of this geometry to `to` sectors; `None` if it has that size.
     ///
     /// # Errors
     /// If it cannot have that size.
-    pub fn of(superblock: &Superblock, to: u64) -> Result<Option<Self>, GrowthError> {
-        let from = superblock.sectors;
-        let block_sectors = u64::from(superblock.block_sectors);
+    pub fn of(geometry: &Geometry, to: u64) -> Result<Option<Self>, GrowthError> {
+        let from = geometry.sectors();
+        let block_sectors = u64::from(geometry.block_sectors());
         if to < from {
             return Err(GrowthError::Shrinks { from, to });
         }
         if !to.is_multiple_of(block_sectors) {
             return Err(GrowthError::NotWholeBlocks { to, block_sectors });
         }
-        let shift = superblock.extent_shift;
+        let shift = geometry.extent_shift();
         let extent_sectors = 1 << shift;
         let sectors_max = EXTENTS_MAX.saturating_mul(extent_sectors).min(SECTORS_MAX);
         if to > sectors_max {
@@ -97,18 +101,33 @@ impl Growth {
                 sectors_max,
             });
         }
-        Ok((to > from).then(|| Self {
-            from_sectors: from,
-            to_sectors: to,
-            first_extent: from >> shift,
-            end_extent: to.div_ceil(extent_sectors),
-        }))
+        Ok((to > from).then(|| Self::between(from, to, shift)))
+    }
+
+    /// The one that a superblock tells of.
+    pub(super) fn under_way(superblock: &Superblock) -> Option<Self> {
+        let growing = superblock.growing?;
+        let shift = superblock.extent_shift.into();
+        Some(Self::between(
+            growing.from_sectors,
+            superblock.sectors,
+            shift,
+        ))
+    }
+
+    fn between(from_sectors: u64, to_sectors: u64, shift: u32) -> Self {
+        Self {
+            from_sectors,
+            to_sectors,
+            first_extent: from_sectors >> shift,
+            end_extent: to_sectors.div_ceil(1 << shift),
+        }
     }
 
     /// Marks all that is added dirty: nobody knows what the replicas hold there. `marks` are those
     /// of the longer disk. Whoever is absent is marked behind there by what marks him behind in
     /// all that is dirty.
-    pub fn mark(&self, marks: &Marks) {
+    pub(super) fn mark(&self, marks: &Marks) {
         for extent in self.first_extent..self.end_extent {
             marks.set(Bitmap::Dirty, extent);
         }
@@ -128,9 +147,15 @@ impl Growth {
 }
 
 impl Opened {
+    /// What is being added to the disk, by [`Opened::grow`] or by a run that was cut short.
+    #[must_use]
+    pub fn growth(&self) -> Option<&Growth> {
+        self.growth.as_ref()
+    }
+
     /// Makes the disk longer, before the record goes on. `sources` are the copies that were
     /// opened, in their order, the files of those that are to be written as long as the new layout
-    /// wants them ([`Growth::layout`]). Marks are for the caller: [`Growth::mark`].
+    /// wants them ([`Growth::layout`]). All that is added is dirty afterwards.
     ///
     /// # Panics
     /// If the growth is not one of this disk, or there is another number of sources.
@@ -139,7 +164,13 @@ impl Opened {
         assert_eq!(sources.len(), self.copies.len());
         let old_extents = self.superblock.extents();
         let old_pages = self.superblock.layout().pages();
+        assert_eq!(self.growth, None, "one after the other");
+        self.growth = Some(*growth);
         self.superblock.sectors = growth.to_sectors;
+        self.superblock.growing = Some(Growing {
+            from_sectors: growth.from_sectors,
+            epoch: 0,
+        });
         self.superblock.check().expect("it was checked before");
         let layout = self.superblock.layout();
         self.forget_beyond(old_extents);

@@ -46,4 +46,4 @@ pub use recorder::{
     ChangeId, RECORD_CLEAR_DELAY, RECORD_HANG_LIMIT, RECORD_WRITE_LIMIT, RecordAction, RecordEvent,
     Recorder, RecorderError, WriteId,
 };
-pub use superblock::{DiskUuid, FORMAT_VERSION, Superblock, VERIFIED};
+pub use superblock::{DiskUuid, FORMAT_VERSION, Growing, Superblock, VERIFIED};

@@ -6,8 +6,8 @@
 //! the copies of that epoch, page by page ([`merge`](super::merge)).
 
 use super::error::Refusal;
+use super::growth::Growth;
 use super::heads::{Heads, read_heads};
-use super::history::EpochEntry;
 use super::layout::{BLOCK_BYTES, Block, Slot};
 use super::lineage::{Decision, Holds, Life, decide};
 use super::merge::{PageSource, merge};
@@ -15,7 +15,7 @@ use super::merge::{PageSource, merge};
 use super::mutation::RecordMutation;
 use super::mutation::broken;
 use super::opened::{CopyState, Note, Opened, OpenedCopy};
-use super::superblock::{DiskUuid, FIRST_EPOCH, SEQUENCE_LIMIT, Superblock, VERIFIED};
+use super::superblock::{DiskUuid, FIRST_EPOCH, Growing, SEQUENCE_LIMIT, Superblock, VERIFIED};
 
 /// Reads blocks of a copy: a file, or memory.
 pub trait ReadBlock {
@@ -175,6 +175,7 @@ pub fn open<R: ReadBlock>(
     }
     notes.extend(merged.lost.into_iter().map(Note::PageLost));
     Ok(Opened {
+        growth: Growth::under_way(&superblock),
         superblock,
         notes,
         force: options.force,
@@ -325,8 +326,13 @@ fn choose<R>(
         })
         .cloned();
     let mut chosen = chosen.expect("a copy that knows the epoch");
-    if !chosen.history.newest().is_same(epoch) && !broken!(options, SizeOfRaiseTaken) {
-        take_smallest_size(&mut chosen, candidates, epoch);
+    if broken!(options, GrowthForgotten) {
+        chosen.growing = None;
+    }
+    if let Some(growing) = chosen.growing
+        && (!epoch.begun || epoch.epoch < growing.epoch)
+    {
+        take_size_of_before(&mut chosen, growing);
     }
     for (&place, holds) in places.iter().zip(holders) {
         let index = candidates[place].newest().map_or(0, |head| head.copy_index);
@@ -342,23 +348,10 @@ fn choose<R>(
     Ok((chosen, forced))
 }
 
-/// A raise that never counted may have been to make the disk longer, and nothing depends on that:
-/// copies that it did not come to lack the pages of what was added. Once the disk had become
-/// longer in fact, every copy that knows the epoch says so.
-fn take_smallest_size<R>(
-    chosen: &mut Superblock,
-    candidates: &[Candidate<'_, R>],
-    epoch: EpochEntry,
-) {
-    let slots = candidates.iter().filter_map(|c| c.heads.as_ref());
-    let superblocks = slots.flat_map(|heads| heads.valid.iter().flatten());
-    let same_shape = |other: &&Superblock| {
-        other.history.knows(epoch)
-            && (other.extent_shift, other.block_sectors)
-                == (chosen.extent_shift, chosen.block_sectors)
-    };
-    let smallest = superblocks.filter(same_shape).map(|s| s.sectors).min();
-    chosen.sectors = smallest.unwrap_or(chosen.sectors);
+/// A raise that never counted was to make the disk longer. Nothing depends on that.
+fn take_size_of_before(chosen: &mut Superblock, growing: Growing) {
+    chosen.sectors = growing.from_sectors;
+    chosen.growing = None;
     for cursor in [&mut chosen.verify_cursor, &mut chosen.scrub_cursor] {
         if *cursor != VERIFIED {
             *cursor = chosen.sectors.min(*cursor);

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::support::*;
-use crate::quorum::Bitmap;
+use crate::quorum::{Bitmap, Geometry};
 use crate::record::*;
 
 /// Extents of the disk: two pages a map.
@@ -79,8 +79,6 @@ struct Story {
     extents: u64,
     /// What it was to have since that was so.
     attempts: Vec<u64>,
-    /// What the run that is about to begin adds.
-    growth: Option<Growth>,
     tally: Tally,
 }
 
@@ -96,7 +94,6 @@ impl Story {
             epoch: 0,
             extents: EXTENTS,
             attempts: Vec::new(),
-            growth: None,
             tally: Tally::default(),
         };
         story.machine.recorder.mutation = mutation;
@@ -353,10 +350,12 @@ impl Story {
     fn maybe_grow(&mut self, mut opened: Opened, present: u32) -> Opened {
         let sizes = [33_001, 33_100, 65_024, 65_025, EXTENTS_MOST];
         let extents = sizes[self.random.below(sizes.len())];
-        if opened.superblock.extents() >= extents || !self.random.one_in(2) {
+        let grows = opened.superblock.extents() < extents && opened.growth().is_none();
+        if !grows || !self.random.one_in(2) {
             return opened;
         }
-        let growth = Growth::of(&opened.superblock, extents * 8);
+        let geometry = Geometry::with_extent_shift(opened.superblock.sectors, 8, 3);
+        let growth = Growth::of(&geometry.unwrap(), extents * 8);
         let growth = growth.unwrap().expect("it becomes longer");
         let length = usize::try_from(growth.layout().length_bytes()).unwrap();
         for (place, file) in self.machine.files.iter_mut().enumerate() {
@@ -366,7 +365,6 @@ impl Story {
         }
         let mut sources = sources(&self.machine.files, present);
         opened.grow(&growth, &mut sources);
-        self.growth = Some(growth);
         self.attempts.push(extents);
         opened
     }
@@ -398,9 +396,6 @@ impl Story {
         self.machine.now = now;
         self.machine.recorder.mutation = self.mutation;
         self.asked.clear();
-        if let Some(growth) = self.growth.take() {
-            growth.mark(&self.machine.marks);
-        }
         for number in 0..4 {
             let bitmap = Bitmap::from_number(number);
             let set: Vec<u64> = self.machine.marks.iter(bitmap).collect();
@@ -455,7 +450,7 @@ fn broken_rules_are_noticed() {
         RecordMutation::CopiesNotMerged,
         RecordMutation::DurableWhenSubmitted,
         RecordMutation::EpochNotRaised,
-        RecordMutation::SizeOfRaiseTaken,
+        RecordMutation::GrowthForgotten,
     ] {
         // With one copy nothing hides a torn page, with three there are others to forget.
         let noticed = (0..400).find_map(|seed| {
