@@ -253,6 +253,9 @@ fn say_ready(config: &Config) {
         workers = config.workers,
         "ready for a front-end on {place}"
     );
+    if config.incoming {
+        info!("the disk is closed until the rings of an incoming guest start");
+    }
 }
 
 /// Writes to the log how the disk is and what was counted: text for people, an object for programs.
