@@ -46,6 +46,12 @@ pub enum EventData {
     RecordRegained,
     /// What the keeper has to say.
     Keeper(KeeperReport),
+    /// The first request of a guest since the process began was completed: how long it was without
+    /// a disk, if it had one before.
+    FirstRequest {
+        /// The age of the process at that moment, in milliseconds.
+        ms_after_exec: u64,
+    },
     /// Reports that did not fit in the way from the workers to the control thread.
     ReportsLost {
         /// How many.
@@ -120,6 +126,7 @@ impl EventData {
             },
             Self::Keeper(report) => keeper_name(report),
             Self::RecordCopyLost { .. } => "QUORUM_BLK_RECORD_COPY_LOST",
+            Self::FirstRequest { .. } => "QUORUM_BLK_FIRST_REQUEST",
             Self::RecordCopyReturned { .. } => "QUORUM_BLK_RECORD_COPY_RETURNED",
             Self::RecordRegained => "QUORUM_BLK_RECORD_REGAINED",
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
@@ -149,6 +156,7 @@ impl EventData {
             },
             Self::Keeper(report) => keeper_key(report),
             Self::RecordCopyLost { .. }
+            | Self::FirstRequest { .. }
             | Self::RecordCopyReturned { .. }
             | Self::RecordRegained
             | Self::ReportsLost { .. }
@@ -159,6 +167,7 @@ impl EventData {
             Self::Report(_)
             | Self::RecordRegained
             | Self::Keeper(_)
+            | Self::FirstRequest { .. }
             | Self::ReportsLost { .. }
             | Self::EventsLost { .. } => None,
         };

@@ -21,6 +21,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -81,11 +82,12 @@ impl RecordFiles {
     /// If a copy is locked by somebody else, two of them are one file, or none is where it should
     /// be but one where it would be with the replicas in another order.
     pub fn open(places: &RecordPlaces, access: Access) -> Result<Self, RecordFileError> {
-        Self::open_within(places, access, ANSWER_LIMIT)
+        Self::open_within(places, access, ANSWER_LIMIT, &AtomicBool::new(false))
     }
 
     /// Like [`RecordFiles::open`]; a copy that takes longer than `answer` to be opened and read
-    /// counts as one that cannot be used.
+    /// counts as one that cannot be used, and a lock is not waited for any more once `given_up` is
+    /// set.
     ///
     /// # Errors
     /// The same.
@@ -93,11 +95,12 @@ impl RecordFiles {
         places: &RecordPlaces,
         access: Access,
         answer: Duration,
+        given_up: &AtomicBool,
     ) -> Result<Self, RecordFileError> {
         let begin = Instant::now();
         let mut files: Vec<RecordFile> = Vec::with_capacity(places.copies.len());
         for path in &places.copies {
-            let file = RecordFile::open(path, access, begin, answer, &files)?;
+            let file = RecordFile::open(path, access, begin, answer, given_up, &files)?;
             files.push(file);
         }
         let listed = places.elsewhere.clone();
@@ -345,6 +348,7 @@ impl RecordFile {
         access: Access,
         begin: Instant,
         answer: Duration,
+        given_up: &AtomicBool,
         others: &[Self],
     ) -> Result<Self, RecordFileError> {
         let (owned, patience) = match access {
@@ -359,7 +363,9 @@ impl RecordFile {
                 Ok(Opening::Done(open)) => break State::Open(open),
                 Ok(Opening::Failed(error)) => break unusable(&error),
                 Ok(Opening::Moved) => {}
-                Ok(Opening::Held) if begin.elapsed() < patience => {
+                Ok(Opening::Held)
+                    if begin.elapsed() < patience && !given_up.load(Ordering::Relaxed) =>
+                {
                     if begin.elapsed() < LOCK_RETRY {
                         info!(
                             "the state record {} is locked by another process; waiting up to {} s \

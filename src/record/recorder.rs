@@ -348,11 +348,17 @@ impl Recorder {
             block_sectors: managed.block_sectors,
             forced: managed.forced,
             history: managed.history,
+            growing: managed.growing,
             ..next
         };
         next.check().expect("a superblock that can be");
         assert!(next.slots() <= self.slots, "every member has a map");
         self.next = next;
+        self.note_change()
+    }
+
+    /// `next` was changed.
+    fn note_change(&mut self) -> ChangeId {
         self.pages_precede = false;
         self.change_last += 1;
         let id = ChangeId(self.change_last);

@@ -199,6 +199,7 @@ impl Worker {
                 | Message::CopyBack { .. }
                 | Message::Command(_)
                 | Message::Status(_)
+                | Message::Began(..)
                 | Message::Close { .. } => unreachable!("for the maintenance thread"),
                 Message::Shutdown => self.shutting_down = true,
             }

@@ -49,6 +49,10 @@ impl Recorder {
             Stage::Opening => {
                 self.stage = Stage::Serving;
                 self.merged = None;
+                // From here on every opening meets the new size, so what the maps say counts.
+                if self.next.growing.take().is_some() {
+                    self.note_change();
+                }
             }
             Stage::Serving => {}
         }

@@ -161,6 +161,9 @@ impl Recorder {
         if raise && !broken!(self, EpochNotRaised) {
             self.epoch_max += 1;
             content.history.push(self.entry(content.forced));
+            if let Some(growing) = content.growing.as_mut().filter(|g| g.epoch == 0) {
+                growing.epoch = self.epoch_max;
+            }
         } else {
             content.forced = self.wanted.forced;
         }
@@ -170,6 +173,10 @@ impl Recorder {
         self.next.copy_index = content.copy_index;
         self.next.forced = content.forced;
         self.next.history = content.history;
+        // Until a change of its own ends it.
+        if self.stage != Stage::Serving {
+            self.next.growing = content.growing;
+        }
         self.wanted = content;
     }
 
