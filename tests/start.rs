@@ -669,3 +669,38 @@ fn first_starts_at_the_same_time_do_not_keep_replicas_from_each_other() {
     process.signal(Signal::Terminate);
     assert!(process.wait(PATIENCE).success());
 }
+
+#[test]
+fn copies_of_the_record_in_each_others_places_are_refused() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    let exchange = |a: &PathBuf, b: &PathBuf| {
+        // As new files, which are not known again by anything.
+        let (left, right) = (fs::read(a).unwrap(), fs::read(b).unwrap());
+        for (path, bytes) in [(a, right), (b, left)] {
+            let other = path.with_extension("new");
+            fs::write(&other, bytes).unwrap();
+            fs::rename(other, path).unwrap();
+        }
+    };
+    let records = copies(&disk);
+    exchange(&records[0], &records[1]);
+    let said = disk.refusal();
+    assert!(
+        said.contains("replica0.img.qrec is number 1 and was 2"),
+        "{said}"
+    );
+    assert!(said.contains("move them back"), "{said}");
+    exchange(&records[0], &records[1]);
+    disk.start_again();
+    expect(&disk, 1);
+    disk.stop();
+    // Copied to another host, and two of them given for each other: all have changed.
+    for files in [&disk.images, &records] {
+        exchange(&files[0], &files[1]);
+    }
+    exchange(&disk.images[2], &disk.images[2]);
+    let said = disk.refusal();
+    assert!(said.contains("in another order"), "{said}");
+}

@@ -44,7 +44,7 @@ use crate::replica::{
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
-use decision::{Candidate, Decision, Facts, Past, Wanted};
+use decision::{Candidate, Decision, Facts, Past, Refused, Wanted};
 pub use error::StartError;
 use known::Remembered;
 use replicas::Waits;
@@ -151,7 +151,8 @@ fn only_reading(
         return Err(gone(places));
     };
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, ids, false)?;
+    let disk = settle(config, set, &opened, ids, false);
+    let disk = in_place(config, &files, &opened, disk)?;
     let keeper = KeeperState {
         verify_cursor: None,
         scrub_cursor: None,
@@ -182,7 +183,8 @@ fn with_record(
         opened = read(config, &files)?.ok_or_else(|| gone(places))?;
     }
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, ids, true)?;
+    let disk = settle(config, set, &opened, ids, true);
+    let disk = in_place(config, &files, &opened, disk)?;
     let keeper = disk.keeper_start(&opened.superblock);
     let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
@@ -192,6 +194,26 @@ fn with_record(
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
     Ok(disk.into_start(Some(record), keeper, identity))
+}
+
+/// What was settled, if the copies of the record say that the replicas are in their order. What the
+/// replicas themselves say of that comes first: it tells what the right order is.
+fn in_place(
+    config: &Config,
+    files: &RecordFiles,
+    opened: &Opened,
+    disk: Result<SettledDisk, StartError>,
+) -> Result<SettledDisk, StartError> {
+    let by_replica = matches!(
+        config.record,
+        RecordConfig::Beside | RecordConfig::Folder(_)
+    );
+    match disk {
+        Err(StartError::Refused(Refused::Order { .. })) => {}
+        _ if by_replica => copies::check_places(files, opened)?,
+        _ => {}
+    }
+    disk
 }
 
 /// Rule S5: plain images.

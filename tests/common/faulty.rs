@@ -99,6 +99,15 @@ impl FaultyFile {
         }
     }
 
+    /// Waits until a command gives `value` or more.
+    pub fn wait_until_at_least(&self, command: &str, value: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.ask(command) < value {
+            assert!(Instant::now() < deadline, "{command} is less than {value}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Ends the server: the file is then dead, though mounted.
     pub fn kill(&mut self) {
         self.server.kill().expect("a child of ours");
