@@ -144,6 +144,7 @@ impl Disk {
                 shared: Arc::clone(&shared),
                 replicas: replicas.clone(),
                 executor,
+                polling: config.polling,
                 mailboxes: disk.mailboxes.clone(),
                 reports: reports.clone(),
                 counters: counters.worker(usize::from(index)),
