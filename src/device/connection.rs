@@ -199,10 +199,11 @@ fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, Con
     drop(listener);
 
     let options = device.options();
-    let mut session = Session::new(MessageLimits {
+    let limits = MessageLimits {
         queues: options.queues,
         queue_size: options.queue_size,
-    });
+    };
+    let mut session = Session::new(limits, Arc::clone(backend.context()));
     let relayed = shim::relay(stream, &private, &mut session);
     drop(private);
     let handled = daemon.wait();

@@ -28,7 +28,8 @@ use virtio_queue::Error as VirtQueueError;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::GuestMemory;
-use super::disk::Device;
+use super::disk::{Began, Device};
+use super::inflight::InflightBuffer;
 use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone};
 use super::notify::{Call, Kick};
 use super::queue::{QueueSetup, RingAddresses};
@@ -41,6 +42,8 @@ pub type ConnectionMemory = GuestMemoryAtomic<GuestMemory>;
 pub struct RingContext {
     device: Arc<Device>,
     features: AtomicU64,
+    /// The buffer handed in last. A running ring keeps the one it was started with.
+    inflight: Mutex<Option<Arc<InflightBuffer>>>,
 }
 
 impl RingContext {
@@ -50,6 +53,29 @@ impl RingContext {
         Self {
             device,
             features: AtomicU64::new(0),
+            inflight: Mutex::new(None),
+        }
+    }
+
+    /// Takes the buffer for rings that start from now on.
+    pub fn set_inflight(&self, buffer: InflightBuffer) {
+        let mut slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(Arc::new(buffer));
+    }
+
+    fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+        let slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.clone()
+    }
+
+    /// Before a ring starts with `buffer`: tells the device how it begins, and then marks the
+    /// buffer as one of this run. In this order: a buffer of this run that was cold, and is taken
+    /// for warm by the next one, would have that wait for requests nobody executes again.
+    fn begin(&self, buffer: Option<&InflightBuffer>) {
+        let disk = self.device.identity();
+        let began = buffer.map_or(Began::Cold, |buffer| buffer.began(disk));
+        if let (Some(buffer), Ok(())) = (buffer, self.device.begin(began)) {
+            buffer.stamp(disk);
         }
     }
 
@@ -140,9 +166,11 @@ impl DeviceVring {
         let wanted = ring.enabled && ring.kick.is_some();
         match ring.phase {
             Phase::Idle => {
-                let Some(setup) = self.setup(ring) else {
+                let buffer = self.context.inflight();
+                let Some(setup) = self.setup(ring, buffer.as_ref()) else {
                     return;
                 };
+                self.context.begin(buffer.as_deref());
                 ring.phase = Phase::Running;
                 ring.features = setup.features;
                 self.send(QueueCommand::Start {
@@ -168,7 +196,7 @@ impl DeviceVring {
     }
 
     /// What the worker needs, if the ring can run.
-    fn setup(&self, ring: &Ring) -> Option<QueueSetup> {
+    fn setup(&self, ring: &Ring, buffer: Option<&Arc<InflightBuffer>>) -> Option<QueueSetup> {
         if !ring.ready || !ring.enabled {
             return None;
         }
@@ -180,6 +208,7 @@ impl DeviceVring {
             features: self.context.features.load(Ordering::Relaxed),
             options: Arc::clone(device.options()),
             order: device.order(),
+            inflight: buffer.and_then(|buffer| buffer.region(self.index)),
             kick: ring.kick.clone()?,
             call: ring.call.clone(),
         })
