@@ -38,11 +38,11 @@ use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
-use crate::device::{Connection, ConnectionHandle};
+use crate::device::{Connection, ConnectionHandle, Device};
 use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
-use disk::{Disk, DiskError};
+use disk::{Disk, DiskError, DiskSetup, Standing};
 use listener::{FrontEndSource, ListenerError};
 use signals::{SignalError, Signals};
 
@@ -91,20 +91,24 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let sink = config.events.as_ref().map(EventSink::open).transpose()?;
     let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
     let counters = Counters::new(usize::from(config.workers), config.replica_names());
-    let disk = Disk::start(&config, &sender, &counters, clock)?;
-    warn_of_record(&config.record);
     let wishes = [
         config.clear.map(|replica| Command::Clear { replica }),
         (config.force_current).map(|replica| Command::ForceCurrent { replica }),
     ];
-    for wish in wishes.into_iter().flatten() {
-        disk.command(wish);
-    }
+    let config = Arc::new(config);
+    let setup = DiskSetup {
+        config: Arc::clone(&config),
+        reports: sender,
+        counters: counters.clone(),
+        clock,
+    };
+    let (disk, device) = Disk::start(setup, wishes.into_iter().flatten().collect())?;
+    warn_of_record(&config.record);
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),
         record_copies: places.map_or(Vec::new(), |places| places.copies),
-        disk_sectors: disk.sectors(),
+        disk_sectors: disk.looks().sectors,
     };
     let reporter = Reporter::new(names.clone(), sink);
     // Last: whoever waits for the socket to appear may connect at once.
@@ -118,7 +122,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         Ok(control) => control,
         Err(error) => {
             // A disk that was not even served is no unclean end.
-            disk.stop();
+            device.lifecycle().gate().close();
             return Err(error);
         }
     };
@@ -132,10 +136,11 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let scrub = Command::Scrub {
         repair: config.upkeep.scrub_repairs,
     };
-    let end = serve(&mut control, &disk, &show, scrub);
+    let end = serve(&mut control, &disk, &device, &show, scrub);
     info!("stopping");
     show.status(&disk);
-    disk.stop();
+    // The last connection has ended: nobody opens it any more.
+    device.lifecycle().gate().close();
     control.finish();
     show.counters();
     end
@@ -145,6 +150,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 fn serve(
     control: &mut ControlLoop,
     disk: &Disk,
+    device: &Arc<Device>,
     show: &Show<'_>,
     scrub: Command,
 ) -> Result<(), DaemonError> {
@@ -152,7 +158,7 @@ fn serve(
     let end = loop {
         match control.wait().map_err(DaemonError::Control)? {
             Wakeup::Connection(stream) => {
-                match Connection::serve(stream, Arc::clone(disk.device())) {
+                match Connection::serve(stream, Arc::clone(device)) {
                     Ok(handle) => {
                         control
                             .add(&handle.ended(), TOKEN_CONNECTION)
@@ -182,7 +188,11 @@ fn serve(
             }
             Wakeup::Terminate => break Ok(()),
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
-            Wakeup::Scrub => disk.command(scrub),
+            Wakeup::Scrub => {
+                if !disk.command(scrub) {
+                    warn!("no scrub is begun: the disk is closed and waits for the guest");
+                }
+            }
             Wakeup::ShowCounters => {
                 show.status(disk);
                 show.counters();
@@ -234,10 +244,13 @@ struct Show<'a> {
 
 impl Show<'_> {
     fn status(&self, disk: &Disk) {
-        // None: the maintenance thread does not answer at this moment.
-        let Some(status) = disk.status() else {
-            warn!("the maintenance thread does not say how the disk is");
-            return;
+        let status = match disk.status() {
+            Standing::Open(status) => status,
+            Standing::Silent => {
+                return warn!("the maintenance thread does not say how the disk is");
+            }
+            Standing::Closed => return info!("status\nclosed: waiting for the guest"),
+            Standing::Changing => return info!("status\nbeing opened or closed"),
         };
         let status = DiskStatus::new(&status, self.names, self.threshold);
         match self.format {

@@ -10,7 +10,8 @@
 //! - [`mailbox`]: how the threads of a connection tell workers what to do.
 //! - [`vring`], [`backend`]: the crate's view of rings and device, turned into commands.
 //! - [`message`], [`shim`]: what a front-end may send.
-//! - [`disk`], [`connection`]: the served device; one front-end from connect to disconnect.
+//! - [`disk`], [`lifecycle`], [`connection`]: the served device; when the disk behind it is open;
+//!   one front-end from connect to disconnect.
 
 pub mod backend;
 pub mod chain;
@@ -20,6 +21,7 @@ pub mod disk;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod inflight;
+pub mod lifecycle;
 pub mod mailbox;
 pub mod message;
 pub mod notify;
@@ -33,6 +35,7 @@ pub mod vring;
 pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
 pub use disk::{Began, BeganCallback, Device, DiskIdentity};
+pub use lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};
 pub use queue::{Fetched, PublishOrder, QueueSetup, Ticket, VirtQueue};
