@@ -83,7 +83,7 @@ def cached(folder):
         undo.callback(privileged, "losetup", "--detach", device)
         privileged("mkfs.xfs", "-q", device)
         privileged("mount", device, mount)
-        undo.callback(privileged, "umount", mount)
+        undo.callback(privileged, "umount", "--lazy", mount)
         privileged("chown", os.getuid(), mount)
         yield Cached(make_images(mount, DISK_BYTES), direct=False)
 
