@@ -32,7 +32,6 @@ use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
 use crate::control::{Counters, ReportSender};
-use crate::device::Began;
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -633,7 +632,7 @@ impl Maintenance {
             match message {
                 Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
-                Message::Began(began) => self.began(began),
+                Message::Began(began, known) => self.began(began, known),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -650,15 +649,6 @@ impl Maintenance {
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
                 Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
-                Message::Began(began, durable) => {
-                    match began {
-                        Began::Warm => {
-                            info!("warm start: the front-end brought what was in flight")
-                        }
-                        Began::Cold => info!("cold start: nothing is known of what was in flight"),
-                    }
-                    durable.send(());
-                }
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)
