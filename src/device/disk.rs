@@ -2,10 +2,11 @@
 //! The device that is served: what every connection to it shares.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::config_space::{CONFIG_BYTES_MAX, DeviceOptions, OptionsError};
-use super::mailbox::{WorkerGone, WorkerMailbox};
+use super::lifecycle::Lifecycle;
+use super::mailbox::WorkerGone;
 use super::queue::PublishOrder;
 
 /// Tells one disk from another, and one run of the daemon from another: what an in-flight buffer
@@ -46,63 +47,31 @@ pub enum Began {
 /// leave a buffer behind that is still cold).
 pub type BeganCallback = Box<dyn Fn(Began) -> Result<(), WorkerGone> + Send + Sync>;
 
-/// One virtual disk as front-ends see it, and the workers behind it. Outlives connections.
+/// One virtual disk as front-ends see it, and what is behind it. Outlives connections.
 pub struct Device {
     options: Arc<DeviceOptions>,
     config_space: [u8; CONFIG_BYTES_MAX],
     order: PublishOrder,
-    workers: Vec<Arc<dyn WorkerMailbox>>,
-    identity: DiskIdentity,
-    began: BeganCallback,
-    /// What was told of how it began.
-    told: Mutex<Option<Result<(), WorkerGone>>>,
+    lifecycle: Lifecycle,
 }
 
 impl Device {
-    /// A device with these options, whose queues are spread over `workers`. `order` is for queues
-    /// whose front-end does not track what is in flight. `began` is called once, before the first
-    /// ring starts.
+    /// A device with these options, and the disk behind it, open or closed.
     ///
     /// # Errors
     /// The first option that cannot be served.
-    ///
-    /// # Panics
-    /// If there is no worker.
     pub fn new(
         options: DeviceOptions,
         order: PublishOrder,
-        workers: Vec<Arc<dyn WorkerMailbox>>,
-        identity: DiskIdentity,
-        began: BeganCallback,
+        lifecycle: Lifecycle,
     ) -> Result<Self, OptionsError> {
-        assert!(!workers.is_empty(), "a device needs a worker");
         options.validate()?;
         Ok(Self {
             config_space: options.config_space(),
             options: Arc::new(options),
             order,
-            workers,
-            identity,
-            began,
-            told: Mutex::new(None),
+            lifecycle,
         })
-    }
-
-    /// Which disk it is, and which run of the daemon.
-    #[must_use]
-    pub fn identity(&self) -> DiskIdentity {
-        self.identity
-    }
-
-    /// Says how the disk begins to be used, before a ring of it starts. Only the first word since
-    /// the disk was opened counts. Returns when what follows from it is durable; not for threads
-    /// of the data path.
-    ///
-    /// # Errors
-    /// If nobody is there any more to see to that.
-    pub fn begin(&self, began: Began) -> Result<(), WorkerGone> {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        *told.get_or_insert_with(|| (self.began)(began))
     }
 
     /// What is served.
@@ -118,16 +87,10 @@ impl Device {
         self.order
     }
 
-    /// The worker that owns queue `queue`.
+    /// The disk behind it.
     #[must_use]
-    pub fn worker_of(&self, queue: u16) -> &Arc<dyn WorkerMailbox> {
-        &self.workers[usize::from(queue) % self.workers.len()]
-    }
-
-    /// All workers.
-    #[must_use]
-    pub fn workers(&self) -> &[Arc<dyn WorkerMailbox>] {
-        &self.workers
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.lifecycle
     }
 
     /// `size` bytes of the configuration space from `offset` on, zeroes beyond its end.
@@ -147,8 +110,6 @@ impl fmt::Debug for Device {
         f.debug_struct("Device")
             .field("options", &self.options)
             .field("order", &self.order)
-            .field("workers", &self.workers.len())
-            .field("identity", &self.identity)
             .finish_non_exhaustive()
     }
 }
