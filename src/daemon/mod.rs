@@ -151,8 +151,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     // First, so that a successor can take the socket, and front-ends that come back find it there.
     control.stop_listening();
     if let Some(handle) = connection {
-        let until = clock.now().after(ending::drain_limit(&config));
-        ending::drain(&mut control, handle, until, || show.all(&disk));
+        let limit = ending::drain_limit(&config);
+        ending::drain(&mut control, handle, clock, limit, || show.all(&disk));
     }
     show.status(&disk);
     disk.stop();
