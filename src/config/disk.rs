@@ -43,6 +43,9 @@ const BUFFER_MEMORY_MAX: ByteSize = ByteSize(4 << 30);
 const PIECE_BYTES_MAX: u64 = 256 << 10;
 /// Seconds. A killed daemon's last operations land within milliseconds on storage that works.
 const LOCK_TIMEOUT: u16 = 5;
+/// Seconds. The source of a migration has drained, flushed and closed the disk when the guest is told
+/// to run elsewhere, unless its storage is slow.
+const LOCK_TIMEOUT_INCOMING: u16 = 30;
 /// The most characters virtio has for a serial number.
 const SERIAL_LEN_MAX: usize = 20;
 
@@ -78,8 +81,12 @@ pub struct Config {
     pub workers: u16,
     /// Memory for data of requests in flight, over all workers, in bytes.
     pub buffer_memory_bytes: u64,
-    /// How long a replica that somebody else has locked is waited for at the start (rule S2).
+    /// How long a replica that somebody else has locked is waited for when the disk is opened (rule
+    /// S2).
     pub lock_timeout: Duration,
+    /// Whether the disk is opened only when its first ring starts: its guest is still being served
+    /// by another daemon (rule Q5).
+    pub incoming: bool,
     /// Where events go, besides the log.
     pub events: Option<EventsTarget>,
     /// How the log is written.
@@ -350,6 +357,11 @@ impl Config {
         let buffer_memory_bytes = buffer_memory(settings.buffer_memory, workers, replicas.len())?;
         let read_only = settings.read_only.unwrap_or(false);
         let repair = settings.repair.map_or(!read_only, |repair| repair.is_on());
+        let incoming = settings.incoming.unwrap_or(false);
+        let lock_timeout = settings.lock_timeout.unwrap_or(match incoming {
+            true => LOCK_TIMEOUT_INCOMING,
+            false => LOCK_TIMEOUT,
+        });
         let votes = settings.read_pattern != Some(ReadPatternName::Fifo);
         let config = Self {
             record: RecordConfig::from_settings(&settings, &replicas)?,
@@ -380,7 +392,8 @@ impl Config {
             queue_size,
             workers,
             buffer_memory_bytes,
-            lock_timeout: Duration::from_secs(settings.lock_timeout.unwrap_or(LOCK_TIMEOUT).into()),
+            lock_timeout: Duration::from_secs(lock_timeout.into()),
+            incoming,
             events: settings.events,
             log_format: settings.log_format.unwrap_or_default(),
             log_level: settings.log_level.unwrap_or_default(),

@@ -183,6 +183,7 @@ queue-size = 128
 workers = 2
 buffer-memory = "32M"
 lock-timeout = 0
+incoming = true
 events = "events.jsonl"
 log-format = "json"
 log-level = "warn"
@@ -234,6 +235,7 @@ log-level = "warn"
             workers: Some(2),
             buffer_memory: Some(ByteSize(32 << 20)),
             lock_timeout: Some(0),
+            incoming: Some(true),
             events: Some(EventsTarget::Path("events.jsonl".into())),
             log_format: Some(LogFormat::Json),
             log_level: Some(LogLevel::Warn),

@@ -253,6 +253,21 @@ pub struct Settings {
     #[arg(value_parser = whole_number::<u16>)]
     pub num_queues: Option<u16>,
 
+    /// Wait for a guest that comes by live migration: open the disk only when its rings start
+    ///
+    /// For the destination of a migration, while the daemon of the source still has the replicas.
+    /// The disk is looked at (its size is in the state record, which both must see) but neither
+    /// locked nor written. When the guest begins to run here, the locks are waited for
+    /// (--lock-timeout): the source lets go when the guest has stopped there. If the migration is
+    /// cancelled, nothing was touched. The replicas and --serial must be those of the source.
+    #[arg(
+        long,
+        num_args = 0,
+        default_missing_value = "true",
+        help_heading = "Device"
+    )]
+    pub incoming: Option<bool>,
+
     /// Largest queue accepted, a power of two from 4 to 1024 [default: 256]
     #[arg(long, value_name = "ENTRIES", help_heading = "Device")]
     #[arg(value_parser = whole_number::<u16>)]
@@ -267,10 +282,11 @@ pub struct Settings {
     #[arg(long, value_name = "SIZE", help_heading = "Resources")]
     pub buffer_memory: Option<ByteSize>,
 
-    /// Seconds to wait at the start for a replica that another process has locked [default: 5]
+    /// Seconds to wait for replicas that another process has locked [default: 5, with --incoming 30]
     ///
-    /// A daemon that was killed keeps its locks until its last write has landed. As long again is
-    /// waited for a process that listens on --socket-path.
+    /// A daemon that was killed keeps its locks until its last write has landed; the source of a live
+    /// migration, until the guest has stopped there. As long again is waited for a process that
+    /// listens on --socket-path.
     #[arg(long, value_name = "SECONDS", help_heading = "Resources")]
     #[arg(value_parser = whole_number::<u16>)]
     pub lock_timeout: Option<u16>,
@@ -361,6 +377,7 @@ impl Settings {
             workers: self.workers.or(beneath.workers),
             buffer_memory: self.buffer_memory.or(beneath.buffer_memory),
             lock_timeout: self.lock_timeout.or(beneath.lock_timeout),
+            incoming: self.incoming.or(beneath.incoming),
             events: self.events.or(beneath.events),
             log_format: self.log_format.or(beneath.log_format),
             log_level: self.log_level.or(beneath.log_level),

@@ -36,19 +36,21 @@ pub fn drain_limit(config: &Config) -> Duration {
 /// How long the whole end may take.
 #[must_use]
 pub fn limit(config: &Config) -> Duration {
-    drain_limit(config) + Disk::stop_limit(config)
+    drain_limit(config) + Disk::close_limit(config)
 }
 
 /// Ends a connection, which must be watched by `control`: queues complete what was fetched and show
 /// it to the guest first. Whoever wants to know how the disk is meanwhile is told by `show`, and
 /// events go out. One that does not end within `limit` is left behind, for the end of the process.
+/// Returns whether it has ended.
+#[must_use]
 pub fn drain(
     control: &mut ControlLoop,
     handle: ConnectionHandle,
     clock: Clock,
     limit: Duration,
     mut show: impl FnMut(),
-) {
+) -> bool {
     handle.shutdown();
     let end = clock.now().after(limit);
     let mut until = end.min(clock.now().after(CUT_AFTER));
@@ -58,7 +60,7 @@ pub fn drain(
                 // It is over, and has said in the log how.
                 let _ = control.remove(&handle.ended());
                 let _ = handle.join();
-                return;
+                return true;
             }
             Ok(Some(Wakeup::ShowCounters)) => show(),
             // The end has been asked for; nothing else matters any more.
@@ -74,11 +76,11 @@ pub fn drain(
                     "requests of the guest did not complete in time: it has to repeat them at the \
                      next daemon"
                 );
-                return;
+                return false;
             }
             Err(error) => {
                 warn!("cannot wait for the end of the connection: {error}");
-                return;
+                return false;
             }
         }
     }

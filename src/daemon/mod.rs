@@ -43,11 +43,11 @@ use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
-use crate::device::{Connection, ConnectionHandle};
+use crate::device::{Connection, ConnectionHandle, Device, Storage};
 use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
-use disk::{Disk, DiskError};
+use disk::{Disk, DiskError, DiskSetup, Standing};
 use listener::{FrontEndSource, ListenerError};
 use signals::{SignalError, Signals};
 
@@ -101,23 +101,27 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let sink = config.events.as_ref().map(EventSink::open).transpose()?;
     let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
     let counters = Counters::new(usize::from(config.workers), config.replica_names());
-    let disk = Disk::start(&config, &sender, &counters, clock)?;
-    warn_of_record(&config.record);
     let wishes = [
         config.clear.map(|replica| Command::Clear { replica }),
         (config.force_current).map(|replica| Command::ForceCurrent { replica }),
     ];
-    for wish in wishes.into_iter().flatten() {
-        disk.command(wish);
-    }
+    let config = Arc::new(config);
+    let setup = DiskSetup {
+        config: Arc::clone(&config),
+        reports: sender,
+        counters: counters.clone(),
+        clock,
+    };
+    let (disk, device) = Disk::start(setup, wishes.into_iter().flatten().collect())?;
+    warn_of_record(&config.record);
     let names = Names {
         disk: config.serial.clone(),
         replicas: config.replica_names(),
         record_copies: places.map_or(Vec::new(), |places| places.copies),
-        disk_sectors: disk.sectors(),
+        disk_sectors: disk.looks().sectors,
     };
     let reporter = Reporter::new(names.clone(), sink);
-    // Last, and with the locks of the replicas in hand: see `listener`. Whoever waits for the socket
+    // Last, and with the locks of the replicas in hand (but for --incoming): see `listener`. Whoever waits for the socket
     // to appear may connect at once.
     let control = FrontEndSource::open(&config.front_end, config.lock_timeout)
         .map_err(DaemonError::from)
@@ -129,7 +133,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         Ok(control) => control,
         Err(error) => {
             // A disk that was not even served is no unclean end.
-            disk.stop();
+            device.lifecycle().gate().close();
             return Err(error);
         }
     };
@@ -145,17 +149,23 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         repair: config.upkeep.scrub_repairs,
     };
     let mut connection = None;
-    let end = serve(&mut control, &disk, &show, scrub, &mut connection);
+    let end = serve(&mut control, &disk, &device, &show, scrub, &mut connection);
     info!("stopping");
     service_manager::stopping(ending::limit(&config));
     // First, so that a successor can take the socket, and front-ends that come back find it there.
     control.stop_listening();
-    if let Some(handle) = connection {
+    let drained = connection.is_none_or(|handle| {
         let limit = ending::drain_limit(&config);
-        ending::drain(&mut control, handle, clock, limit, || show.all(&disk));
-    }
+        ending::drain(&mut control, handle, clock, limit, || show.all(&disk))
+    });
     show.status(&disk);
-    disk.stop();
+    if drained {
+        // The last connection has ended: nobody opens it any more.
+        device.lifecycle().gate().close();
+    } else {
+        // It has the gate, and keeps it.
+        Storage::close(&*disk);
+    }
     control.finish();
     show.counters();
     end
@@ -166,6 +176,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
 fn serve(
     control: &mut ControlLoop,
     disk: &Disk,
+    device: &Arc<Device>,
     show: &Show<'_>,
     scrub: Command,
     connection: &mut Option<ConnectionHandle>,
@@ -173,7 +184,7 @@ fn serve(
     loop {
         match control.wait().map_err(DaemonError::Control)? {
             Wakeup::Connection(stream) => {
-                match Connection::serve(stream, Arc::clone(disk.device())) {
+                match Connection::serve(stream, Arc::clone(device)) {
                     Ok(handle) => {
                         control
                             .add(&handle.ended(), TOKEN_CONNECTION)
@@ -205,7 +216,11 @@ fn serve(
             }
             Wakeup::Terminate => break Ok(()),
             Wakeup::VerifyFailed => break Err(DaemonError::VerifyFailed),
-            Wakeup::Scrub => disk.command(scrub),
+            Wakeup::Scrub => {
+                if !disk.command(scrub) {
+                    warn!("no scrub is begun: the disk is closed and waits for the guest");
+                }
+            }
             Wakeup::ShowCounters => show.all(disk),
         }
     }
@@ -260,10 +275,13 @@ impl Show<'_> {
     }
 
     fn status(&self, disk: &Disk) {
-        // None: the maintenance thread does not answer at this moment.
-        let Some(status) = disk.status() else {
-            warn!("the maintenance thread does not say how the disk is");
-            return;
+        let status = match disk.status() {
+            Standing::Open(status) => status,
+            Standing::Silent => {
+                return warn!("the maintenance thread does not say how the disk is");
+            }
+            Standing::Closed => return info!("status\nclosed: waiting for the guest"),
+            Standing::Changing => return info!("status\nbeing opened or closed"),
         };
         let status = DiskStatus::new(&status, self.names, self.threshold);
         match self.format {

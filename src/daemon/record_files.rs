@@ -11,6 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -167,10 +168,22 @@ impl RecordFiles {
     /// If a copy is locked by somebody else, two of them are one file, or none is where it should
     /// be but one where it would be with the replicas in another order.
     pub fn open(places: &RecordPlaces, access: Access) -> Result<Self, RecordFileError> {
+        Self::open_unless(places, access, &AtomicBool::new(false))
+    }
+
+    /// Like [`RecordFiles::open`], but does not wait for a lock any more once `given_up` is set.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn open_unless(
+        places: &RecordPlaces,
+        access: Access,
+        given_up: &AtomicBool,
+    ) -> Result<Self, RecordFileError> {
         let begin = Instant::now();
         let mut files: Vec<RecordFile> = Vec::with_capacity(places.copies.len());
         for path in &places.copies {
-            let file = RecordFile::open(path, access, begin, &files)?;
+            let file = RecordFile::open(path, access, begin, given_up, &files)?;
             files.push(file);
         }
         let mut elsewhere = places.elsewhere.clone();
@@ -343,6 +356,7 @@ impl RecordFile {
         path: &Path,
         access: Access,
         begin: Instant,
+        given_up: &AtomicBool,
         others: &[RecordFile],
     ) -> Result<Self, RecordFileError> {
         let state = match access {
@@ -361,7 +375,9 @@ impl RecordFile {
                     Ok(()) if leads_to(path, &file) => break State::Open(file),
                     // It was removed or replaced before we had the lock.
                     Ok(()) => {}
-                    Err(RecordFileError::InUse { .. }) if begin.elapsed() < timeout => {
+                    Err(RecordFileError::InUse { .. })
+                        if begin.elapsed() < timeout && !given_up.load(Ordering::Relaxed) =>
+                    {
                         if begin.elapsed() < LOCK_RETRY {
                             info!(
                                 "the state record {} is locked by another process; waiting up to \

@@ -30,6 +30,7 @@ use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
 use crate::control::{Counters, ReportSender};
+use crate::device::Began;
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -633,6 +634,15 @@ impl Maintenance {
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
                 Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
+                Message::Began(began, durable) => {
+                    match began {
+                        Began::Warm => {
+                            info!("warm start: the front-end brought what was in flight")
+                        }
+                        Began::Cold => info!("cold start: nothing is known of what was in flight"),
+                    }
+                    durable.send(());
+                }
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)

@@ -11,6 +11,7 @@ use crate::daemon::fingerprints;
 use crate::daemon::first_use::RunIds;
 use crate::daemon::maintenance::OpenRecord;
 use crate::daemon::record_files::RecordFiles;
+use crate::device::DiskIdentity;
 use crate::quorum::{KeeperStart, KeeperState, ReplicaState, Shared};
 use crate::record::{MemberState, Recorder, Superblock, VERIFIED};
 use crate::replica::{Fingerprint, RawOptions, Replica, SetShape};
@@ -122,7 +123,12 @@ impl SettledDisk {
     }
 
     /// The whole.
-    pub fn into_start(self, record: Option<OpenRecord>, keeper: KeeperStart) -> Start {
+    pub fn into_start(
+        self,
+        record: Option<OpenRecord>,
+        keeper: KeeperStart,
+        identity: DiskIdentity,
+    ) -> Start {
         Start {
             shared: self.shared,
             replicas: self.set.replicas,
@@ -131,6 +137,7 @@ impl SettledDisk {
             shape: self.set.shape,
             record,
             keeper,
+            identity,
         }
     }
 }

@@ -32,7 +32,7 @@ use crate::control::counters::{RequestKind as Kind, WorkerCounters};
 use crate::control::events::EventData;
 use crate::device::mailbox::{Ack, Mailbox, QueueCommand};
 use crate::device::queue::Answer;
-use crate::device::{BlockStatus, Fetched, GuestMemory};
+use crate::device::{Began, BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
     Action, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane, LaneCounters, LaneId,
@@ -108,6 +108,9 @@ pub enum Message {
     Status(Ack<KeeperStatus>),
     /// To a worker: end when nothing is in flight any more.
     Shutdown,
+    /// To maintenance: how the disk begins to be used, once. To be acknowledged when what follows
+    /// from it is durable; the first ring starts after that.
+    Began(Began, Ack<()>),
     /// To maintenance: close the disk.
     Close {
         /// All workers have ended: what they had under way is on replicas that were kicked.

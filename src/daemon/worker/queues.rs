@@ -198,6 +198,7 @@ impl Worker {
                 | Message::Opened { .. }
                 | Message::Command(_)
                 | Message::Status(_)
+                | Message::Began(..)
                 | Message::Close { .. } => unreachable!("for the maintenance thread"),
                 Message::Shutdown => self.shutting_down = true,
             }
