@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::clock::Clock;
 use super::control_loop::{ControlLoop, Wakeup};
-use super::disk::Disk;
+use super::disk;
 use crate::config::Config;
 use crate::device::ConnectionHandle;
 use crate::record::RECORD_HANG_LIMIT;
@@ -36,7 +36,7 @@ pub fn drain_limit(config: &Config) -> Duration {
 /// How long the whole end may take.
 #[must_use]
 pub fn limit(config: &Config) -> Duration {
-    drain_limit(config) + Disk::close_limit(config)
+    drain_limit(config) + disk::stop_limit(config)
 }
 
 /// Ends a connection, which must be watched by `control`: queues complete what was fetched and show

@@ -14,6 +14,7 @@
 
 pub mod clock;
 pub mod control_loop;
+mod copy_warden;
 mod disk;
 mod ending;
 pub mod event_loop;
@@ -257,6 +258,9 @@ fn say_ready(config: &Config) {
         workers = config.workers,
         "ready for a front-end on {place}"
     );
+    if config.incoming {
+        info!("the disk is closed until the rings of an incoming guest start");
+    }
 }
 
 /// Writes to the log how the disk is and what was counted: text for people, an object for programs.

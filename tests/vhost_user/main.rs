@@ -7,6 +7,7 @@
 //! - `rings`: framing, feature bits, interrupts, kicks, indices.
 //! - `faults`: replicas that lie.
 //! - `life`: connections and processes, from their start to their end.
+//! - `migration`: two daemons on the same replicas, and the guest on its way.
 //! - `overlaps`: workers that need what others hold.
 //! - `guests`: hostile guests.
 //! - `front_ends`: hostile front-ends.
@@ -18,6 +19,7 @@ mod faults;
 mod front_ends;
 mod guests;
 mod life;
+mod migration;
 mod overlaps;
 mod rings;
 mod statuses;
