@@ -8,6 +8,7 @@
 //! - `faults`: replicas that lie.
 //! - `life`: connections and processes, from their start to their end.
 //! - `migration`: two daemons on the same replicas, and the guest on its way.
+//! - `memory`: guest memory that comes and goes; a reset in the middle of the work.
 //! - `overlaps`: workers that need what others hold.
 //! - `guests`: hostile guests.
 //! - `front_ends`: hostile front-ends.
@@ -19,6 +20,7 @@ mod faults;
 mod front_ends;
 mod guests;
 mod life;
+mod memory;
 mod migration;
 mod overlaps;
 mod rings;
