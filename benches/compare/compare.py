@@ -7,6 +7,7 @@ a few seconds in alternating rounds, and the medians are compared. Needs root fo
 
   compare.py                      all rows
   compare.py --row 'randread'     rows whose name contains this; --list names them
+  compare.py --row restart        only how long a restart of the daemon takes
   compare.py --peer-only          leave the daemon out, to try other settings of the peer
 """
 
@@ -33,6 +34,7 @@ from host import (  # noqa: E402
     target_folder,
     wait_until,
 )
+import restart  # noqa: E402
 
 THRESHOLD = 2
 NAMES = ("alpha", "beta", "gamma")
@@ -98,7 +100,7 @@ def cached_storage(folder):
 def direct_storage(folder):
     """The file system that holds /var/tmp, or TMPDIR if that is set, past the page cache."""
     path = folder / "direct"
-    path.mkdir()
+    path.mkdir(parents=True)
     yield path
 
 
@@ -324,8 +326,9 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     rows = [row for row in ROWS if arguments.row in row.name]
+    restarts = arguments.row in restart.NAME and not arguments.peer_only
     if arguments.list:
-        print("\n".join(row.name for row in rows))
+        print("\n".join([row.name for row in rows] + [restart.NAME] * restarts))
         return 0
     # An interrupted run must leave no mounts, loop devices or servers behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -338,13 +341,19 @@ def main():
             f"replicas of {DISK_BYTES >> 20} MiB; "
             f"medians of {arguments.rounds} alternating runs of {arguments.seconds:g} s\n"
         )
-        print(HEADER)
+        if rows:
+            print(HEADER)
         for kind in dict.fromkeys(row.storage for row in rows):
             with STORAGE[kind](folder) as place:
                 images = make_images(place)
                 for row in rows:
                     if row.storage == kind:
                         met &= print_row(row, run_row(row, arguments, images, folder))
+        if restarts:
+            with direct_storage(folder / "restart") as place:
+                images = make_images(place)
+                samples = restart.measure(arguments.daemon, arguments.front_end, images, folder)
+                met &= restart.print_row(samples)
     except Failure as failure:
         print(f"bench: {failure}", file=sys.stderr)
         return 1
