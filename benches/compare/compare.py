@@ -7,6 +7,7 @@ a moment in alternating rounds, and the medians are compared. Needs root for mou
 
   compare.py                      all rows
   compare.py --row 'randread'     rows whose name contains this; --list names them
+  compare.py --row restart        only how long a restart of the daemon takes
   compare.py --peer-only          leave the daemon out, to try other settings of the peer
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "vm"))
 
 import plot  # noqa: E402
+import restart  # noqa: E402
 from host import Failure, scratch_folder, target_folder  # noqa: E402
 from rows import ROWS  # noqa: E402
 from servers import FRONT_END_CPU, LIMIT, SERVER_CPU, THRESHOLD, pinned, served  # noqa: E402
@@ -137,10 +139,11 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     rows = [row for row in ROWS if arguments.row in row.name]
+    restarts = arguments.row in restart.NAME and not arguments.peer_only
     if arguments.list:
-        print("\n".join(row.name for row in rows))
+        print("\n".join([row.name for row in rows] + [restart.NAME] * restarts))
         return 0
-    if not rows:
+    if not rows and not restarts:
         print(f"bench: no row has '{arguments.row}' in its name; see --list", file=sys.stderr)
         return 2
     # An interrupted run must leave no mounts, loop devices or servers behind.
@@ -156,7 +159,8 @@ def main():
             f"medians of {arguments.rounds} alternating runs of {arguments.seconds:g} s; "
             f"pinned rows: server on processor {SERVER_CPU}, front-end on {FRONT_END_CPU}\n"
         )
-        print(HEADER)
+        if rows:
+            print(HEADER)
         for kind in dict.fromkeys(row.storage for row in rows):
             with STORAGE[kind](folder) as storage:
                 for row in rows:
@@ -164,10 +168,16 @@ def main():
                         results.append(measure_row(arguments, row, storage, folder))
                         results[-1].print()
         met = all(result.is_met() for result in results)
-        if not arguments.peer_only:
+        milliseconds = []
+        if restarts:
+            with STORAGE["direct"](folder) as storage:
+                milliseconds = restart.measure(arguments, storage.paths, folder)
+                met &= restart.print_row(milliseconds)
+        if results and not arguments.peer_only:
             met &= print_memory(results)
         if arguments.json:
-            figures = {"machine": facts, "rows": [result.to_json() for result in results]}
+            rows = [result.to_json() for result in results]
+            figures = {"machine": facts, "rows": rows, "restart_ms": milliseconds}
             arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
         if arguments.plot:
             arguments.plot.write_text(plot.svg(results))

@@ -2,6 +2,7 @@
 """Where the replicas lie while they are measured."""
 
 import os
+import shutil
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -93,7 +94,10 @@ def direct(folder):
     """The file system that holds /var/tmp, or TMPDIR if that is set, past the page cache."""
     path = folder / "direct"
     path.mkdir()
-    yield Storage(make_images(path, DISK_BYTES), direct=True)
+    try:
+        yield Storage(make_images(path, DISK_BYTES), direct=True)
+    finally:
+        shutil.rmtree(path)
 
 
 @contextmanager
