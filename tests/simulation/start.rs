@@ -9,7 +9,7 @@ use crate::copies::{Copies, DISK};
 use crate::faults::MS;
 use crate::life::{Event, Stop};
 use crate::maintenance::{Maintenance, saved_states};
-use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
+use crate::quorum::{Bitmap, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
     EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened, Recorder,
     Refusal, Superblock, open,
@@ -193,6 +193,7 @@ impl World {
     fn begin_daemon(&mut self, opened: Opened, marks: Marks, missing: u8, clean: bool) -> Verdict {
         self.life.daemons += 1;
         self.life.stop = Stop::No;
+        self.life.connected = false;
         self.life.opened = opened.superblock.epoch();
         let saved = saved_states(&opened.superblock);
         let members = opened.superblock.members;
@@ -214,8 +215,8 @@ impl World {
         if !clean && !self.broken.is(Breach::DirtyTrusted) {
             shared.resolve_dirty();
         }
-        if self.rng.chance(self.life.cautious) {
-            shared.decide_crash_ties(CrashTie::MajorityOnly);
+        if shared.unresolved.extents() > 0 {
+            shared.await_front_end(opened.superblock.cold);
         }
         self.shared = shared;
         self.take_marks();
