@@ -249,6 +249,15 @@ impl Shared {
         })
     }
 
+    /// The first extent of which a flush of the replicas in `done` leaves fewer than T durable copies
+    /// of what was written there since the last flush that was told to have succeeded (invariant I5).
+    #[must_use]
+    pub fn lacking_flush(&self, done: ReplicaSet) -> Option<u64> {
+        let activity = &self.activity;
+        let counts = |extent| !activity.is_covered(activity.last(extent));
+        self.membership.first_lacking(done, counts)
+    }
+
     /// Marks the extent clean if rule W8 allows it: it was not written to since `idle_ns`, nobody
     /// holds or waits for a lock in it, it is resolved, enough copies are current, each of them has
     /// been flushed since, and everybody else is behind for good. Returns whether it is clean now.

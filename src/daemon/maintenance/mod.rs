@@ -32,6 +32,7 @@ use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
 use crate::control::{Counters, ReportSender};
+use crate::device::mailbox::Ack;
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -189,6 +190,8 @@ struct Maintenance {
     next_guest_look: Time,
     stop: Stop,
     ties: Ties,
+    /// Who waits until the way the disk begins is durable.
+    began_owed: Vec<Ack<()>>,
     /// Something was in U when this run began, and is, as far as was said.
     unresolved: bool,
     // What is to be carried out, and reused.
@@ -267,6 +270,7 @@ impl Maintenance {
             next_guest_look: setup.clock.now(),
             stop: Stop::default(),
             ties,
+            began_owed: Vec::new(),
             unresolved,
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
@@ -632,7 +636,7 @@ impl Maintenance {
             match message {
                 Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
-                Message::Began(began, known) => self.began(began, known),
+                Message::Began(began, ack) => self.began(began, ack),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
