@@ -5,6 +5,7 @@
 //! - [`chain`], [`request`]: a descriptor chain of a hostile guest becomes a [`GuestRequest`].
 //! - [`config_space`]: features and configuration the guest sees.
 //! - [`queue`]: a [`VirtQueue`], owned by one worker: fetch, complete, publish.
+//! - [`inflight`]: what is in flight, remembered by the front-end while we are killed.
 //! - [`notify`]: the eventfds of a queue.
 //! - [`mailbox`]: how the threads of a connection tell workers what to do.
 //! - [`vring`], [`backend`]: the crate's view of rings and device, turned into commands.
@@ -19,6 +20,7 @@ pub mod connection;
 pub mod disk;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod inflight;
 pub mod lifecycle;
 pub mod mailbox;
 pub mod message;

@@ -33,8 +33,9 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::GuestMemory;
 use super::config_space::feature;
-use super::disk::Device;
-use super::lifecycle::{Gate, OpenFailed};
+use super::disk::{Began, Device};
+use super::inflight::InflightBuffer;
+use super::lifecycle::{Gate, OpenDisk, OpenFailed};
 use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone, WorkerMailbox};
 use super::notify::{Call, Kick};
 use super::queue::{QueueSetup, RingAddresses};
@@ -47,6 +48,8 @@ pub type ConnectionMemory = GuestMemoryAtomic<GuestMemory>;
 pub struct RingContext {
     device: Arc<Device>,
     features: AtomicU64,
+    /// The buffer handed in last. A running ring keeps the one it was started with.
+    inflight: Mutex<Option<Arc<InflightBuffer>>>,
     /// Shut down when the connection cannot go on.
     line: OnceLock<UnixStream>,
     /// Why it cannot.
@@ -62,10 +65,22 @@ impl RingContext {
         Self {
             device,
             features: AtomicU64::new(0),
+            inflight: Mutex::new(None),
             line: OnceLock::new(),
             failure: Mutex::new(None),
             given_up: AtomicBool::new(false),
         }
+    }
+
+    /// Takes the buffer for rings that start from now on.
+    pub fn set_inflight(&self, buffer: InflightBuffer) {
+        let mut slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(Arc::new(buffer));
+    }
+
+    fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+        let slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.clone()
     }
 
     /// Whether the front-end has writes to its memory logged.
@@ -100,6 +115,17 @@ impl RingContext {
         if let Some(line) = self.line.get() {
             // Fails only if it is cut already.
             let _ = line.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Before a ring starts with `buffer`: tells the device how it begins, and then marks the
+    /// buffer as one of this run. In this order: a buffer of this run that was cold, and is taken
+    /// for warm by the next one, would have that wait for requests nobody executes again.
+    fn begin(disk: &OpenDisk, buffer: Option<&InflightBuffer>) {
+        let identity = disk.identity();
+        let began = buffer.map_or(Began::Cold, |buffer| buffer.began(identity));
+        if let (Some(buffer), Ok(())) = (buffer, disk.begin(began)) {
+            buffer.stamp(identity);
         }
     }
 
@@ -212,7 +238,8 @@ impl DeviceVring {
         let wanted = ring.enabled && ring.kick.is_some();
         match ring.phase {
             Phase::Idle => {
-                let Some(setup) = self.setup(ring) else {
+                let buffer = self.context.inflight();
+                let Some(setup) = self.setup(ring, buffer.as_ref()) else {
                     return;
                 };
                 if self.context.failure().is_some() {
@@ -222,6 +249,7 @@ impl DeviceVring {
                     Ok(disk) => disk,
                     Err(why) => return self.context.fail(why),
                 };
+                RingContext::begin(&disk, buffer.as_deref());
                 ring.worker = Some(Arc::clone(disk.worker_of(queue)));
                 ring.phase = Phase::Running;
                 ring.features = setup.features;
@@ -248,7 +276,7 @@ impl DeviceVring {
     }
 
     /// What the worker needs, if the ring can run.
-    fn setup(&self, ring: &Ring) -> Option<QueueSetup> {
+    fn setup(&self, ring: &Ring, buffer: Option<&Arc<InflightBuffer>>) -> Option<QueueSetup> {
         if !ring.ready || !ring.enabled {
             return None;
         }
@@ -260,6 +288,7 @@ impl DeviceVring {
             features: self.context.features.load(Ordering::Relaxed),
             options: Arc::clone(device.options()),
             order: device.order(),
+            inflight: buffer.and_then(|buffer| buffer.region(self.index)),
             kick: ring.kick.clone()?,
             call: ring.call.clone(),
         })
@@ -347,7 +376,7 @@ pub fn start_all(rings: &[DeviceVring], gate: &mut Gate<'_>) {
 /// Ends the connection of the `rings` if one of them should run, since the disk could not be opened
 /// again.
 pub fn abandon(rings: &[DeviceVring], why: &OpenFailed) {
-    let waits = |vring: &&DeviceVring| vring.setup(&vring.lock()).is_some();
+    let waits = |vring: &&DeviceVring| vring.setup(&vring.lock(), None).is_some();
     if let Some(vring) = rings.iter().find(waits) {
         vring.context.fail(why.clone());
     }

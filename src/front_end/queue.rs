@@ -53,7 +53,7 @@ pub struct Queue {
     epoll: Epoll,
     /// The connection, to learn of its end while waiting: epoll knows it only as long as it is
     /// open here.
-    _socket: OwnedFd,
+    socket: OwnedFd,
     /// By the head of the descriptor chain.
     in_flight: Vec<Option<InFlight>>,
     done: VecDeque<Completion>,
@@ -77,10 +77,7 @@ pub(super) struct Parts {
 impl Queue {
     pub(super) fn new(parts: Parts) -> Result<Self, FrontEndError> {
         let epoll = Epoll::new().map_err(failed("create an epoll instance"))?;
-        let closed = EpollEvent::new(EventSet::READ_HANG_UP | EventSet::HANG_UP, CLOSED);
-        epoll
-            .ctl(ControlOperation::Add, parts.socket.as_raw_fd(), closed)
-            .map_err(failed("watch the connection"))?;
+        watch_end(&epoll, &parts.socket)?;
         let size = usize::from(parts.ring.size());
         let mut queue = Self {
             index: parts.index,
@@ -93,7 +90,7 @@ impl Queue {
             kick: new_event()?,
             call: None,
             epoll,
-            _socket: parts.socket,
+            socket: parts.socket,
             in_flight: (0..size).map(|_| None).collect(),
             done: VecDeque::new(),
             next_token: 0,
@@ -359,6 +356,17 @@ impl Queue {
         &self.ring
     }
 
+    /// The connection is another one from now on.
+    pub(super) fn replace_socket(&mut self, socket: OwnedFd) -> Result<(), FrontEndError> {
+        let none = EpollEvent::default();
+        self.epoll
+            .ctl(ControlOperation::Delete, self.socket.as_raw_fd(), none)
+            .map_err(failed("forget a connection"))?;
+        watch_end(&self.epoll, &socket)?;
+        self.socket = socket;
+        Ok(())
+    }
+
     /// A new kick descriptor; the back-end must be told.
     pub(super) fn replace_kick(&mut self) -> Result<(), FrontEndError> {
         self.kick = new_event()?;
@@ -591,6 +599,13 @@ impl Queue {
 /// Marks of what is watched while waiting.
 const CLOSED: u64 = 0;
 const CALL: u64 = 1;
+
+fn watch_end(epoll: &Epoll, socket: &OwnedFd) -> Result<(), FrontEndError> {
+    let closed = EpollEvent::new(EventSet::READ_HANG_UP | EventSet::HANG_UP, CLOSED);
+    epoll
+        .ctl(ControlOperation::Add, socket.as_raw_fd(), closed)
+        .map_err(failed("watch the connection"))
+}
 
 fn new_event() -> Result<EventFd, FrontEndError> {
     EventFd::new(EFD_NONBLOCK).map_err(failed("create an event descriptor"))

@@ -79,12 +79,11 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses or cannot do something the options ask for.
     pub fn negotiate_on(stream: UnixStream, options: &Options) -> Result<Self, FrontEndError> {
-        let cloned = |socket: &UnixStream| socket.try_clone().map_err(failed("clone the socket"));
-        let watchdog = Watchdog::new(cloned(&stream)?).map_err(failed("start a thread"))?;
+        let (protocol, watchdog) = on(&stream, options)?;
         let mut front_end = Self {
             queues: Vec::new(),
             ram: GuestRam::new(options.memory_bytes)?,
-            protocol: Frontend::from_stream(cloned(&stream)?, u64::from(options.queues)),
+            protocol,
             watchdog,
             socket: stream,
             requests: None,
@@ -148,12 +147,37 @@ impl FrontEnd {
         self.send("SET_OWNER", |protocol| protocol.set_owner())
     }
 
+    /// Connects again after the back-end has gone: negotiates, hands the in-flight buffer back,
+    /// and goes on with the rings as they are, as a VMM does whose guest has not noticed. What
+    /// SET_VRING_BASE says is up to the manners: QEMU tells the used index, cloud-hypervisor the
+    /// available index. Nobody kicks.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::connect`]. It may be tried again.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<(), FrontEndError> {
+        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+        for queue in &mut self.queues {
+            let copy = stream.try_clone().map_err(failed("clone the socket"))?;
+            queue.replace_socket(OwnedFd::from(copy))?;
+        }
+        (self.protocol, self.watchdog) = on(&stream, &self.options)?;
+        self.socket = stream;
+        self.memory_told = false;
+        self.exchange_features()?;
+        self.start_rings(None)
+    }
+
     /// Starts the device with fresh rings, as a driver does that has just found it.
     ///
     /// # Errors
     /// If the back-end refuses a message or the memory is too small for the rings.
     pub fn start(&mut self) -> Result<(), FrontEndError> {
         self.make_queues()?;
+        // What was in flight was in flight on other rings.
+        self.inflight = None;
         self.resume(self.options.wrong_base.unwrap_or(self.options.first_index))
     }
 
@@ -173,6 +197,11 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses a message.
     pub fn resume(&mut self, base: u16) -> Result<(), FrontEndError> {
+        self.start_rings(Some(base))
+    }
+
+    /// The base of every ring, or what a VMM tells that connects again.
+    fn start_rings(&mut self, base: Option<u16>) -> Result<(), FrontEndError> {
         let wanted = self.acked() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.send("SET_FEATURES", |protocol| protocol.set_features(wanted))?;
         self.share_inflight()?;
@@ -182,7 +211,7 @@ impl FrontEnd {
         }
     }
 
-    fn start_like_qemu(&mut self, base: u16) -> Result<(), FrontEndError> {
+    fn start_like_qemu(&mut self, base: Option<u16>) -> Result<(), FrontEndError> {
         for index in 0..self.queues.len() {
             self.tell_call(index)?;
         }
@@ -194,7 +223,8 @@ impl FrontEnd {
         self.ask_replies(false);
         for index in 0..self.queues.len() {
             self.tell_size(index)?;
-            self.tell_base(index, base)?;
+            let used = self.queues[index].ring().used_index()?;
+            self.tell_base(index, base.unwrap_or(used))?;
             self.tell_addresses(index)?;
             self.tell_kick(index)?;
         }
@@ -204,14 +234,15 @@ impl FrontEnd {
         Ok(())
     }
 
-    fn start_like_cloud_hypervisor(&mut self, base: u16) -> Result<(), FrontEndError> {
+    fn start_like_cloud_hypervisor(&mut self, base: Option<u16>) -> Result<(), FrontEndError> {
         self.tell_memory()?;
         for index in 0..self.queues.len() {
             self.tell_size(index)?;
         }
         for index in 0..self.queues.len() {
             self.tell_addresses(index)?;
-            self.tell_base(index, base)?;
+            let available = self.queues[index].ring().avail_index();
+            self.tell_base(index, base.unwrap_or(available))?;
             self.tell_call(index)?;
             self.tell_kick(index)?;
         }
@@ -306,6 +337,19 @@ impl FrontEnd {
     #[must_use]
     pub fn memory_file(&self) -> &File {
         self.ram.file()
+    }
+
+    /// The buffer in which the back-end marks what is in flight, if it does, for whoever wants to
+    /// look at it or do it harm.
+    #[must_use]
+    pub fn inflight_file(&self) -> Option<&File> {
+        self.inflight.as_ref().map(|(_, file)| file)
+    }
+
+    /// What the back-end is told of the in-flight buffer at the next start of the rings, to be
+    /// changed by whoever wants to lie.
+    pub fn inflight_mut(&mut self) -> Option<&mut (VhostUserInflight, File)> {
+        self.inflight.as_mut()
     }
 
     /// Our end of the channel on which the back-end sends requests, if it has one.
@@ -548,6 +592,14 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
     let rings = queues * Ring::bytes(options.queue_size).next_multiple_of(page);
     let share = half_bytes.checked_sub(rings)? / queues.div_ceil(2).max(1) / page * page;
     (share >= page).then_some(share)
+}
+
+/// The two halves of a conversation on `stream`: messages, and the limit on waiting for answers.
+fn on(stream: &UnixStream, options: &Options) -> Result<(Frontend, Watchdog), FrontEndError> {
+    let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+    let watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+    let protocol = Frontend::from_stream(cloned()?, u64::from(options.queues));
+    Ok((protocol, watchdog))
 }
 
 fn clone_event(

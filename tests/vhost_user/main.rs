@@ -7,6 +7,7 @@
 //! - `rings`: framing, feature bits, interrupts, kicks, indices.
 //! - `faults`: replicas that lie.
 //! - `life`: connections and processes, from their start to their end.
+//! - `inflight`: back-ends that are killed, and what the front-end remembers for the next one.
 //! - `migration`: two daemons on the same replicas, and the guest on its way.
 //! - `overlaps`: workers that need what others hold.
 //! - `guests`: hostile guests.
@@ -18,6 +19,7 @@ mod data;
 mod faults;
 mod front_ends;
 mod guests;
+mod inflight;
 mod life;
 mod migration;
 mod overlaps;
