@@ -29,6 +29,13 @@ pub(super) fn log(event: &Event, names: &Names) {
             keeper_text::log(&report, names, &more);
             return;
         }
+        EventData::FirstRequest { ms_after_exec } => {
+            info!(
+                ms_after_exec,
+                "first request completed {ms_after_exec} ms after exec"
+            );
+            return;
+        }
         EventData::ReportsLost { count } => {
             warn!("{count} reports of workers were lost: there were too many at once");
             return;

@@ -39,6 +39,12 @@ pub enum EventData {
     },
     /// What the keeper has to say.
     Keeper(KeeperReport),
+    /// The first request of a guest since the process began was completed: how long it was without
+    /// a disk, if it had one before.
+    FirstRequest {
+        /// The age of the process at that moment, in milliseconds.
+        ms_after_exec: u64,
+    },
     /// Reports that did not fit in the way from the workers to the control thread.
     ReportsLost {
         /// How many.
@@ -113,6 +119,7 @@ impl EventData {
             },
             Self::Keeper(report) => keeper_name(report),
             Self::RecordCopyLost { .. } => "QUORUM_BLK_RECORD_COPY_LOST",
+            Self::FirstRequest { .. } => "QUORUM_BLK_FIRST_REQUEST",
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
             Self::EventsLost { .. } => "QUORUM_BLK_EVENTS_LOST",
         }
@@ -139,14 +146,16 @@ impl EventData {
                 }
             },
             Self::Keeper(report) => keeper_key(report),
-            Self::RecordCopyLost { .. } | Self::ReportsLost { .. } | Self::EventsLost { .. } => {
-                ("", None)
-            }
+            Self::RecordCopyLost { .. }
+            | Self::FirstRequest { .. }
+            | Self::ReportsLost { .. }
+            | Self::EventsLost { .. } => ("", None),
         };
         let copy = match *self {
             Self::RecordCopyLost { copy, .. } => Some(copy),
             Self::Report(_)
             | Self::Keeper(_)
+            | Self::FirstRequest { .. }
             | Self::ReportsLost { .. }
             | Self::EventsLost { .. } => None,
         };

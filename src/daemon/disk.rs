@@ -405,6 +405,13 @@ impl Running {
     }
 }
 
+/// How long it takes at most to close a disk.
+#[must_use]
+pub fn stop_limit(config: &Config) -> Duration {
+    let workers = config.patience.io_timeout + WORKERS_STOP_MARGIN;
+    workers + STOP_LIMIT + MAINTENANCE_STOP_MARGIN
+}
+
 /// Tells maintenance how the disk begins, and waits until that is durable.
 fn began_callback(maintenance: Arc<Mailbox<Message>>) -> BeganCallback {
     Box::new(move |began| {

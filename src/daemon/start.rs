@@ -496,6 +496,10 @@ fn settle(
     if decision.resolve {
         shared.resolve_dirty();
     }
+    // Without a record nobody could remember that the start was cold.
+    if recorded && shared.unresolved.extents() > 0 {
+        shared.await_front_end(superblock.cold);
+    }
     for replica in decision.absent.iter() {
         shared.membership.leave_out(replica);
     }

@@ -177,7 +177,7 @@ impl Session {
     /// GET_INFLIGHT_FD: a new buffer, which counts when it is handed in.
     fn make_inflight(&self, message: &Message) -> Result<Verdict, Refusal> {
         let asked = description(message);
-        let disk = self.context.device().identity();
+        let disk = self.context.device().lifecycle().identity();
         let (made, file) = inflight::create(asked.shape, self.limits.queues, disk)?;
         let body = made.encode(message.body.len());
         Ok(Verdict::Done(Some(message.reply(body, vec![file]))))
@@ -187,7 +187,7 @@ impl Session {
     fn take_inflight(&self, message: &mut Message) -> Result<Verdict, Refusal> {
         let described = description(message);
         let file = message.descriptors.pop().expect("one came with it");
-        let disk = self.context.device().identity();
+        let disk = self.context.device().lifecycle().identity();
         let buffer = InflightBuffer::open(file, described, self.limits.queues, disk)?;
         self.context.set_inflight(buffer);
         Ok(Verdict::Done(self.acknowledge(message)))

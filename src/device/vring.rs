@@ -89,6 +89,19 @@ impl RingContext {
         slot.clone()
     }
 
+    /// Before a ring starts on `disk` with `buffer`: tells how the disk begins, and then marks the
+    /// buffer as one of this run. In this order: a buffer of this run that was cold, and is taken
+    /// for warm by the next one, would have that wait for requests nobody executes again.
+    fn begin(&self, disk: &OpenDisk, buffer: Option<&InflightBuffer>) -> Result<(), OpenFailed> {
+        let identity = disk.identity();
+        let began = buffer.map_or(Ok(Began::Cold), |buffer| buffer.began(identity));
+        let began = began.map_err(|error| OpenFailed(Arc::new(error)))?;
+        if let (Some(buffer), Ok(())) = (buffer, disk.begin(began)) {
+            buffer.stamp(identity);
+        }
+        Ok(())
+    }
+
     /// The memory of the front-end, as it is now.
     #[must_use]
     pub fn memory(&self) -> &ConnectionMemory {
@@ -141,17 +154,6 @@ impl RingContext {
         if let Some(line) = self.line.get() {
             // Fails only if it is cut already.
             let _ = line.shutdown(std::net::Shutdown::Both);
-        }
-    }
-
-    /// Before a ring starts with `buffer`: tells the device how it begins, and then marks the
-    /// buffer as one of this run. In this order: a buffer of this run that was cold, and is taken
-    /// for warm by the next one, would have that wait for requests nobody executes again.
-    fn begin(disk: &OpenDisk, buffer: Option<&InflightBuffer>) {
-        let identity = disk.identity();
-        let began = buffer.map_or(Began::Cold, |buffer| buffer.began(identity));
-        if let (Some(buffer), Ok(())) = (buffer, disk.begin(began)) {
-            buffer.stamp(identity);
         }
     }
 
@@ -298,7 +300,9 @@ impl DeviceVring {
                     Ok(disk) => disk,
                     Err(why) => return self.context.fail(why),
                 };
-                RingContext::begin(&disk, buffer.as_deref());
+                if let Err(why) = self.context.begin(&disk, buffer.as_deref()) {
+                    return self.context.fail(why);
+                }
                 ring.worker = Some(Arc::clone(disk.worker_of(queue)));
                 ring.phase = Phase::Running;
                 ring.features = setup.features;

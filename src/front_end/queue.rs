@@ -77,7 +77,7 @@ pub(super) struct Parts {
 impl Queue {
     pub(super) fn new(parts: Parts) -> Result<Self, FrontEndError> {
         let epoll = Epoll::new().map_err(failed("create an epoll instance"))?;
-        watch_end(&epoll, &parts.socket)?;
+        watch_connection(&epoll, &parts.socket)?;
         let size = usize::from(parts.ring.size());
         let mut queue = Self {
             index: parts.index,
@@ -356,17 +356,6 @@ impl Queue {
         &self.ring
     }
 
-    /// The connection is another one from now on.
-    pub(super) fn replace_socket(&mut self, socket: OwnedFd) -> Result<(), FrontEndError> {
-        let none = EpollEvent::default();
-        self.epoll
-            .ctl(ControlOperation::Delete, self.socket.as_raw_fd(), none)
-            .map_err(failed("forget a connection"))?;
-        watch_end(&self.epoll, &socket)?;
-        self.socket = socket;
-        Ok(())
-    }
-
     /// A new kick descriptor; the back-end must be told.
     pub(super) fn replace_kick(&mut self) -> Result<(), FrontEndError> {
         self.kick = new_event()?;
@@ -387,6 +376,17 @@ impl Queue {
             .ctl(ControlOperation::Add, call.as_raw_fd(), readable)
             .map_err(failed("watch a call descriptor"))?;
         self.call = Some(call);
+        Ok(())
+    }
+
+    /// The connection of a back-end that came after another.
+    pub(super) fn replace_socket(&mut self, socket: OwnedFd) -> Result<(), FrontEndError> {
+        watch_connection(&self.epoll, &socket)?;
+        let none = EpollEvent::default();
+        self.epoll
+            .ctl(ControlOperation::Delete, self.socket.as_raw_fd(), none)
+            .map_err(failed("forget the connection"))?;
+        self.socket = socket;
         Ok(())
     }
 
@@ -600,7 +600,8 @@ impl Queue {
 const CLOSED: u64 = 0;
 const CALL: u64 = 1;
 
-fn watch_end(epoll: &Epoll, socket: &OwnedFd) -> Result<(), FrontEndError> {
+/// Has `epoll` tell of the end of the connection.
+fn watch_connection(epoll: &Epoll, socket: &OwnedFd) -> Result<(), FrontEndError> {
     let closed = EpollEvent::new(EventSet::READ_HANG_UP | EventSet::HANG_UP, CLOSED);
     epoll
         .ctl(ControlOperation::Add, socket.as_raw_fd(), closed)

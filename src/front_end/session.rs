@@ -79,11 +79,12 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses or cannot do something the options ask for.
     pub fn negotiate_on(stream: UnixStream, options: &Options) -> Result<Self, FrontEndError> {
-        let (protocol, watchdog) = on(&stream, options)?;
+        let cloned = |socket: &UnixStream| socket.try_clone().map_err(failed("clone the socket"));
+        let watchdog = Watchdog::new(cloned(&stream)?).map_err(failed("start a thread"))?;
         let mut front_end = Self {
             queues: Vec::new(),
             ram: GuestRam::new(options.memory_bytes)?,
-            protocol,
+            protocol: Frontend::from_stream(cloned(&stream)?, u64::from(options.queues)),
             watchdog,
             socket: stream,
             requests: None,
@@ -147,29 +148,6 @@ impl FrontEnd {
         self.send("SET_OWNER", |protocol| protocol.set_owner())
     }
 
-    /// Connects again after the back-end has gone: negotiates, hands the in-flight buffer back,
-    /// and goes on with the rings as they are, as a VMM does whose guest has not noticed. What
-    /// SET_VRING_BASE says is up to the manners: QEMU tells the used index, cloud-hypervisor the
-    /// available index. Nobody kicks.
-    ///
-    /// # Errors
-    /// As [`FrontEnd::connect`]. It may be tried again.
-    pub fn reconnect(&mut self, socket: &Path) -> Result<(), FrontEndError> {
-        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
-        for queue in &mut self.queues {
-            let copy = stream.try_clone().map_err(failed("clone the socket"))?;
-            queue.replace_socket(OwnedFd::from(copy))?;
-        }
-        (self.protocol, self.watchdog) = on(&stream, &self.options)?;
-        self.socket = stream;
-        self.memory_told = false;
-        self.exchange_features()?;
-        self.start_rings(None)
-    }
-
     /// Starts the device with fresh rings, as a driver does that has just found it.
     ///
     /// # Errors
@@ -179,6 +157,43 @@ impl FrontEnd {
         // What was in flight was in flight on other rings.
         self.inflight = None;
         self.resume(self.options.wrong_base.unwrap_or(self.options.first_index))
+    }
+
+    /// Connects again after the back-end has gone, and starts the rings where they are: with the
+    /// memory, the requests and the in-flight buffer of before. Requests the old back-end did not
+    /// complete are the new one's. Where it fails it may be called again.
+    ///
+    /// SET_VRING_BASE says what VMMs say: QEMU the used index, cloud-hypervisor the available one.
+    /// Neither kicks.
+    ///
+    /// # Errors
+    /// If nobody listens yet, or the back-end refuses, offers less than before, or ends.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<(), FrontEndError> {
+        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+        let acked = self.acked();
+        let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+        self.watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+        self.protocol = Frontend::from_stream(cloned()?, u64::from(self.options.queues));
+        for queue in &mut self.queues {
+            queue.replace_socket(OwnedFd::from(cloned()?))?;
+        }
+        self.socket = stream;
+        self.requests = None;
+        self.memory_told = false;
+        self.exchange_features()?;
+        if self.offered & acked != acked {
+            let feature = "a feature that the driver uses";
+            return Err(FrontEndError::Missing { feature });
+        }
+        let rings = self.queues.iter().map(Queue::ring);
+        let bases = match self.options.manners {
+            Manners::Qemu => rings.map(Ring::used_index).collect::<Result<Vec<_>, _>>()?,
+            Manners::CloudHypervisor => rings.map(Ring::avail_index).collect(),
+        };
+        self.resume_at(&bases)
     }
 
     /// Starts the device again with other options of the rings, on the same connection and
@@ -197,21 +212,21 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses a message.
     pub fn resume(&mut self, base: u16) -> Result<(), FrontEndError> {
-        self.start_rings(Some(base))
+        self.resume_at(&vec![base; self.queues.len()])
     }
 
-    /// The base of every ring, or what a VMM tells that connects again.
-    fn start_rings(&mut self, base: Option<u16>) -> Result<(), FrontEndError> {
+    /// The same with a base for each ring.
+    fn resume_at(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         let wanted = self.acked() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.send("SET_FEATURES", |protocol| protocol.set_features(wanted))?;
         self.share_inflight()?;
         match self.options.manners {
-            Manners::Qemu => self.start_like_qemu(base),
-            Manners::CloudHypervisor => self.start_like_cloud_hypervisor(base),
+            Manners::Qemu => self.start_like_qemu(bases),
+            Manners::CloudHypervisor => self.start_like_cloud_hypervisor(bases),
         }
     }
 
-    fn start_like_qemu(&mut self, base: Option<u16>) -> Result<(), FrontEndError> {
+    fn start_like_qemu(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         for index in 0..self.queues.len() {
             self.tell_call(index)?;
         }
@@ -221,10 +236,9 @@ impl FrontEnd {
         self.ask_replies(true);
         self.tell_memory()?;
         self.ask_replies(false);
-        for index in 0..self.queues.len() {
+        for (index, &base) in bases.iter().enumerate() {
             self.tell_size(index)?;
-            let used = self.queues[index].ring().used_index()?;
-            self.tell_base(index, base.unwrap_or(used))?;
+            self.tell_base(index, base)?;
             self.tell_addresses(index)?;
             self.tell_kick(index)?;
         }
@@ -234,15 +248,14 @@ impl FrontEnd {
         Ok(())
     }
 
-    fn start_like_cloud_hypervisor(&mut self, base: Option<u16>) -> Result<(), FrontEndError> {
+    fn start_like_cloud_hypervisor(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         self.tell_memory()?;
         for index in 0..self.queues.len() {
             self.tell_size(index)?;
         }
-        for index in 0..self.queues.len() {
+        for (index, &base) in bases.iter().enumerate() {
             self.tell_addresses(index)?;
-            let available = self.queues[index].ring().avail_index();
-            self.tell_base(index, base.unwrap_or(available))?;
+            self.tell_base(index, base)?;
             self.tell_call(index)?;
             self.tell_kick(index)?;
         }
@@ -339,15 +352,8 @@ impl FrontEnd {
         self.ram.file()
     }
 
-    /// The buffer in which the back-end marks what is in flight, if it does, for whoever wants to
-    /// look at it or do it harm.
-    #[must_use]
-    pub fn inflight_file(&self) -> Option<&File> {
-        self.inflight.as_ref().map(|(_, file)| file)
-    }
-
-    /// What the back-end is told of the in-flight buffer at the next start of the rings, to be
-    /// changed by whoever wants to lie.
+    /// The buffer in which the back-end marks what is in flight, if it does, and what it is told of
+    /// that when the rings start: for whoever wants to look at it, do it harm, or lie.
     pub fn inflight_mut(&mut self) -> Option<&mut (VhostUserInflight, File)> {
         self.inflight.as_mut()
     }
@@ -592,14 +598,6 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
     let rings = queues * Ring::bytes(options.queue_size).next_multiple_of(page);
     let share = half_bytes.checked_sub(rings)? / queues.div_ceil(2).max(1) / page * page;
     (share >= page).then_some(share)
-}
-
-/// The two halves of a conversation on `stream`: messages, and the limit on waiting for answers.
-fn on(stream: &UnixStream, options: &Options) -> Result<(Frontend, Watchdog), FrontEndError> {
-    let cloned = || stream.try_clone().map_err(failed("clone the socket"));
-    let watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
-    let protocol = Frontend::from_stream(cloned()?, u64::from(options.queues));
-    Ok((protocol, watchdog))
 }
 
 fn clone_event(

@@ -237,6 +237,22 @@ pub enum Status {
     IoError,
 }
 
+/// How a flush run ended (rule F2, invariant I5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FlushEnd {
+    /// Whatever had been acknowledged before it began is durable on T replicas, and it is remembered
+    /// who lacks it.
+    Durable,
+    /// Enough replicas were flushed, but fewer than T of them are current in this extent: it has to
+    /// be brought into order first (rule V6), then another run.
+    Lacking {
+        /// The first such extent.
+        extent: u64,
+    },
+    /// Too few replicas were flushed, or it cannot be remembered who was not.
+    Failed,
+}
+
 /// What one lane tells another, by way of [`Action::Wake`] and [`Event::Wake`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wakeup {
@@ -248,14 +264,17 @@ pub enum Wakeup {
     FlushDone {
         /// Number of the run.
         run: u64,
-        /// Whether the rule for success held (rule F2).
-        ok: bool,
+        /// How it ended.
+        end: FlushEnd,
     },
     /// More marks are durable, or none will be any more.
     Durable,
     /// A replica went or came: requests that wait for answers of one that went do so in vain, and
     /// those that wait for enough replicas may find them.
     MembersChanged,
+    /// It is decided what becomes of sectors in U without a majority (rules S4, Y3): reads that
+    /// wait for that go on.
+    TiesDecided,
     /// Requests that wait for enough replicas are to fail: their queue is being stopped (rule Q4).
     FailPaused,
 }

@@ -36,6 +36,8 @@ pub enum Mutation {
     FailedWriteNotUnresolved,
     /// F2: a flush succeeds although a replica without it stays current.
     FailedFlushNotMarked,
+    /// I5: a flush succeeds although fewer than T of the replicas flushed are current in an extent.
+    FlushOfCopiesBehind,
     /// W2: a write does not wait until its extent is dirty for good.
     WriteBeforeIntent,
     /// W4: a write is acknowledged before the behind marks of the others are durable.
@@ -48,6 +50,8 @@ pub enum Mutation {
     ResolveNotFlushed,
     /// Y3: after a crash the first replica is believed, not the largest group.
     FirstReplicaBelieved,
+    /// Y3: ties are decided by a choice although the start is warm.
+    ChosenWhenWarm,
     /// Y5: a replica that was resynced is current before it is flushed.
     ResyncNotFlushed,
     /// Y5: a replica is current after a resync although it was kicked meanwhile.

@@ -9,9 +9,11 @@
 //!
 //! - [`roster`]: which replicas are open, and how they leave all workers and come back to them.
 //! - [`stop`]: the clean end (rule R8).
+//! - [`ties`]: what a warm or a cold start decides (rules S4, Y3).
 
 mod roster;
 mod stop;
+mod ties;
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -30,7 +32,7 @@ use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
 use crate::control::{Counters, ReportSender};
-use crate::device::Began;
+use crate::device::mailbox::Ack;
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -43,6 +45,7 @@ use crate::units::{ReplicaId, Time};
 use roster::Roster;
 pub use stop::STOP_LIMIT;
 use stop::Stop;
+use ties::Ties;
 
 /// How often the keeper is told how much the guest asks for.
 const GUEST_LOOK: Duration = Duration::from_millis(500);
@@ -167,7 +170,7 @@ struct Record {
     paths: Vec<PathBuf>,
     /// The change that was last found durable.
     durable: Option<ChangeId>,
-    /// It was said that the disk is resolved after its last crash.
+    /// It says, or is to say, that U is of a cold start.
     cold: bool,
 }
 
@@ -186,6 +189,11 @@ struct Maintenance {
     events: EventLoop,
     next_guest_look: Time,
     stop: Stop,
+    ties: Ties,
+    /// Who waits until the way the disk begins is durable.
+    began_owed: Vec<Ack<()>>,
+    /// Something was in U when this run began, and is, as far as was said.
+    unresolved: bool,
     // What is to be carried out, and reused.
     lane_actions: Vec<Action>,
     keeper_actions: Vec<KeeperAction>,
@@ -244,6 +252,8 @@ impl Maintenance {
             wardens.push(warden::spawn(setup).map_err(MaintenanceError::Thread)?);
         }
         let keeper = Keeper::new(setup.keeper_config, setup.keeper, &setup.shared);
+        let ties = Ties::new(setup.shared.crash_tie());
+        let unresolved = setup.shared.unresolved.extents() > 0;
         Ok(Self {
             lane: Lane::new(LaneId(u8::try_from(lane).expect("at most 64 lanes"))),
             roster: Roster::new(setup.replicas, wardens, setup.mailboxes.len() - 1),
@@ -259,6 +269,9 @@ impl Maintenance {
             events,
             next_guest_look: setup.clock.now(),
             stop: Stop::default(),
+            ties,
+            began_owed: Vec::new(),
+            unresolved,
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
             record_actions: Vec::new(),
@@ -341,6 +354,7 @@ impl Maintenance {
         self.carry_out();
         self.move_replicas();
         self.carry_out();
+        self.advance_ties();
         self.advance_stop();
         self.carry_out();
         self.executor.submit()?;
@@ -376,11 +390,13 @@ impl Maintenance {
         if self.shared.unresolved.extents() > 0 {
             return;
         }
+        if std::mem::take(&mut self.unresolved) {
+            info!("everything that was unresolved since the last end of the daemon is resolved");
+        }
         let Some(record) = &mut self.record else {
             return;
         };
         if std::mem::take(&mut record.cold) {
-            info!("everything that was unresolved since the last end of the daemon is resolved");
             record.recorder.change(|superblock| superblock.cold = false);
             self.tell_recorder(RecordEvent::Poll);
         }
@@ -406,6 +422,7 @@ impl Maintenance {
             until(recorder.and_then(Recorder::deadline)),
             until(Some(self.next_guest_look)),
             until(self.stop.deadline()),
+            until(self.ties.deadline()),
         ];
         let timeout = limits.into_iter().flatten().min();
         self.events
@@ -617,7 +634,9 @@ impl Maintenance {
         let mut record = false;
         for message in messages.drain(..) {
             match message {
+                Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
+                Message::Began(began, ack) => self.began(began, ack),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -634,15 +653,6 @@ impl Maintenance {
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
                 Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
-                Message::Began(began, durable) => {
-                    match began {
-                        Began::Warm => {
-                            info!("warm start: the front-end brought what was in flight")
-                        }
-                        Began::Cold => info!("cold start: nothing is known of what was in flight"),
-                    }
-                    durable.send(());
-                }
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)

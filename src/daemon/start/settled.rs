@@ -104,7 +104,8 @@ impl SettledDisk {
     fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
         let decision = &self.decision;
         superblock.clean = false;
-        superblock.cold = self.shared.unresolved.extents() > 0;
+        // Set by a cold start alone, and kept until everything is resolved (rule S4).
+        superblock.cold &= self.shared.unresolved.extents() > 0;
         superblock.boot_id = ids.boot;
         superblock.threshold = u8::try_from(decision.threshold).expect("at most 16");
         superblock.pattern = config.read_pattern;

@@ -25,6 +25,7 @@ use thiserror::Error;
 
 use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
+use super::process_age::process_age;
 use super::warden::Reopened;
 use crate::control::ReportSender;
 use crate::control::counters::{RequestKind as Kind, WorkerCounters};
@@ -257,6 +258,8 @@ struct Worker {
     /// before something has happened.
     blocked: bool,
     shutting_down: bool,
+    /// No request of a guest has been completed yet.
+    fresh: bool,
     // Reused from batch to batch.
     actions: Vec<Action>,
     outcomes: Vec<(crate::quorum::OpId, crate::quorum::Outcome)>,
@@ -298,6 +301,7 @@ impl Worker {
             stalled: None,
             blocked: false,
             shutting_down: false,
+            fresh: true,
             actions: Vec::with_capacity(256),
             outcomes: Vec::with_capacity(256),
             messages: Vec::with_capacity(64),
@@ -668,6 +672,9 @@ impl Worker {
             }
         }
         any |= !published.is_empty();
+        if self.fresh && !published.is_empty() {
+            self.tell_first_request();
+        }
         for guest in published.drain(..) {
             let mut part = self.guests.last_part(guest);
             while let Some(slot) = part {
@@ -691,6 +698,17 @@ impl Worker {
         self.replied = replied;
         self.queues.drain_stopped(&self.events);
         any
+    }
+
+    /// The guest can see the first request completed by this worker. Which worker was the first of
+    /// all is found out where reports go.
+    #[cold]
+    fn tell_first_request(&mut self) {
+        self.fresh = false;
+        if let Some(age) = process_age() {
+            let ms_after_exec = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+            self.reports.send(EventData::FirstRequest { ms_after_exec });
+        }
     }
 
     /// Passes on what ring and lane have counted since the last batch.

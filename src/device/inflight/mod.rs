@@ -20,8 +20,7 @@ pub mod recovery;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 use tracing::info;
@@ -120,10 +119,9 @@ pub enum InflightError {
 pub struct InflightBuffer {
     mapping: Mapping,
     shape: Shape,
-    /// What our page said when the buffer came; `None`: there is none.
-    page: Option<Page>,
-    /// It carries the mark of this run.
-    stamped: AtomicBool,
+    /// What our page said when the buffer came, or what we have written since; `None`: there is
+    /// none.
+    page: Mutex<Option<Page>>,
 }
 
 /// Checks that a device of `queues` queues can have such a buffer.
@@ -209,46 +207,51 @@ impl InflightBuffer {
                     made: page.shape,
                 });
             }
-            if page.is_of_another(disk) {
-                return Err(InflightError::OtherDisk {
-                    theirs: page.uuid,
-                    ours: disk.uuid,
-                });
-            }
+        } else {
+            info!("the in-flight buffer was made by another back-end, or is damaged");
         }
-        Ok(Self {
+        let buffer = Self {
             mapping,
             shape,
-            page,
-            stamped: AtomicBool::new(false),
-        })
+            page: Mutex::new(page),
+        };
+        buffer.began(disk)?;
+        Ok(buffer)
     }
 
     /// How `disk` begins with this buffer: warm if it was the last that was used with it.
-    #[must_use]
-    pub fn began(&self, disk: DiskIdentity) -> Began {
-        match &self.page {
-            Some(page) if page.is_of_last_run(disk) => Began::Warm,
-            Some(_) => Began::Cold,
-            None => {
-                info!("the in-flight buffer was made by another back-end, or is damaged");
-                Began::Cold
-            }
+    ///
+    /// # Errors
+    /// If it was made for another disk.
+    pub fn began(&self, disk: DiskIdentity) -> Result<Began, InflightError> {
+        let page = *self.page();
+        match page {
+            Some(page) if page.is_of_another(disk) => Err(InflightError::OtherDisk {
+                theirs: page.uuid,
+                ours: disk.uuid,
+            }),
+            Some(page) if page.is_of_last_run(disk) => Ok(Began::Warm),
+            Some(_) | None => Ok(Began::Cold),
         }
     }
 
     /// Marks the buffer as that of this run, if it has our page. Once what follows from
     /// [`InflightBuffer::began`] is durable, and before a ring starts with it.
     pub fn stamp(&self, disk: DiskIdentity) {
-        if self.page.is_none() || self.stamped.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let page = Page {
+        let new = Page {
             shape: self.shape,
             uuid: disk.uuid,
             run: disk.run,
         };
-        page.write(&self.mapping, self.shape.page_at());
+        let mut page = self.page();
+        if page.is_some_and(|page| page != new) {
+            new.write(&self.mapping, self.shape.page_at());
+            *page = Some(new);
+        }
+    }
+
+    fn page(&self) -> MutexGuard<'_, Option<Page>> {
+        self.page.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The part of queue `queue`; `None` if the buffer is for fewer.

@@ -15,6 +15,7 @@
 use super::super::event::{During, LockTicket, Status, Tag};
 use super::super::membership::Settled;
 use super::super::mutation::broken;
+use super::super::shared::CrashTie;
 use super::super::{Buffers, LockMode};
 use super::flush::FlushFor;
 use super::settle::Matter;
@@ -23,7 +24,7 @@ use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange};
 
 /// Attempts to bring an extent into order for a request that lacks current copies, half a second
 /// apart: longer than a replica takes to be opened again after a hiccup.
-const ATTEMPTS_MAX: u8 = 20;
+pub(super) const ATTEMPTS_MAX: u8 = 20;
 
 /// Extents of a lane that are worked on at once. More wait with their locks held.
 const RECONCILES_MAX: usize = 32;
@@ -392,12 +393,17 @@ impl Lane {
     ) {
         let needed = turn.shared.policy.threshold;
         let lacks = turn.shared.membership.current(extent).count() < needed;
+        let flush = matches!(waiter, Waiter::Flush(_));
         let attempts = match &mut waiter {
             Waiter::Read { attempts, .. } => attempts,
             Waiter::Write(slot) => self.write_attempts(*slot),
-            Waiter::Flush(_) => unreachable!("waits for no extent"),
+            Waiter::Flush(slot) => self.flush_attempts(*slot),
         };
         *attempts += 1;
+        if flush && !lacks {
+            // There may be more extents, and each has its chance.
+            *attempts = 0;
+        }
         if lacks && *attempts < ATTEMPTS_MAX && self.can_reconcile(turn, extent, needed) {
             self.retries.push(waiter);
         } else {
@@ -446,6 +452,31 @@ impl Lane {
             }
             Waiter::Flush(slot) => self.flush_again(turn, slot),
         }
+    }
+
+    /// The read needs a decision that nobody may make yet (rule S4).
+    pub(super) fn wait_for_decision<B: Buffers>(
+        &mut self,
+        turn: &Turn<'_, B>,
+        tag: Tag,
+        range: SectorRange,
+    ) {
+        let waiter = self.park_read(tag, range);
+        if turn.shared.crash_tie() == CrashTie::MajorityOnly {
+            // Whoever decides does so before the lanes are woken: one of us sees the other.
+            self.undecided.push(waiter);
+        } else {
+            self.retries.push(waiter);
+        }
+    }
+
+    /// What becomes of ties is known: those go on who waited for that, and requests whose extent
+    /// could not be brought into order without it.
+    pub(super) fn resume_undecided<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        for waiter in std::mem::take(&mut self.undecided) {
+            self.go_on(turn, waiter, false);
+        }
+        self.retry(turn);
     }
 
     /// Replicas went or came: those go on who waited for that.
