@@ -14,6 +14,7 @@
 
 pub mod clock;
 pub mod control_loop;
+mod copy_warden;
 mod disk;
 mod ending;
 pub mod event_loop;

@@ -24,19 +24,20 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::clock::Clock;
+use super::copy_warden::CopyBack;
 use super::event_loop::{EventLoop, Token};
 use super::process_age::process_age;
 use super::warden::Reopened;
-use crate::control::ReportSender;
 use crate::control::counters::{RequestKind as Kind, WorkerCounters};
 use crate::control::events::EventData;
+use crate::control::{DiskFacts, ReportSender};
 use crate::device::mailbox::{Ack, Mailbox, QueueCommand};
 use crate::device::queue::Answer;
 use crate::device::{Began, BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane, LaneCounters, LaneId,
-    Purpose, Report, Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BufferId, Buffers, Command, Event, KickCause, Lane, LaneCounters, LaneId, Purpose,
+    Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, ReplicaSet, Time};
@@ -102,10 +103,17 @@ pub enum Message {
         /// `None`: not yet.
         reopened: Option<Reopened>,
     },
+    /// To maintenance, from the warden of a copy of the record: the copy can be used again.
+    CopyBack {
+        /// Place of the copy in the configuration.
+        copy: u8,
+        /// The copy.
+        back: CopyBack,
+    },
     /// To maintenance: what the operator wants.
     Command(Command),
     /// To maintenance: how is the disk?
-    Status(Ack<KeeperStatus>),
+    Status(Ack<DiskFacts>),
     /// To a worker: end when nothing is in flight any more.
     Shutdown,
     /// To maintenance: how the disk begins to be used, once. To be acknowledged when what follows
