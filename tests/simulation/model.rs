@@ -47,6 +47,8 @@ struct Sector {
     placed: Option<(u64, Option<(usize, usize)>)>,
     /// The last version that was acknowledged, or shown when it could not be undone any more.
     settled: u64,
+    /// The one that was before it.
+    below: u64,
     /// The last version that is known to survive a loss of power.
     durable: u64,
     /// Versions that read as zeroes.
@@ -78,10 +80,10 @@ pub struct Model {
     volatile: bool,
     /// Versions of writes that were in flight when the daemon was killed, and are repeated.
     live: BTreeSet<u64>,
-    /// All that were when the daemon began, some of them replied to: the guest had not seen that.
+    /// Those of them that are not acknowledged again; the guest has not seen it if they were before.
     unseen: BTreeSet<u64>,
-    /// Further versions of contents that were written after others once they were repeated.
-    moved: BTreeMap<u64, Vec<u64>>,
+    /// The versions of contents that came after others when they were repeated.
+    moved: BTreeMap<u64, u64>,
 }
 
 impl Model {
@@ -92,6 +94,7 @@ impl Model {
                 shown: 0,
                 placed: None,
                 settled: 0,
+                below: 0,
                 durable: 0,
                 zeroes: vec![0],
                 failed: Vec::new(),
@@ -132,7 +135,7 @@ impl Model {
 
     /// The version that a write has when it is repeated now: its own, or a new one if it has come
     /// after a younger one of another ring.
-    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize), step: u64) -> u64 {
+    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize)) -> u64 {
         let GuestRequest { range, order, .. } = *guest;
         let overtaken = |s: u64| {
             let Sector {
@@ -146,13 +149,12 @@ impl Model {
         }
         // As if it had not happened before.
         for s in range.start()..range.end() {
-            self.dead.insert((s, order), step);
             self.sectors[index(s)].forget(order);
         }
         let moved = self.next_version(range, guest.zero);
         self.live.insert(moved);
         if !guest.zero {
-            self.moved.entry(guest.version).or_default().push(moved);
+            self.moved.insert(guest.version, moved);
         }
         moved
     }
@@ -179,12 +181,15 @@ impl Model {
 
     pub fn acknowledged(&mut self, range: SectorRange, version: u64, step: u64) {
         self.live.remove(&version);
+        self.unseen.remove(&version);
         let known = &mut self.acknowledged_at;
         known[index(version)] = step;
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.floor = sector.floor.max(version);
-            sector.settled = sector.settled.max(version);
+            if version > sector.settled {
+                sector.below = std::mem::replace(&mut sector.settled, version);
+            }
             sector.failed.retain(|(failed, _)| *failed > version);
             if !self.volatile {
                 sector.survives(version, known);
@@ -219,7 +224,11 @@ impl Model {
 
     /// The versions that a flush which begins now makes durable, sector by sector.
     pub fn settled(&self) -> Vec<u64> {
-        self.sectors.iter().map(|sector| sector.settled).collect()
+        let of = |sector: &Sector| match self.unseen.contains(&sector.settled) {
+            true => sector.durable,
+            false => sector.settled,
+        };
+        self.sectors.iter().map(of).collect()
     }
 
     /// Such a flush was acknowledged.
@@ -279,8 +288,8 @@ impl Model {
             return zeroes.iter().copied().find(|&version| lives(version));
         }
         let version = version_of(value, sector)?;
-        let moved = self.moved.get(&version).into_iter().flatten().copied();
-        std::iter::once(version).chain(moved).find(|&version| lives(version))
+        let version = *self.moved.get(&version).unwrap_or(&version);
+        lives(version).then_some(version)
     }
 
     /// Whether the content is one that a read which begins now might return.
@@ -384,6 +393,11 @@ impl Sector {
     /// What was shown of this version, or replied to it, obliges to nothing.
     fn forget(&mut self, version: u64) {
         self.sent.retain(|&sent| sent != version);
+        self.zeroes.retain(|&zeroes| zeroes != version);
+        if self.settled == version {
+            self.settled = self.below;
+        }
+        self.durable = self.durable.min(self.settled);
         if self.floor == version {
             self.floor = self.settled;
         }

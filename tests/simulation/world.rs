@@ -61,6 +61,8 @@ pub struct Broken {
     pub mutation: Option<Mutation>,
     pub record: Option<RecordMutation>,
     pub breach: Option<Breach>,
+    /// The rule that is broken is not looked at itself, so that it shows what it is good for.
+    pub unseen: bool,
 }
 
 impl Broken {

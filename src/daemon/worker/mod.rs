@@ -544,12 +544,18 @@ impl Worker {
                 let guest = self.guests.take();
                 let slot = self.guests.get(guest);
                 let entry = self.queues.get(queue);
+                let repeats = entry.virtqueue.repeats() > 0;
                 match entry.virtqueue.fetch(&memory, &mut slot.request) {
                     Fetched::Request(ticket) => {
                         slot.begin(queue, ticket, entry.virtqueue.write_through());
+                        slot.repeats = repeats && slot.changes_sectors();
+                        let over = repeats && !slot.repeats;
                         fetched += 1;
                         bytes += slot.bytes();
                         any = true;
+                        if over {
+                            self.end_repeat();
+                        }
                         self.announce(guest);
                         if !self.issue(guest) {
                             return any;
@@ -561,6 +567,9 @@ impl Worker {
                         any = true;
                         self.guests.free(guest);
                         self.count_answer(answer);
+                        if repeats {
+                            self.end_repeat();
+                        }
                     }
                     Fetched::Empty => {
                         self.guests.free(guest);
@@ -573,6 +582,18 @@ impl Worker {
         self.queues.drop_quiet();
         self.blocked = false;
         any
+    }
+
+    /// A request of before the end of the last daemon makes no difference to any sector any more.
+    fn end_repeat(&mut self) {
+        if self.shared.end_repeat() {
+            for (index, mailbox) in self.mailboxes.iter().enumerate() {
+                if index != self.index {
+                    mailbox.post(Message::Wake(Wakeup::TiesDecided));
+                }
+            }
+            self.tell(Event::Wake(Wakeup::TiesDecided));
+        }
     }
 
     fn count_answer(&self, answer: Answer) {
@@ -712,6 +733,9 @@ impl Worker {
                     self.tell(Event::Published { request });
                 }
                 part = self.guests.part_before(slot);
+            }
+            if self.guests.get(guest).repeats {
+                self.end_repeat();
             }
             self.guests.free(guest);
         }
