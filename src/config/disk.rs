@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::inherited::InheritedSocket;
 use super::record::{FirstUse, RecordConfig, RecordPlaceError, named};
 use super::settings::Settings;
 use super::upkeep::{Patience, Upkeep};
@@ -42,6 +43,9 @@ const BUFFER_MEMORY_MAX: ByteSize = ByteSize(4 << 30);
 const PIECE_BYTES_MAX: u64 = 256 << 10;
 /// Seconds. A killed daemon's last operations land within milliseconds on storage that works.
 const LOCK_TIMEOUT: u16 = 5;
+/// Seconds. The source of a migration has drained, flushed and closed the disk when the guest is told
+/// to run elsewhere, unless its storage is slow.
+const LOCK_TIMEOUT_INCOMING: u16 = 30;
 /// The most characters virtio has for a serial number.
 const SERIAL_LEN_MAX: usize = 20;
 
@@ -77,8 +81,12 @@ pub struct Config {
     pub workers: u16,
     /// Memory for data of requests in flight, over all workers, in bytes.
     pub buffer_memory_bytes: u64,
-    /// How long a replica that somebody else has locked is waited for at the start (rule S2).
+    /// How long a replica that somebody else has locked is waited for when the disk is opened (rule
+    /// S2).
     pub lock_timeout: Duration,
+    /// Whether the disk is opened only when its first ring starts: its guest is still being served
+    /// by another daemon (rule Q5).
+    pub incoming: bool,
     /// Where events go, besides the log.
     pub events: Option<EventsTarget>,
     /// How the log is written.
@@ -108,6 +116,8 @@ pub enum FrontEnd {
     SocketPath(PathBuf),
     /// A descriptor of the parent process: a listening or a connected Unix stream socket.
     Fd(i32),
+    /// The socket a service manager passes (sd_listen_fds(3)).
+    Systemd,
 }
 
 /// One replica.
@@ -128,7 +138,10 @@ pub struct Replica {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// No socket at all.
-    #[error("no socket for the front-end; give --socket-path PATH, or --fd N for an inherited one")]
+    #[error(
+        "no socket for the front-end; give --socket-path PATH, or --fd N for an inherited one, or \
+         --fd systemd for the one of a .socket unit"
+    )]
     NoFrontEnd,
     /// Both kinds of socket.
     #[error("--socket-path and --fd exclude each other; give one of them")]
@@ -344,6 +357,11 @@ impl Config {
         let buffer_memory_bytes = buffer_memory(settings.buffer_memory, workers, replicas.len())?;
         let read_only = settings.read_only.unwrap_or(false);
         let repair = settings.repair.map_or(!read_only, |repair| repair.is_on());
+        let incoming = settings.incoming.unwrap_or(false);
+        let lock_timeout = settings.lock_timeout.unwrap_or(match incoming {
+            true => LOCK_TIMEOUT_INCOMING,
+            false => LOCK_TIMEOUT,
+        });
         let votes = settings.read_pattern != Some(ReadPatternName::Fifo);
         let config = Self {
             record: RecordConfig::from_settings(&settings, &replicas)?,
@@ -374,7 +392,8 @@ impl Config {
             queue_size,
             workers,
             buffer_memory_bytes,
-            lock_timeout: Duration::from_secs(settings.lock_timeout.unwrap_or(LOCK_TIMEOUT).into()),
+            lock_timeout: Duration::from_secs(lock_timeout.into()),
+            incoming,
             events: settings.events,
             log_format: settings.log_format.unwrap_or_default(),
             log_level: settings.log_level.unwrap_or_default(),
@@ -426,12 +445,16 @@ fn policy_error(error: PolicyError) -> ConfigError {
     }
 }
 
-fn front_end(socket_path: Option<PathBuf>, fd: Option<i32>) -> Result<FrontEnd, ConfigError> {
+fn front_end(
+    socket_path: Option<PathBuf>,
+    fd: Option<InheritedSocket>,
+) -> Result<FrontEnd, ConfigError> {
     match (socket_path, fd) {
         (None, None) => Err(ConfigError::NoFrontEnd),
         (Some(_), Some(_)) => Err(ConfigError::TwoFrontEnds),
-        (None, Some(fd)) if fd < 0 => Err(ConfigError::Fd(fd)),
-        (None, Some(fd)) => Ok(FrontEnd::Fd(fd)),
+        (None, Some(InheritedSocket::Fd(fd))) if fd < 0 => Err(ConfigError::Fd(fd)),
+        (None, Some(InheritedSocket::Fd(fd))) => Ok(FrontEnd::Fd(fd)),
+        (None, Some(InheritedSocket::Systemd)) => Ok(FrontEnd::Systemd),
         (Some(path), None) if path.as_os_str().is_empty() => Err(ConfigError::EmptySocketPath),
         (Some(path), None) => Ok(FrontEnd::SocketPath(path)),
     }
@@ -616,11 +639,11 @@ mod tests {
                 s.socket_path = None
             }),
             ("--socket-path and --fd exclude each other", |s| {
-                s.fd = Some(3)
+                s.fd = Some(InheritedSocket::Fd(3))
             }),
             ("--fd -1 is no descriptor", |s| {
                 s.socket_path = None;
-                s.fd = Some(-1);
+                s.fd = Some(InheritedSocket::Fd(-1));
             }),
             ("--socket-path is empty", |s| {
                 s.socket_path = Some("".into())
@@ -699,7 +722,7 @@ mod tests {
         file.record = Some(RecordMode::None);
         file.assume_clean = Some(false);
         let flags = Settings {
-            fd: Some(7),
+            fd: Some(InheritedSocket::Fd(7)),
             replica: vec![ReplicaArgument::from_path("/x".into())],
             read_only: Some(false),
             threshold: Some(1),

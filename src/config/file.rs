@@ -135,7 +135,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::values::*;
-    use super::super::{ReplicaArgument, fuzzing};
+    use super::super::{InheritedSocket, ReplicaArgument, fuzzing};
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, String> {
@@ -183,6 +183,7 @@ queue-size = 128
 workers = 2
 buffer-memory = "32M"
 lock-timeout = 0
+incoming = true
 events = "events.jsonl"
 log-format = "json"
 log-level = "warn"
@@ -234,6 +235,7 @@ log-level = "warn"
             workers: Some(2),
             buffer_memory: Some(ByteSize(32 << 20)),
             lock_timeout: Some(0),
+            incoming: Some(true),
             events: Some(EventsTarget::Path("events.jsonl".into())),
             log_format: Some(LogFormat::Json),
             log_level: Some(LogLevel::Warn),
@@ -249,7 +251,11 @@ log-level = "warn"
         assert_eq!(settings.replica.len(), 1);
         assert_eq!(settings.repair, Some(OnOff::On));
         assert_eq!(settings.events, Some(EventsTarget::Fd(3)));
-        assert_eq!(settings.fd, Some(4));
+        assert_eq!(settings.fd, Some(InheritedSocket::Fd(4)));
+        assert_eq!(
+            parse("fd = \"systemd\"").unwrap().fd,
+            Some(InheritedSocket::Systemd)
+        );
         assert_eq!(
             parse("buffer-memory = 4096").unwrap().buffer_memory,
             Some(ByteSize(4096))

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The disk that is served: replicas opened and checked, workers running, a device in front.
+//! The disk that is served: opened and closed as the device in front of it wants, with its replicas
+//! checked and its workers running while it is open.
 
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::clock::Clock;
 use super::maintenance::{self, MaintenanceError, MaintenanceSetup, STOP_LIMIT};
-use super::start::{self, Start, StartError};
+use super::start::{self, Looks, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
 use crate::config::Config;
-use crate::control::{Counters, ReportSender};
+use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Ack;
-use crate::device::{Device, DeviceOptions, Mailbox, OptionsError, PublishOrder, WorkerMailbox};
-use crate::quorum::{Command, KeeperConfig, KeeperStatus};
+use crate::device::{
+    BeganCallback, Device, DeviceOptions, DiskIdentity, Lifecycle, Mailbox, OpenDisk, OpenFailed,
+    OptionsError, PublishOrder, Storage, WorkerMailbox,
+};
+use crate::quorum::{Command, KeeperConfig};
 use crate::replica::ExecutorConfig;
 
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
@@ -47,15 +52,73 @@ pub enum DiskError {
     /// A worker cannot be started.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+    /// What is opened is not what was there before.
+    #[error(
+        "the guest was told of {told}, and what is there now is {found}: it is not opened, since the \
+         guest would not know; start the daemon again if that is meant to be so"
+    )]
+    Changed {
+        /// What it was told.
+        told: Looks,
+        /// What is there.
+        found: Looks,
+    },
     /// No descriptor for a mailbox.
     #[error("cannot set up the mailbox of a worker")]
     Mailbox(#[source] std::io::Error),
 }
 
-/// A disk at work, with or without a front-end.
+/// What all openings of the disk have in common.
+pub struct DiskSetup {
+    /// What is served, and how.
+    pub config: Arc<Config>,
+    /// Where reports go.
+    pub reports: ReportSender,
+    /// What is counted, over all openings.
+    pub counters: Counters,
+    /// The time.
+    pub clock: Clock,
+}
+
+/// How the disk is.
+#[derive(Debug)]
+pub enum Standing {
+    /// It is open.
+    Open(Box<DiskFacts>),
+    /// It is open, and the maintenance thread does not answer.
+    Silent,
+    /// It is not: the next ring that starts opens it.
+    Closed,
+    /// It is being opened or closed.
+    Changing,
+}
+
+/// The disk of the daemon: opened and closed, perhaps several times, while a device stays in front
+/// of it.
+///
+/// ```text
+///   Closed ---> Changing ---> Open ---> Changing ---> Closed
+///          open                   close
+/// ```
+///
+/// Who opens or closes it holds the gate of the device; whoever only asks does not wait for that.
 pub struct Disk {
-    device: Arc<Device>,
-    sectors: u64,
+    setup: DiskSetup,
+    /// What the guest was told; a disk that has become another one is not opened.
+    told: Mutex<Option<Looks>>,
+    state: Mutex<State>,
+    /// What the operator wants as soon as the disk is open for the first time.
+    wishes: Mutex<Vec<Command>>,
+}
+
+enum State {
+    Closed,
+    Changing,
+    Open(Running),
+}
+
+/// An open disk at work, with or without a front-end.
+struct Running {
     mailboxes: Vec<Arc<Mailbox<Message>>>,
     /// Workers that were started.
     workers: usize,
@@ -65,19 +128,162 @@ pub struct Disk {
     maintenance_end: Receiver<()>,
     /// How long the end of the workers may take.
     workers_stop_limit: Duration,
+    /// Which disk it is, and which run.
+    identity: DiskIdentity,
 }
 
 impl Disk {
-    /// Opens and locks the replicas of `config` and starts the workers.
+    /// The disk, and the device in front of it. The disk is opened, unless it is to be opened when
+    /// the first ring starts; then it is only looked at. `wishes` are told to it once it is open.
     ///
     /// # Errors
     /// The first thing that stands in the way; replicas opened before are closed again.
     pub fn start(
-        config: &Config,
-        reports: &ReportSender,
-        counters: &Counters,
-        clock: Clock,
-    ) -> Result<Self, DiskError> {
+        setup: DiskSetup,
+        wishes: Vec<Command>,
+    ) -> Result<(Arc<Self>, Arc<Device>), DiskError> {
+        let disk = Arc::new(Self {
+            setup,
+            told: Mutex::new(None),
+            state: Mutex::new(State::Closed),
+            wishes: Mutex::new(wishes),
+        });
+        let open = if disk.setup.config.incoming {
+            *lock(&disk.told) = Some(start::look(&disk.setup.config)?);
+            None
+        } else {
+            Some(disk.open_now(&AtomicBool::new(false))?)
+        };
+        let looks = disk.looks();
+        let config = &disk.setup.config;
+        let options = DeviceOptions {
+            sectors: looks.sectors,
+            block_bytes: looks.block_bytes,
+            read_only: config.read_only,
+            serial: config.serial.clone(),
+            queues: config.num_queues,
+            queue_size: config.queue_size,
+        };
+        let storage = Arc::clone(&disk) as Arc<dyn Storage>;
+        let lifecycle = match open {
+            Some(open) => Lifecycle::of_open(storage, open),
+            None => Lifecycle::of_closed(storage, looks.uuid),
+        };
+        // Where the front-end keeps no record of what is in flight, the used index has to be one
+        // (rule Q3).
+        match Device::new(options, PublishOrder::Ring, lifecycle) {
+            Ok(device) => Ok((disk, Arc::new(device))),
+            Err(error) => {
+                Storage::close(&*disk);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// What the guest is told.
+    ///
+    /// # Panics
+    /// Before the disk was opened or looked at.
+    #[must_use]
+    pub fn looks(&self) -> Looks {
+        lock(&self.told).expect("it was opened or looked at when it was made")
+    }
+
+    /// What the operator wants. Whether it was passed on: a closed disk is told nothing.
+    pub fn command(&self, command: Command) -> bool {
+        let mailbox = self.maintenance_mailbox();
+        if let Some(mailbox) = &mailbox {
+            mailbox.post(Message::Command(command));
+        }
+        mailbox.is_some()
+    }
+
+    /// How the disk is.
+    #[must_use]
+    pub fn status(&self) -> Standing {
+        let mailbox = match &*lock(&self.state) {
+            State::Closed => return Standing::Closed,
+            State::Changing => return Standing::Changing,
+            State::Open(running) => Arc::clone(running.maintenance_mailbox()),
+        };
+        let (ack, status) = Ack::new();
+        mailbox.post(Message::Status(ack));
+        drop(mailbox);
+        match status.wait() {
+            Ok(status) => Standing::Open(Box::new(status)),
+            Err(_) => Standing::Silent,
+        }
+    }
+
+    fn maintenance_mailbox(&self) -> Option<Arc<Mailbox<Message>>> {
+        match &*lock(&self.state) {
+            State::Open(running) => Some(Arc::clone(running.maintenance_mailbox())),
+            State::Closed | State::Changing => None,
+        }
+    }
+
+    /// Opens and locks the replicas and starts the workers.
+    fn open_now(&self, given_up: &AtomicBool) -> Result<OpenDisk, DiskError> {
+        let before = std::mem::replace(&mut *lock(&self.state), State::Changing);
+        assert!(
+            matches!(before, State::Closed),
+            "only a closed disk is opened"
+        );
+        let result = self.open_closed(given_up);
+        match result {
+            Ok(running) => {
+                let open = running.open_disk();
+                for wish in lock(&self.wishes).drain(..) {
+                    running.maintenance_mailbox().post(Message::Command(wish));
+                }
+                *lock(&self.state) = State::Open(running);
+                Ok(open)
+            }
+            Err(error) => {
+                *lock(&self.state) = State::Closed;
+                Err(error)
+            }
+        }
+    }
+
+    fn open_closed(&self, given_up: &AtomicBool) -> Result<Running, DiskError> {
+        let start = start::start(&self.setup.config, given_up)?;
+        let found = Looks {
+            sectors: start.shape.sectors,
+            block_bytes: start.shape.block_bytes,
+            uuid: start.identity.uuid,
+        };
+        let told = *lock(&self.told).get_or_insert(found);
+        if told != found {
+            return Err(DiskError::Changed { told, found });
+        }
+        Running::start(&self.setup, start)
+    }
+}
+
+impl Storage for Disk {
+    fn open(&self, given_up: &AtomicBool) -> Result<OpenDisk, OpenFailed> {
+        info!("opening the disk");
+        self.open_now(given_up)
+            .map_err(|error| OpenFailed(Arc::new(error)))
+    }
+
+    fn close(&self) {
+        let before = std::mem::replace(&mut *lock(&self.state), State::Changing);
+        if let State::Open(running) = before {
+            running.stop();
+        }
+        *lock(&self.state) = State::Closed;
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Running {
+    /// Starts maintenance and the workers.
+    fn start(setup: &DiskSetup, start: Start) -> Result<Self, DiskError> {
         let Start {
             shared,
             replicas,
@@ -86,30 +292,21 @@ impl Disk {
             shape,
             record,
             keeper,
-        } = start::start(config)?;
+            identity,
+        } = start;
+        let DiskSetup {
+            config,
+            reports,
+            counters,
+            clock,
+        } = setup;
+        let clock = *clock;
         let count = usize::from(config.workers);
         // One more for the maintenance thread.
         let mailboxes: Vec<Arc<Mailbox<Message>>> = (0..=count)
             .map(|_| Mailbox::new().map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(DiskError::Mailbox)?;
-        let device = Device::new(
-            DeviceOptions {
-                sectors: shape.sectors,
-                block_bytes: shape.block_bytes,
-                read_only: config.read_only,
-                serial: config.serial.clone(),
-                queues: config.num_queues,
-                queue_size: config.queue_size,
-            },
-            // Front-ends are offered no record of what is in flight, so the used index has to be
-            // one (rule Q3).
-            PublishOrder::Ring,
-            mailboxes[..count]
-                .iter()
-                .map(|m| Arc::clone(m) as Arc<dyn WorkerMailbox>)
-                .collect(),
-        )?;
         let executor = executor_config(config, replicas.len());
         let (ended, maintenance_end) = channel();
         maintenance::spawn(MaintenanceSetup {
@@ -129,14 +326,13 @@ impl Disk {
             ended,
         })?;
         let (ended, worker_ends) = channel();
-        let mut disk = Self {
-            device: Arc::new(device),
-            sectors: shape.sectors,
+        let mut running = Self {
             mailboxes,
             workers: 0,
             worker_ends,
             maintenance_end,
             workers_stop_limit: config.patience.io_timeout + WORKERS_STOP_MARGIN,
+            identity,
         };
         for index in 0..config.workers {
             let worker = worker::spawn(WorkerSetup {
@@ -144,49 +340,36 @@ impl Disk {
                 shared: Arc::clone(&shared),
                 replicas: replicas.clone(),
                 executor,
-                mailboxes: disk.mailboxes.clone(),
+                mailboxes: running.mailboxes.clone(),
                 reports: reports.clone(),
                 counters: counters.worker(usize::from(index)),
                 clock,
                 ended: ended.clone(),
             });
             match worker {
-                Ok(()) => disk.workers += 1,
+                Ok(()) => running.workers += 1,
                 Err(error) => {
-                    disk.stop();
+                    running.stop();
                     return Err(error.into());
                 }
             }
         }
-        Ok(disk)
+        Ok(running)
     }
 
-    /// What front-ends connect to.
-    #[must_use]
-    pub fn device(&self) -> &Arc<Device> {
-        &self.device
+    /// What connections see of it.
+    fn open_disk(&self) -> OpenDisk {
+        let workers = self.mailboxes[..self.workers].iter();
+        let workers = workers.map(|mailbox| Arc::clone(mailbox) as Arc<dyn WorkerMailbox>);
+        let maintenance = Arc::clone(self.maintenance_mailbox());
+        OpenDisk::new(
+            workers.collect(),
+            self.identity,
+            began_callback(maintenance),
+        )
     }
 
-    /// Size of the disk.
-    #[must_use]
-    pub fn sectors(&self) -> u64 {
-        self.sectors
-    }
-
-    /// What the operator wants.
-    pub fn command(&self, command: Command) {
-        self.maintenance_mailbox().post(Message::Command(command));
-    }
-
-    /// How the disk is; `None` if the maintenance thread has ended.
-    #[must_use]
-    pub fn status(&self) -> Option<KeeperStatus> {
-        let (ack, status) = Ack::new();
-        self.maintenance_mailbox().post(Message::Status(ack));
-        status.wait().ok()
-    }
-
-    fn maintenance_mailbox(&self) -> &Mailbox<Message> {
+    fn maintenance_mailbox(&self) -> &Arc<Mailbox<Message>> {
         self.mailboxes.last().expect("maintenance has the last one")
     }
 
@@ -195,7 +378,7 @@ impl Disk {
     ///
     /// Takes no longer than a limit, whatever hangs: threads that operations keep are left behind
     /// for the end of the process.
-    pub fn stop(self) {
+    fn stop(self) {
         for mailbox in &self.mailboxes[..self.workers] {
             mailbox.post(Message::Shutdown);
         }
@@ -220,6 +403,22 @@ impl Disk {
             warn!("the maintenance thread did not end in time");
         }
     }
+}
+
+/// How long it takes at most to close a disk.
+#[must_use]
+pub fn stop_limit(config: &Config) -> Duration {
+    let workers = config.patience.io_timeout + WORKERS_STOP_MARGIN;
+    workers + STOP_LIMIT + MAINTENANCE_STOP_MARGIN
+}
+
+/// Tells maintenance how the disk begins, and waits until that is durable.
+fn began_callback(maintenance: Arc<Mailbox<Message>>) -> BeganCallback {
+    Box::new(move |began| {
+        let (ack, durable) = Ack::new();
+        maintenance.post(Message::Began(began, ack));
+        durable.wait()
+    })
 }
 
 /// Each worker gets its share of the memory, but never less than one request of the largest size

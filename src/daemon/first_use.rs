@@ -125,6 +125,7 @@ pub fn superblock(
         scrub_cursor: VERIFIED,
         members,
         history: History::new(first),
+        growing: None,
     })
 }
 

@@ -22,17 +22,25 @@ mod marking;
 mod replicas;
 mod settled;
 
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::Duration;
 
 use super::fingerprints;
 use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
+use crate::device::DiskIdentity;
+use crate::io::within;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
-use crate::record::{MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open};
+use crate::record::{
+    DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
+};
 use crate::replica::{
-    Fingerprint, Format, RawOptions, Replica, SetShape, check_distinct, check_set,
+    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct, check_set,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
@@ -41,6 +49,12 @@ pub use error::StartError;
 use known::Remembered;
 use replicas::Waits;
 use settled::{ReplicaFiles, SettledDisk};
+
+/// Looks at a record that another daemon writes, before what is seen is believed to be wrong.
+const LOOK_ATTEMPTS: u32 = 10;
+
+/// Pause between two of them.
+const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
 /// A disk that is ready to be served, as soon as the opening change of its record is durable.
 pub struct Start {
@@ -59,40 +73,51 @@ pub struct Start {
     pub record: Option<OpenRecord>,
     /// What the keeper begins with.
     pub keeper: KeeperStart,
+    /// Which disk it is, and which run of the daemon.
+    pub identity: DiskIdentity,
 }
 
 /// Opens the disk of `config`, and decides how it is to be served. Takes as long as its storage
-/// does, and up to twice [`Config::lock_timeout`] for locks.
+/// does, and up to twice [`Config::lock_timeout`] for locks, which are not waited for any longer once
+/// `given_up` is set.
 ///
 /// # Errors
 /// The first thing that stands in the way; all that was opened is closed again.
-pub fn start(config: &Config) -> Result<Start, StartError> {
+pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
-    check_distinct(&options)?;
+    let set = options.clone();
+    let look = move || check_distinct(&set);
+    if let Ok(distinct) = within("opener", config.patience.io_timeout, look) {
+        distinct?;
+    }
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
     let start = match places {
-        None => without_record(config, options),
+        None => without_record(config, options, given_up),
         Some(places) if options.iter().all(|options| options.read_only) => {
-            only_reading(config, options, &places)
+            only_reading(config, options, &places, given_up)
         }
-        Some(places) => with_record(config, options, &places),
+        Some(places) => with_record(config, options, &places, given_up),
     }?;
     replicas::describe(&start.replicas, &start.shape, config.read_only);
     Ok(start)
 }
 
 /// Nothing is remembered: all replicas must be there, and all of them vote.
-fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, StartError> {
+fn without_record(
+    config: &Config,
+    options: Vec<RawOptions>,
+    given_up: &AtomicBool,
+) -> Result<Start, StartError> {
     let left_behind = beside_all(&config.replicas, record_files::is_file);
     if let Some(path) = left_behind.into_iter().find(|path| path.exists())
         && !config.read_only
     {
         return Err(StartError::RecordLeftBehind { path });
     }
-    let replicas = replicas::open_all_waiting(&options, Waits::of(config))?;
+    let replicas = replicas::open_all_waiting(&options, Waits::of(config, given_up))?;
     let block_bytes = config.block_size.map(|size| size.bytes());
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
     let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
@@ -105,6 +130,7 @@ fn without_record(config: &Config, options: Vec<RawOptions>) -> Result<Start, St
         shape,
         record: None,
         keeper: KeeperState::fresh(),
+        identity: DiskIdentity::NONE,
     })
 }
 
@@ -113,15 +139,18 @@ fn only_reading(
     config: &Config,
     options: Vec<RawOptions>,
     places: &RecordPlaces,
+    given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
     // Whoever writes the record has the replicas for himself: it does not change from here on.
-    let files = RecordFiles::open(places, Access::Look)?;
+    let answer = config.patience.io_timeout;
+    let mut files = RecordFiles::open_within(places, Access::Look, answer, given_up)?;
     let Some(opened) = read(config, &files)? else {
         Advice::ReadOnlyWithoutRecord.tell();
-        return without_record(config, options);
+        return without_record(config, options, given_up);
     };
-    let set = open_replicas(config, options, &opened.superblock)?;
+    let set = open_replicas(config, options, &opened.superblock, given_up)?;
     // What was read before the replicas were locked may be old already.
+    files.read_again(answer);
     let Some(opened) = read(config, &files)? else {
         return Err(gone(places));
     };
@@ -132,32 +161,41 @@ fn only_reading(
         scrub_cursor: None,
         ..disk.keeper_start(&opened.superblock)
     };
-    Ok(disk.into_start(None, keeper))
+    Ok(disk.into_start(None, keeper, DiskIdentity::NONE))
 }
 
 fn with_record(
     config: &Config,
     options: Vec<RawOptions>,
     places: &RecordPlaces,
+    given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
-    let mut files = RecordFiles::open(places, Access::Own(config.lock_timeout))?;
-    let Some(opened) = read(config, &files)? else {
-        return first_time(config, options, files);
+    let answer = config.patience.io_timeout;
+    let mut files =
+        RecordFiles::open_within(places, Access::Own(config.lock_timeout), answer, given_up)?;
+    let Some(mut opened) = read(config, &files)? else {
+        return first_time(config, options, files, given_up);
     };
     if config.first_use != FirstUse::Verify {
         Advice::FirstUseIgnored.tell();
     }
-    let set = open_replicas(config, options, &opened.superblock)?;
+    let set = open_replicas(config, options, &opened.superblock, given_up)?;
+    if !files.are_locked() {
+        // Whoever had the replicas until now may have written to the record since it was read.
+        files.read_again(answer);
+        opened = read(config, &files)?.ok_or_else(|| gone(places))?;
+    }
     let ids = RunIds::new().map_err(StartError::Random)?;
     let disk = settle(config, set, &opened, ids, true)?;
     let keeper = disk.keeper_start(&opened.superblock);
+    let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
     let (writable, advice) =
         copies::prepare(&mut files, &opened, config.record == RecordConfig::Beside);
     advice.iter().for_each(Advice::tell);
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
-    Ok(disk.into_start(Some(record), keeper))
+    Ok(disk.into_start(Some(record), keeper, identity))
 }
 
 /// Rule S5: plain images.
@@ -165,9 +203,10 @@ fn first_time(
     config: &Config,
     options: Vec<RawOptions>,
     mut files: RecordFiles,
+    given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
-    let replicas =
-        replicas::open_all_waiting(&options, Waits::of(config)).map_err(StartError::FirstUse)?;
+    let replicas = replicas::open_all_waiting(&options, Waits::of(config, given_up))
+        .map_err(StartError::FirstUse)?;
     let block_bytes = config.block_size.map(|size| size.bytes());
     let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
     let geometry = Geometry::new(shape.sectors, shape.block_bytes / 512)?;
@@ -197,6 +236,12 @@ fn first_time(
         decision: Decision::of_first_use(config.threshold),
     };
     let keeper = disk.keeper_start(&superblock);
+    let identity = DiskIdentity {
+        uuid: superblock.disk.0,
+        run: ids.run,
+        // Nobody has served it before.
+        previous_run: ids.run,
+    };
 
     let count = files.files().len();
     let writable = vec![true; count];
@@ -229,7 +274,19 @@ fn first_time(
     }
     .tell();
     let record = disk.open_record(config, recorder, files, &writable, ids);
-    Ok(disk.into_start(Some(record), keeper))
+    Ok(disk.into_start(Some(record), keeper, identity))
+}
+
+/// Which disk has this record, and which runs are its last and this one.
+fn identity(before: &Superblock, ids: RunIds) -> DiskIdentity {
+    // An epoch that was not begun is of a run that never served.
+    let mut epochs = before.history.entries().iter();
+    let last = epochs.find(|entry| entry.begun);
+    DiskIdentity {
+        uuid: before.disk.0,
+        run: ids.run,
+        previous_run: last.map_or(ids.run, |entry| entry.run()),
+    }
 }
 
 /// What the copies say together; `None`: nothing, there is no record.
@@ -250,9 +307,91 @@ fn read(config: &Config, files: &RecordFiles) -> Result<Option<Opened>, Refusal>
     }
 }
 
-fn gone(places: &RecordPlaces) -> StartError {
+/// What a disk that is not opened yet is going to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Looks {
+    /// Sectors of the disk.
+    pub sectors: u64,
+    /// Logical blocks, in bytes.
+    pub block_bytes: u32,
+    /// UUID of the disk, from its record; zeroes without one, or if nothing is written.
+    pub uuid: [u8; 16],
+}
+
+impl fmt::Display for Looks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let uuid = DiskUuid(self.uuid);
+        let (sectors, block_bytes) = (self.sectors, self.block_bytes);
+        write!(
+            f,
+            "disk {uuid} of {sectors} sectors in blocks of {block_bytes} bytes"
+        )
+    }
+}
+
+/// Looks at the disk of `config` without locking or writing anything, while another daemon may have
+/// it: the destination of a live migration has to tell its front-end what it is going to serve.
+///
+/// # Errors
+/// If that cannot be told, or the disk could not be opened here anyway.
+pub fn look(config: &Config) -> Result<Looks, StartError> {
+    let options = replicas::options_of(config);
+    check_distinct(&options)?;
+    let places = config
+        .record
+        .places(&config.replicas, record_files::is_file)?;
+    let Some(places) = places else {
+        let looked = options
+            .iter()
+            .map(|options| RawReplica::look(options).map(|raw| Some(Arc::new(Replica::Raw(raw)))));
+        let replicas = looked.collect::<Result<Vec<_>, _>>()?;
+        let block_bytes = config.block_size.map(|size| size.bytes());
+        let shape = check_set(&replicas, config.threshold, block_bytes, None)?;
+        return Ok(Looks {
+            sectors: shape.sectors,
+            block_bytes: shape.block_bytes,
+            uuid: DiskIdentity::NONE.uuid,
+        });
+    };
+    let only_reads = options.iter().all(|options| options.read_only);
+    let superblock = look_at_record(config, &places)?.superblock;
+    decision::check_count(usize::from(superblock.replicas), options.len())?;
+    Ok(Looks {
+        sectors: superblock.sectors,
+        block_bytes: u32::from(superblock.block_sectors) * 512,
+        uuid: match only_reads {
+            true => DiskIdentity::NONE.uuid,
+            false => superblock.disk.0,
+        },
+    })
+}
+
+/// Reads the record while another daemon writes to it: what looks damaged may have been looked at in
+/// the middle of a write.
+fn look_at_record(config: &Config, places: &RecordPlaces) -> Result<Opened, StartError> {
+    let mut attempts = LOOK_ATTEMPTS;
+    loop {
+        attempts -= 1;
+        let files = RecordFiles::open(places, Access::Look)?;
+        match read(config, &files) {
+            Ok(Some(opened)) => return Ok(opened),
+            Ok(None) if attempts == 0 => {
+                let copies = copies_text(places);
+                return Err(StartError::IncomingWithoutRecord { copies });
+            }
+            Err(refusal) if attempts == 0 => return Err(refusal.into()),
+            Ok(None) | Err(_) => thread::sleep(LOOK_PAUSE),
+        }
+    }
+}
+
+fn copies_text(places: &RecordPlaces) -> String {
     let names = places.copies.iter().map(|path| path.display().to_string());
-    let copies = names.collect::<Vec<_>>().join(", ");
+    names.collect::<Vec<_>>().join(", ")
+}
+
+fn gone(places: &RecordPlaces) -> StartError {
+    let copies = copies_text(places);
     StartError::Record(Refusal::NoRecord { copies })
 }
 
@@ -269,6 +408,7 @@ fn open_replicas(
     config: &Config,
     mut options: Vec<RawOptions>,
     superblock: &Superblock,
+    given_up: &AtomicBool,
 ) -> Result<Opening, StartError> {
     decision::check_count(usize::from(superblock.replicas), options.len())?;
     let block_bytes = u32::from(superblock.block_sectors) * 512;
@@ -290,7 +430,7 @@ fn open_replicas(
         matches!(state, MemberState::Failed | MemberState::Removed)
     };
     let out: ReplicaSet = slots.filter(is_out).collect();
-    let results = replicas::open_waiting(&options, out, Waits::of(config))?;
+    let results = replicas::open_waiting(&options, out, Waits::of(config, given_up))?;
     let mut opening = Opening {
         replicas: Vec::with_capacity(options.len()),
         candidates: Vec::with_capacity(options.len()),
@@ -369,6 +509,10 @@ fn settle(
     let shared = Shared::with_marks(geometry, policy, marks)?;
     if decision.resolve {
         shared.resolve_dirty();
+    }
+    // Without a record nobody could remember that the start was cold.
+    if recorded && shared.unresolved.extents() > 0 {
+        shared.await_front_end(superblock.cold);
     }
     for replica in decision.absent.iter() {
         shared.membership.leave_out(replica);

@@ -7,13 +7,14 @@
 use std::io;
 use std::sync::{Arc, OnceLock};
 
-use tracing::debug;
+use tracing::{debug, info};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::disk::Device;
+use super::lifecycle::Gate;
 use super::mailbox::{Ack, QueueCommand, WorkerGone};
 use super::vring::{self, ConnectionMemory, DeviceVring, RingContext};
 use super::{GuestBitmap, GuestMemory};
@@ -43,8 +44,21 @@ impl ConnectionBackend {
 
     /// The rings the crate made for this connection; once, before it handles a message.
     pub fn set_rings(&self, rings: Vec<DeviceVring>) {
+        let device = self.context.device();
+        device.lifecycle().gate().attach(rings.clone());
         let before = self.rings.set(rings);
         assert!(before.is_ok(), "a connection makes its rings once");
+    }
+
+    /// Closes the disk when the front-end has taken the last ring away while it logged: its guest
+    /// goes on elsewhere, where the locks are waited for (rule Q5). If it does not, the next ring
+    /// that starts opens the disk again.
+    fn let_go(&self) {
+        let mut gate = self.context.device().lifecycle().gate();
+        if self.context.logs() && gate.disk().is_some() && vring::are_idle(self.rings()) {
+            info!("the guest is being moved: the disk is closed, for who has the guest next");
+            gate.close();
+        }
     }
 
     fn rings(&self) -> &[DeviceVring] {
@@ -56,31 +70,31 @@ impl ConnectionBackend {
     /// # Errors
     /// If a worker is gone.
     pub fn shut_down(&self) -> Result<(), WorkerGone> {
+        let mut gate = self.context.device().lifecycle().gate();
+        gate.attach(Vec::new());
         let stopped = vring::stop_all(self.rings());
-        stopped.and(self.replace_memory(&Arc::new(GuestMemory::new())))
+        stopped.and(replace_memory(&gate, &Arc::new(GuestMemory::new())))
     }
+}
 
-    /// Hands `memory` to all workers and waits until none of them uses the old one.
-    fn replace_memory(&self, memory: &Arc<GuestMemory>) -> Result<(), WorkerGone> {
-        let waits: Vec<_> = self
-            .context
-            .device()
-            .workers()
-            .iter()
-            .map(|worker| {
-                let (ack, wait) = Ack::new();
-                let memory = Arc::clone(memory);
-                worker.send(QueueCommand::Memory { memory, ack });
-                wait
-            })
-            .collect();
-        // All are waited for, even if one is gone.
-        let mut result = Ok(());
-        for wait in waits {
-            result = result.and(wait.wait());
-        }
-        result
+/// Hands `memory` to all workers, if there are any, and waits until none of them uses the old one.
+fn replace_memory(gate: &Gate<'_>, memory: &Arc<GuestMemory>) -> Result<(), WorkerGone> {
+    let workers = gate.disk().map_or(&[][..], |disk| disk.workers());
+    let waits: Vec<_> = workers
+        .iter()
+        .map(|worker| {
+            let (ack, wait) = Ack::new();
+            let memory = Arc::clone(memory);
+            worker.send(QueueCommand::Memory { memory, ack });
+            wait
+        })
+        .collect();
+    // All are waited for, even if one is gone.
+    let mut result = Ok(());
+    for wait in waits {
+        result = result.and(wait.wait());
     }
+    result
 }
 
 impl VhostUserBackend for ConnectionBackend {
@@ -108,6 +122,7 @@ impl VhostUserBackend for ConnectionBackend {
     }
 
     fn reset_device(&self) {
+        let _gate = self.context.device().lifecycle().gate();
         // The crate takes no error here; a worker that is gone is noticed at the next message
         // that needs it.
         if let Err(error) = vring::reset_all(self.rings()) {
@@ -132,7 +147,8 @@ impl VhostUserBackend for ConnectionBackend {
 
     fn update_memory(&self, memory: ConnectionMemory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
-        self.replace_memory(&memory).map_err(io::Error::other)
+        let gate = self.context.device().lifecycle().gate();
+        replace_memory(&gate, &memory).map_err(io::Error::other)
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
@@ -143,10 +159,12 @@ impl VhostUserBackend for ConnectionBackend {
         let ring = usize::try_from(queue_index)
             .ok()
             .and_then(|index| self.rings().get(index));
-        match ring {
-            Some(ring) => ring.stop().map_err(io::Error::other),
-            None => Err(io::ErrorKind::InvalidInput.into()),
-        }
+        let Some(ring) = ring else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        ring.stop().map_err(io::Error::other)?;
+        self.let_go();
+        Ok(())
     }
 
     fn handle_event(

@@ -64,6 +64,9 @@ pub mod feature {
     pub const DISCARD: u64 = 1 << 13;
     /// Write zeroes.
     pub const WRITE_ZEROES: u64 = 1 << 14;
+    /// Writes to guest memory are to be logged (vhost-user, "Migration"): its virtual machine is
+    /// being moved elsewhere.
+    pub const LOG_ALL: u64 = 1 << 26;
     /// Indirect descriptor tables.
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// `used_event` and `avail_event`.
@@ -199,6 +202,7 @@ impl DeviceOptions {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE
     }

@@ -27,6 +27,7 @@ use vhost_user_backend::VhostUserDaemon;
 use super::GuestMemory;
 use super::backend::ConnectionBackend;
 use super::disk::Device;
+use super::lifecycle::OpenFailed;
 use super::mailbox::WorkerGone;
 use super::message::MessageLimits;
 use super::shim::{self, RelayEnd, Session};
@@ -35,7 +36,7 @@ use super::vring::{ConnectionMemory, collect_rings};
 /// How often somebody else may be faster at connecting to our private socket.
 const PRIVATE_SOCKET_ATTEMPTS: usize = 16;
 
-/// How a connection ended. Every way is one a front-end can choose, but for the last four.
+/// How a connection ended. Every way is one a front-end can choose, but for the last five.
 #[derive(Debug, Error)]
 pub enum ConnectionEnd {
     /// The front-end closed it.
@@ -59,6 +60,9 @@ pub enum ConnectionEnd {
     /// The connection could not be set up.
     #[error("the connection could not be set up")]
     Setup(#[source] io::Error),
+    /// A ring was to start, and the disk could not be opened.
+    #[error("the guest cannot have its disk; the next connection tries again")]
+    Disk(#[source] OpenFailed),
     /// The back-end could not be set up.
     #[error("the back-end could not be set up: {0}")]
     BackEnd(vhost_user_backend::Error),
@@ -173,6 +177,7 @@ fn is_ours(end: &ConnectionEnd) -> bool {
         ConnectionEnd::Relay(_)
         | ConnectionEnd::Worker(_)
         | ConnectionEnd::Setup(_)
+        | ConnectionEnd::Disk(_)
         | ConnectionEnd::BackEnd(_) => true,
         ConnectionEnd::Disconnected
         | ConnectionEnd::ShutDown
@@ -197,16 +202,27 @@ fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, Con
         .start(&mut listener)
         .map_err(ConnectionEnd::BackEnd)?;
     drop(listener);
+    let line = private.try_clone().map_err(ConnectionEnd::Setup)?;
+    backend.context().set_line(line);
 
     let options = device.options();
-    let mut session = Session::new(MessageLimits {
+    let limits = MessageLimits {
         queues: options.queues,
         queue_size: options.queue_size,
-    });
+    };
+    let mut session = Session::new(limits, Arc::clone(backend.context()));
     let relayed = shim::relay(stream, &private, &mut session);
+    // Before the back-end is waited for: it may be waiting for locks. What has failed before that
+    // is the reason of the end, and not a consequence.
+    let failure = backend.context().failure();
+    backend.context().give_up();
+    let _ = private.shutdown(std::net::Shutdown::Both);
     drop(private);
     let handled = daemon.wait();
     backend.shut_down()?;
+    if let Some(failure) = failure {
+        return Err(ConnectionEnd::Disk(failure));
+    }
     Ok(match relayed {
         RelayEnd::FrontEndClosed => ConnectionEnd::Disconnected,
         RelayEnd::BackEndClosed => match handled {

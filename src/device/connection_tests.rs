@@ -14,9 +14,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::device::config_space::feature;
 use crate::device::test_support::{
-    DriverRing, TestDisk, TestWorker, device, options, write_header,
+    DriverRing, TestDisk, TestWorker, device, device_of, options, write_header,
 };
-use crate::device::{PublishOrder, QueueCommand, WorkerMailbox};
+use crate::device::{QueueCommand, WorkerMailbox};
+
+#[path = "lifecycle_tests.rs"]
+mod lifecycle;
 
 const MEMORY_BYTES: u64 = 0x20_0000;
 const DATA: u64 = 0x10_0000;
@@ -128,6 +131,16 @@ fn wait_for(what: &str, condition: impl Fn() -> bool) {
 
 /// Offers one request and waits until it is used. Returns its status.
 fn submit(vmm: &Vmm, ring: &mut DriverRing, kick: Option<&EventFd>, kind: u32, sector: u64) -> u8 {
+    let status = offer(vmm, ring, kick, kind, sector);
+    let expected = ring.avail;
+    wait_for("a used request", || {
+        ring.used_index(&vmm.memory) == expected
+    });
+    vmm.memory.read_obj(GuestAddress(status)).unwrap()
+}
+
+/// Offers one request. Returns where its status will be.
+fn offer(vmm: &Vmm, ring: &mut DriverRing, kick: Option<&EventFd>, kind: u32, sector: u64) -> u64 {
     let memory = &vmm.memory;
     write_header(memory, DATA, kind, sector);
     let status = DATA + 0x2000;
@@ -143,9 +156,7 @@ fn submit(vmm: &Vmm, ring: &mut DriverRing, kick: Option<&EventFd>, kind: u32, s
     if let Some(kick) = kick {
         kick.write(1).unwrap();
     }
-    let expected = ring.avail;
-    wait_for("a used request", || ring.used_index(memory) == expected);
-    memory.read_obj(GuestAddress(status)).unwrap()
+    status
 }
 
 fn setup(workers: usize) -> (Arc<Device>, TestDisk, Vec<TestWorker>) {
@@ -460,8 +471,7 @@ impl WorkerMailbox for Recorder {
 fn stopping_a_ring_waits_for_its_worker_and_answers_its_position() {
     let recorder = Arc::new(Recorder::default());
     let worker = Arc::clone(&recorder) as Arc<dyn WorkerMailbox>;
-    let device = Device::new(options(), PublishOrder::Ring, vec![worker]).unwrap();
-    let mut vmm = Vmm::connect(&Arc::new(device));
+    let mut vmm = Vmm::connect(&Arc::new(device_of(options(), vec![worker])));
     vmm.negotiate(feature::EVENT_IDX);
     vmm.send_memory();
     vmm.start_ring(2, &DriverRing::new(0, 16), 0);
@@ -514,8 +524,7 @@ fn ring_starts_when_all_is_there_whatever_the_order() {
 fn connection_without_a_worker_ends_and_says_so() {
     let mailbox = Arc::new(crate::device::Mailbox::<QueueCommand>::new().unwrap());
     mailbox.close();
-    let device = Device::new(options(), PublishOrder::Ring, vec![mailbox]).unwrap();
-    let mut vmm = Vmm::connect(&Arc::new(device));
+    let mut vmm = Vmm::connect(&Arc::new(device_of(options(), vec![mailbox])));
     vmm.negotiate(0);
     vmm.send_memory();
     assert!(vmm.frontend.get_features().is_err());

@@ -1,40 +1,76 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The device that is served: what every connection to it shares.
 
+use std::fmt;
 use std::sync::Arc;
 
 use super::config_space::{CONFIG_BYTES_MAX, DeviceOptions, OptionsError};
-use super::mailbox::WorkerMailbox;
+use super::lifecycle::Lifecycle;
+use super::mailbox::WorkerGone;
 use super::queue::PublishOrder;
 
-/// One virtual disk as front-ends see it, and the workers behind it. Outlives connections.
+/// Tells one disk from another, and one run of the daemon from another: what an in-flight buffer
+/// is marked with (rule Q2). All zeroes: the disk remembers nothing of itself, and every start is
+/// cold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DiskIdentity {
+    /// UUID of the disk, from its record.
+    pub uuid: [u8; 16],
+    /// Random bytes of this run, from which the ids of all its epochs derive (rule R7). Not the
+    /// epoch itself: that may rise during a run.
+    pub run: [u8; 16],
+    /// Those of the run before, as its last epoch in the record has them.
+    pub previous_run: [u8; 16],
+}
+
+impl DiskIdentity {
+    /// No record: nothing can be told.
+    pub const NONE: Self = Self {
+        uuid: [0; 16],
+        run: [0; 16],
+        previous_run: [0; 16],
+    };
+}
+
+/// How a disk begins to be used after it was opened (CONSISTENCY section 1).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Began {
+    /// The front-end brought back the buffer of the run before: whatever was in flight at its end
+    /// is executed again.
+    Warm,
+    /// It did not: what was in flight is lost, or nobody knows of it.
+    Cold,
+}
+
+/// Takes the news of how the disk begins. Returns when what follows from it is durable: only then
+/// may the buffer of the front-end be marked as one of this run (a run that dies before must
+/// leave a buffer behind that is still cold).
+pub type BeganCallback = Box<dyn Fn(Began) -> Result<(), WorkerGone> + Send + Sync>;
+
+/// One virtual disk as front-ends see it, and what is behind it. Outlives connections.
 pub struct Device {
     options: Arc<DeviceOptions>,
     config_space: [u8; CONFIG_BYTES_MAX],
     order: PublishOrder,
-    workers: Vec<Arc<dyn WorkerMailbox>>,
+    lifecycle: Lifecycle,
 }
 
 impl Device {
-    /// A device with these options, whose queues are spread over `workers`.
+    /// A device with these options, and the disk behind it, open or closed.
     ///
     /// # Errors
     /// The first option that cannot be served.
-    ///
-    /// # Panics
-    /// If there is no worker.
     pub fn new(
         options: DeviceOptions,
         order: PublishOrder,
-        workers: Vec<Arc<dyn WorkerMailbox>>,
+        lifecycle: Lifecycle,
     ) -> Result<Self, OptionsError> {
-        assert!(!workers.is_empty(), "a device needs a worker");
         options.validate()?;
         Ok(Self {
             config_space: options.config_space(),
             options: Arc::new(options),
             order,
-            workers,
+            lifecycle,
         })
     }
 
@@ -44,22 +80,17 @@ impl Device {
         &self.options
     }
 
-    /// In which order completions are published.
+    /// In which order completions of queues are published whose front-end does not track what
+    /// is in flight.
     #[must_use]
     pub fn order(&self) -> PublishOrder {
         self.order
     }
 
-    /// The worker that owns queue `queue`.
+    /// The disk behind it.
     #[must_use]
-    pub fn worker_of(&self, queue: u16) -> &Arc<dyn WorkerMailbox> {
-        &self.workers[usize::from(queue) % self.workers.len()]
-    }
-
-    /// All workers.
-    #[must_use]
-    pub fn workers(&self) -> &[Arc<dyn WorkerMailbox>] {
-        &self.workers
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.lifecycle
     }
 
     /// `size` bytes of the configuration space from `offset` on, zeroes beyond its end.
@@ -74,12 +105,11 @@ impl Device {
     }
 }
 
-impl std::fmt::Debug for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Device")
             .field("options", &self.options)
             .field("order", &self.order)
-            .field("workers", &self.workers.len())
             .finish_non_exhaustive()
     }
 }

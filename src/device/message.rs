@@ -19,6 +19,7 @@ use rustix::net::{
 use thiserror::Error;
 
 use super::config_space::CONFIG_BYTES_MAX;
+use super::inflight::{Description, InflightError};
 use super::notify::is_eventfd;
 
 /// Bytes of a header: request, flags, size, each 32 bits in the machine's order.
@@ -83,6 +84,10 @@ pub enum Request {
     GetConfig,
     /// VHOST_USER_SET_CONFIG.
     SetConfig,
+    /// VHOST_USER_GET_INFLIGHT_FD.
+    GetInflightFd,
+    /// VHOST_USER_SET_INFLIGHT_FD.
+    SetInflightFd,
     /// VHOST_USER_RESET_DEVICE.
     ResetDevice,
     /// VHOST_USER_GET_MAX_MEM_SLOTS.
@@ -115,6 +120,8 @@ impl Request {
             21 => Self::SetBackendReqFd,
             24 => Self::GetConfig,
             25 => Self::SetConfig,
+            31 => Self::GetInflightFd,
+            32 => Self::SetInflightFd,
             34 => Self::ResetDevice,
             36 => Self::GetMaxMemSlots,
             37 => Self::AddMemReg,
@@ -216,6 +223,30 @@ impl Message {
         Ok(())
     }
 
+    /// The answer to this message.
+    #[must_use]
+    pub fn reply(&self, body: Vec<u8>, descriptors: Vec<OwnedFd>) -> Self {
+        Self {
+            code: self.code,
+            flags: VERSION | FLAG_REPLY,
+            body,
+            descriptors,
+        }
+    }
+
+    /// Whether the front-end wants to know that the message was carried out. It is told only if
+    /// REPLY_ACK was negotiated.
+    #[must_use]
+    pub fn needs_reply(&self) -> bool {
+        self.flags & FLAG_NEED_REPLY != 0
+    }
+
+    /// The payload as a number; 0 if it is shorter.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.u64_or_zero(0)
+    }
+
     /// Checks that a front-end may send this message, as far as it can be told from the message.
     ///
     /// # Errors
@@ -260,6 +291,8 @@ impl Message {
             Request::AddMemReg => (8 + REGION_LEN, 1..=1),
             // Older front-ends pass a descriptor that nobody needs.
             Request::RemMemReg => (8 + REGION_LEN, 0..=1),
+            Request::GetInflightFd => (self.description_len(), 0..=0),
+            Request::SetInflightFd => (self.description_len(), 1..=1),
             Request::SetMemTable => {
                 let count = usize::try_from(self.u32_or_zero(0)).unwrap_or(usize::MAX);
                 let count = count.min(DESCRIPTORS_MAX + 1);
@@ -339,10 +372,21 @@ impl Message {
             | Request::SetBackendReqFd
             | Request::GetConfig
             | Request::SetConfig
+            // The buffer is checked where it is opened.
+            | Request::GetInflightFd
+            | Request::SetInflightFd
             | Request::ResetDevice
             | Request::GetMaxMemSlots => {}
         }
         Ok(())
+    }
+
+    /// With or without the padding of a C structure.
+    fn description_len(&self) -> usize {
+        match self.body.len() {
+            Description::BYTES => Description::BYTES,
+            _ => Description::PADDED_BYTES,
+        }
     }
 
     fn check_queue(&self, index: u64, limits: MessageLimits) -> Result<(), Refusal> {
@@ -555,6 +599,15 @@ pub enum Refusal {
         /// Length of the file in bytes.
         file_len: u64,
     },
+    /// A message of a protocol feature that the front-end did not take.
+    #[error("{request:?} is of a protocol feature that the front-end did not acknowledge")]
+    NotAcknowledged {
+        /// Which message.
+        request: Request,
+    },
+    /// An in-flight buffer that is not taken.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// More regions of guest memory than were announced.
     #[error("the front-end adds more memory regions than there are slots")]
     Regions,

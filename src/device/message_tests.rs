@@ -162,7 +162,13 @@ fn bad_messages_are_refused_for_what_is_wrong() {
     let cases: Vec<(Message, &str)> = vec![
         (message(0, &[], vec![]), "Unknown"),
         (message(6, &words(&[0, 0]), vec![file(0)]), "Unknown"),
-        (message(31, &words(&[0, 0]), vec![]), "Unknown"),
+        (message(40, &words(&[0, 0]), vec![]), "Unknown"),
+        (message(31, &words(&[0, 0]), vec![]), "Length"),
+        (
+            message(31, &words(&[0, 0, 0]), vec![file(1)]),
+            "Descriptors",
+        ),
+        (message(32, &words(&[0, 0, 0]), vec![]), "Descriptors"),
         (message(99, &[], vec![]), "Unknown"),
         (message(1, &[0], vec![]), "Length"),
         (message(1, &[], vec![file(0)]), "Descriptors"),

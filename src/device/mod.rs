@@ -5,11 +5,13 @@
 //! - [`chain`], [`request`]: a descriptor chain of a hostile guest becomes a [`GuestRequest`].
 //! - [`config_space`]: features and configuration the guest sees.
 //! - [`queue`]: a [`VirtQueue`], owned by one worker: fetch, complete, publish.
+//! - [`inflight`]: what is in flight, remembered by the front-end while we are killed.
 //! - [`notify`]: the eventfds of a queue.
 //! - [`mailbox`]: how the threads of a connection tell workers what to do.
 //! - [`vring`], [`backend`]: the crate's view of rings and device, turned into commands.
 //! - [`message`], [`shim`]: what a front-end may send.
-//! - [`disk`], [`connection`]: the served device; one front-end from connect to disconnect.
+//! - [`disk`], [`lifecycle`], [`connection`]: the served device; when the disk behind it is open;
+//!   one front-end from connect to disconnect.
 
 pub mod backend;
 pub mod chain;
@@ -18,6 +20,8 @@ pub mod connection;
 pub mod disk;
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod inflight;
+pub mod lifecycle;
 pub mod mailbox;
 pub mod message;
 pub mod notify;
@@ -30,7 +34,8 @@ pub mod vring;
 
 pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
-pub use disk::Device;
+pub use disk::{Began, BeganCallback, Device, DiskIdentity};
+pub use lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};
 pub use queue::{Fetched, PublishOrder, QueueSetup, Ticket, VirtQueue};

@@ -31,6 +31,7 @@ fn setup(ring: &DriverRing, features: u64, order: PublishOrder) -> (QueueSetup, 
         features,
         options: Arc::new(options()),
         order,
+        inflight: None,
         kick: Arc::new(Kick::new(event_file(&kick))),
         call: Some(Arc::new(Call::new(event_file(&call)))),
     };

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
@@ -14,7 +14,10 @@ use super::config_space::DeviceOptions;
 use super::mailbox::{Ack, Mailbox, QueueCommand};
 use super::queue::{Fetched, RingAddresses, VirtQueue};
 use super::request::{BlockStatus, GuestRequest, RequestKind};
-use super::{Device, GuestMemory, PublishOrder, WorkerMailbox};
+use super::{
+    Device, DiskIdentity, GuestMemory, Lifecycle, OpenDisk, OpenFailed, PublishOrder, Storage,
+    WorkerMailbox,
+};
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -161,7 +164,7 @@ pub struct TestWorker {
 }
 
 /// A disk all test workers share, and what they have seen.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct TestDisk {
     pub bytes: Arc<Mutex<Vec<u8>>>,
     /// Queues running now.
@@ -172,15 +175,26 @@ pub struct TestDisk {
     pub commands: Arc<Mutex<Vec<String>>>,
 }
 
+impl TestDisk {
+    /// A disk of zeroes.
+    pub fn new(sectors: u64) -> Self {
+        let len = usize::try_from(sectors * 512).unwrap();
+        Self {
+            bytes: Arc::new(Mutex::new(vec![0; len])),
+            ..Self::default()
+        }
+    }
+}
+
 /// A device on a disk in memory, with `count` workers.
 pub fn device(options: DeviceOptions, count: usize) -> (Arc<Device>, TestDisk, Vec<TestWorker>) {
-    let len = usize::try_from(options.sectors * 512).unwrap();
-    let disk = TestDisk {
-        bytes: Arc::new(Mutex::new(vec![0; len])),
-        running: Arc::default(),
-        served: Arc::default(),
-        commands: Arc::default(),
-    };
+    let disk = TestDisk::new(options.sectors);
+    let (mailboxes, workers) = workers(&disk, count);
+    (Arc::new(device_of(options, mailboxes)), disk, workers)
+}
+
+/// Workers that serve `disk`, and their mailboxes.
+pub fn workers(disk: &TestDisk, count: usize) -> (Vec<Arc<dyn WorkerMailbox>>, Vec<TestWorker>) {
     let workers: Vec<_> = (0..count)
         .map(|_| TestWorker::start(disk.clone()))
         .collect();
@@ -188,8 +202,31 @@ pub fn device(options: DeviceOptions, count: usize) -> (Arc<Device>, TestDisk, V
         .iter()
         .map(|worker| Arc::clone(&worker.mailbox) as Arc<dyn WorkerMailbox>)
         .collect();
-    let device = Device::new(options, PublishOrder::Ring, mailboxes).unwrap();
-    (Arc::new(device), disk, workers)
+    (mailboxes, workers)
+}
+
+/// Behind a device that is open and stays so.
+struct NoStorage;
+
+impl Storage for NoStorage {
+    fn open(&self, _given_up: &AtomicBool) -> Result<OpenDisk, OpenFailed> {
+        unreachable!("it is open")
+    }
+
+    fn close(&self) {
+        unreachable!("nobody closes it")
+    }
+}
+
+/// A device of these workers, whose disk is open, stays so, and remembers nothing.
+pub fn device_of(options: DeviceOptions, workers: Vec<Arc<dyn WorkerMailbox>>) -> Device {
+    let lifecycle = Lifecycle::of_open(Arc::new(NoStorage), nameless_disk(workers));
+    Device::new(options, PublishOrder::Ring, lifecycle).unwrap()
+}
+
+/// An open disk that remembers nothing.
+pub fn nameless_disk(workers: Vec<Arc<dyn WorkerMailbox>>) -> OpenDisk {
+    OpenDisk::new(workers, DiskIdentity::NONE, Box::new(|_| Ok(())))
 }
 
 impl TestWorker {

@@ -12,6 +12,9 @@
 //!            GET_VRING_BASE, reset, disconnect: waits for the worker
 //! ```
 //!
+//! A queue runs only while the disk is open: the first one that starts opens it (rule Q5). Whatever
+//! starts or stops one holds the gate of the device, and takes it before the lock of the ring.
+//!
 //! A running queue keeps the size, the addresses and the position it was started with; what
 //! SET_VRING_BASE says is not used at all (rule Q2).
 
@@ -19,8 +22,9 @@ use std::cell::RefCell;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tracing::warn;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
@@ -28,8 +32,11 @@ use virtio_queue::Error as VirtQueueError;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::GuestMemory;
-use super::disk::Device;
-use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone};
+use super::config_space::feature;
+use super::disk::{Began, Device};
+use super::inflight::InflightBuffer;
+use super::lifecycle::{Gate, OpenDisk, OpenFailed};
+use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone, WorkerMailbox};
 use super::notify::{Call, Kick};
 use super::queue::{QueueSetup, RingAddresses};
 
@@ -41,6 +48,14 @@ pub type ConnectionMemory = GuestMemoryAtomic<GuestMemory>;
 pub struct RingContext {
     device: Arc<Device>,
     features: AtomicU64,
+    /// The buffer handed in last. A running ring keeps the one it was started with.
+    inflight: Mutex<Option<Arc<InflightBuffer>>>,
+    /// Shut down when the connection cannot go on.
+    line: OnceLock<UnixStream>,
+    /// Why it cannot.
+    failure: Mutex<Option<OpenFailed>>,
+    /// The connection is ending: a disk that is being opened for it is not needed any more.
+    given_up: AtomicBool,
 }
 
 impl RingContext {
@@ -50,6 +65,69 @@ impl RingContext {
         Self {
             device,
             features: AtomicU64::new(0),
+            inflight: Mutex::new(None),
+            line: OnceLock::new(),
+            failure: Mutex::new(None),
+            given_up: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes the buffer for rings that start from now on.
+    pub fn set_inflight(&self, buffer: InflightBuffer) {
+        let mut slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(Arc::new(buffer));
+    }
+
+    fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+        let slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.clone()
+    }
+
+    /// Before a ring starts on `disk` with `buffer`: tells how the disk begins, and then marks the
+    /// buffer as one of this run. In this order: a buffer of this run that was cold, and is taken
+    /// for warm by the next one, would have that wait for requests nobody executes again.
+    fn begin(&self, disk: &OpenDisk, buffer: Option<&InflightBuffer>) -> Result<(), OpenFailed> {
+        let identity = disk.identity();
+        let began = buffer.map_or(Ok(Began::Cold), |buffer| buffer.began(identity));
+        let began = began.map_err(|error| OpenFailed(Arc::new(error)))?;
+        if let (Some(buffer), Ok(())) = (buffer, disk.begin(began)) {
+            buffer.stamp(identity);
+        }
+        Ok(())
+    }
+
+    /// Whether the front-end has writes to its memory logged.
+    #[must_use]
+    pub fn logs(&self) -> bool {
+        self.features.load(Ordering::Relaxed) & feature::LOG_ALL != 0
+    }
+
+    /// Notes what is to be shut down if the connection cannot go on; once.
+    pub fn set_line(&self, line: UnixStream) {
+        let before = self.line.set(line);
+        assert!(before.is_ok(), "a connection has one line");
+    }
+
+    /// Ends the opening of the disk, if that is what the connection waits for.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Why the disk could not be opened for this connection.
+    #[must_use]
+    pub fn failure(&self) -> Option<OpenFailed> {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.clone()
+    }
+
+    /// The connection cannot go on. The crate takes no error where rings start, so its line is
+    /// cut: not even the message that started the ring is answered.
+    fn fail(&self, why: OpenFailed) {
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert(why);
+        if let Some(line) = self.line.get() {
+            // Fails only if it is cut already.
+            let _ = line.shutdown(std::net::Shutdown::Both);
         }
     }
 
@@ -93,7 +171,6 @@ enum Phase {
     Paused,
 }
 
-#[derive(Debug)]
 struct Ring {
     phase: Phase,
     ready: bool,
@@ -103,6 +180,27 @@ struct Ring {
     kick: Option<Arc<Kick>>,
     call: Option<Arc<Call>>,
     features: u64,
+    /// Who owns the queue; only while it is not idle.
+    worker: Option<Arc<dyn WorkerMailbox>>,
+}
+
+impl Ring {
+    /// To the worker of a queue that is not idle.
+    fn send(&self, command: QueueCommand) {
+        if let Some(worker) = &self.worker {
+            worker.send(command);
+        }
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("phase", &self.phase)
+            .field("ready", &self.ready)
+            .field("enabled", &self.enabled)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A ring as the crate sees it. Clones are the same ring.
@@ -130,22 +228,36 @@ impl DeviceVring {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send(&self, command: QueueCommand) {
-        self.context.device.worker_of(self.index).send(command);
+    /// The right to change what runs, and the ring.
+    fn enter(&self) -> (Gate<'_>, MutexGuard<'_, Ring>) {
+        let gate = self.context.device.lifecycle().gate();
+        (gate, self.lock())
     }
 
     /// Brings the worker in line with what the ring has become.
-    fn update(&self, ring: &mut Ring) {
+    fn update(&self, ring: &mut Ring, gate: &mut Gate<'_>) {
         let queue = self.index;
         let wanted = ring.enabled && ring.kick.is_some();
         match ring.phase {
             Phase::Idle => {
-                let Some(setup) = self.setup(ring) else {
+                let buffer = self.context.inflight();
+                let Some(setup) = self.setup(ring, buffer.as_ref()) else {
                     return;
                 };
+                if self.context.failure().is_some() {
+                    return;
+                }
+                let disk = match gate.open(&self.context.given_up) {
+                    Ok(disk) => disk,
+                    Err(why) => return self.context.fail(why),
+                };
+                if let Err(why) = self.context.begin(&disk, buffer.as_deref()) {
+                    return self.context.fail(why);
+                }
+                ring.worker = Some(Arc::clone(disk.worker_of(queue)));
                 ring.phase = Phase::Running;
                 ring.features = setup.features;
-                self.send(QueueCommand::Start {
+                ring.send(QueueCommand::Start {
                     queue,
                     setup: Box::new(setup),
                     memory: self.memory.memory().into_inner(),
@@ -154,21 +266,21 @@ impl DeviceVring {
             Phase::Running if !wanted => {
                 ring.phase = Phase::Paused;
                 let (ack, wait) = Ack::new();
-                self.send(QueueCommand::Pause { queue, ack });
+                ring.send(QueueCommand::Pause { queue, ack });
                 // The front-end takes our answer for the end of fetching. A worker that is gone
                 // fetches nothing either.
                 let _ = wait.wait();
             }
             Phase::Paused if wanted => {
                 ring.phase = Phase::Running;
-                self.send(QueueCommand::Resume { queue });
+                ring.send(QueueCommand::Resume { queue });
             }
             Phase::Running | Phase::Paused => {}
         }
     }
 
     /// What the worker needs, if the ring can run.
-    fn setup(&self, ring: &Ring) -> Option<QueueSetup> {
+    fn setup(&self, ring: &Ring, buffer: Option<&Arc<InflightBuffer>>) -> Option<QueueSetup> {
         if !ring.ready || !ring.enabled {
             return None;
         }
@@ -180,6 +292,7 @@ impl DeviceVring {
             features: self.context.features.load(Ordering::Relaxed),
             options: Arc::clone(device.options()),
             order: device.order(),
+            inflight: buffer.and_then(|buffer| buffer.region(self.index)),
             kick: ring.kick.clone()?,
             call: ring.call.clone(),
         })
@@ -194,7 +307,8 @@ impl DeviceVring {
         ring.phase = Phase::Idle;
         let (ack, wait) = Ack::new();
         let queue = self.index;
-        self.send(QueueCommand::Stop { queue, ack });
+        ring.send(QueueCommand::Stop { queue, ack });
+        ring.worker = None;
         Some(wait)
     }
 
@@ -208,7 +322,8 @@ impl DeviceVring {
     /// # Errors
     /// If its worker is gone.
     pub fn stop(&self) -> Result<(), WorkerGone> {
-        let wait = self.begin_stop(&mut self.lock());
+        let (_gate, mut ring) = self.enter();
+        let wait = self.begin_stop(&mut ring);
         wait.map_or(Ok(()), |wait| self.end_stop(wait))
     }
 
@@ -227,7 +342,7 @@ impl DeviceVring {
     }
 }
 
-/// Stops all `rings` and waits for all of them.
+/// Stops all `rings` and waits for all of them. The caller holds the gate.
 ///
 /// # Errors
 /// If a worker is gone; the others are waited for.
@@ -244,7 +359,34 @@ pub fn stop_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
     result
 }
 
-/// Stops all `rings` and forgets what the front-end said about them.
+/// Whether none of the `rings` has a queue at work.
+#[must_use]
+pub fn are_idle(rings: &[DeviceVring]) -> bool {
+    let idle = |ring: &DeviceVring| ring.lock().phase == Phase::Idle;
+    rings.iter().all(idle)
+}
+
+/// Lets those of the `rings` run that can: all that ran before [`stop_all`], if the front-end has
+/// said nothing since.
+pub fn start_all(rings: &[DeviceVring], gate: &mut Gate<'_>) {
+    for vring in rings {
+        let mut ring = vring.lock();
+        if ring.phase == Phase::Idle {
+            vring.update(&mut ring, gate);
+        }
+    }
+}
+
+/// Ends the connection of the `rings` if one of them should run, since the disk could not be opened
+/// again.
+pub fn abandon(rings: &[DeviceVring], why: &OpenFailed) {
+    let waits = |vring: &&DeviceVring| vring.setup(&vring.lock(), None).is_some();
+    if let Some(vring) = rings.iter().find(waits) {
+        vring.context.fail(why.clone());
+    }
+}
+
+/// Stops all `rings` and forgets what the front-end said about them. The caller holds the gate.
 ///
 /// # Errors
 /// If a worker is gone.
@@ -258,13 +400,14 @@ pub fn reset_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
 
 /// Notes the features the driver acknowledged, for rings that run and rings to come.
 pub fn set_features(context: &RingContext, rings: &[DeviceVring], features: u64) {
+    let _gate = context.device.lifecycle().gate();
     context.features.store(features, Ordering::Relaxed);
     for vring in rings {
         let mut ring = vring.lock();
         if ring.phase != Phase::Idle && ring.features != features {
             ring.features = features;
             let queue = vring.index;
-            vring.send(QueueCommand::SetFeatures { queue, features });
+            ring.send(QueueCommand::SetFeatures { queue, features });
         }
     }
 }
@@ -297,6 +440,7 @@ impl VringT<ConnectionMemory> for DeviceVring {
                     kick: None,
                     call: None,
                     features: 0,
+                    worker: None,
                 })),
             };
             making.rings.push(vring.clone());
@@ -337,9 +481,9 @@ impl VringT<ConnectionMemory> for DeviceVring {
 
     fn set_enabled(&self, enabled: bool) {
         self.inner.set_enabled(enabled);
-        let mut ring = self.lock();
+        let (mut gate, mut ring) = self.enter();
         ring.enabled = enabled;
-        self.update(&mut ring);
+        self.update(&mut ring, &mut gate);
     }
 
     fn set_queue_info(
@@ -350,13 +494,13 @@ impl VringT<ConnectionMemory> for DeviceVring {
     ) -> Result<(), VirtQueueError> {
         self.inner
             .set_queue_info(desc_table, avail_ring, used_ring)?;
-        let mut ring = self.lock();
+        let (mut gate, mut ring) = self.enter();
         ring.rings = Some(RingAddresses {
             descriptors: desc_table,
             available: avail_ring,
             used: used_ring,
         });
-        self.update(&mut ring);
+        self.update(&mut ring, &mut gate);
         Ok(())
     }
 
@@ -379,7 +523,7 @@ impl VringT<ConnectionMemory> for DeviceVring {
     fn set_queue_size(&self, num: u16) {
         let max = self.context.device.options().queue_size;
         let valid = num.is_power_of_two() && num <= max;
-        let mut ring = self.lock();
+        let (mut gate, mut ring) = self.enter();
         // The crate keeps its old size when the new one is impossible; we run without one.
         ring.size = valid.then_some(num);
         if valid {
@@ -387,7 +531,7 @@ impl VringT<ConnectionMemory> for DeviceVring {
         } else {
             warn!(queue = self.index, size = num, "impossible queue size");
         }
-        self.update(&mut ring);
+        self.update(&mut ring, &mut gate);
     }
 
     fn set_queue_event_idx(&self, enabled: bool) {
@@ -397,10 +541,10 @@ impl VringT<ConnectionMemory> for DeviceVring {
 
     fn set_queue_ready(&self, ready: bool) {
         self.inner.set_queue_ready(ready);
-        let mut ring = self.lock();
+        let (mut gate, mut ring) = self.enter();
         ring.ready = ready;
         if ready {
-            self.update(&mut ring);
+            self.update(&mut ring, &mut gate);
         }
     }
 
@@ -415,15 +559,15 @@ impl VringT<ConnectionMemory> for DeviceVring {
             }
         };
         self.inner.set_kick(file);
-        let mut ring = self.lock();
+        let (mut gate, mut ring) = self.enter();
         ring.kick = kick;
         if let (Phase::Running | Phase::Paused, Some(kick)) = (ring.phase, &ring.kick) {
-            self.send(QueueCommand::SetKick {
+            ring.send(QueueCommand::SetKick {
                 queue: self.index,
                 kick: Arc::clone(kick),
             });
         }
-        self.update(&mut ring);
+        self.update(&mut ring, &mut gate);
     }
 
     fn read_kick(&self) -> io::Result<bool> {
@@ -440,11 +584,11 @@ impl VringT<ConnectionMemory> for DeviceVring {
             // Clients rely on it, running or not: something may have been used before.
             call.signal();
         }
-        let mut ring = self.lock();
+        let (_gate, mut ring) = self.enter();
         ring.call.clone_from(&call);
         if ring.phase != Phase::Idle {
             let queue = self.index;
-            self.send(QueueCommand::SetCall { queue, call });
+            ring.send(QueueCommand::SetCall { queue, call });
         }
     }
 

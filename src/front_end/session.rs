@@ -79,12 +79,11 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses or cannot do something the options ask for.
     pub fn negotiate_on(stream: UnixStream, options: &Options) -> Result<Self, FrontEndError> {
-        let cloned = |socket: &UnixStream| socket.try_clone().map_err(failed("clone the socket"));
-        let watchdog = Watchdog::new(cloned(&stream)?).map_err(failed("start a thread"))?;
+        let (protocol, watchdog) = on(&stream, options)?;
         let mut front_end = Self {
             queues: Vec::new(),
             ram: GuestRam::new(options.memory_bytes)?,
-            protocol: Frontend::from_stream(cloned(&stream)?, u64::from(options.queues)),
+            protocol,
             watchdog,
             socket: stream,
             requests: None,
@@ -154,7 +153,45 @@ impl FrontEnd {
     /// If the back-end refuses a message or the memory is too small for the rings.
     pub fn start(&mut self) -> Result<(), FrontEndError> {
         self.make_queues()?;
+        // What was in flight was in flight on other rings.
+        self.inflight = None;
         self.resume(self.options.wrong_base.unwrap_or(self.options.first_index))
+    }
+
+    /// Connects again after the back-end has gone, and starts the rings where they are: with the
+    /// memory, the requests and the in-flight buffer of before. Requests the old back-end did not
+    /// complete are the new one's. Where it fails it may be called again.
+    ///
+    /// SET_VRING_BASE says what VMMs say: QEMU the used index, cloud-hypervisor the available one.
+    /// Neither kicks.
+    ///
+    /// # Errors
+    /// If nobody listens yet, or the back-end refuses, offers less than before, or ends.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<(), FrontEndError> {
+        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+        let acked = self.acked();
+        let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+        (self.protocol, self.watchdog) = on(&stream, &self.options)?;
+        for queue in &mut self.queues {
+            queue.replace_socket(OwnedFd::from(cloned()?))?;
+        }
+        self.socket = stream;
+        self.requests = None;
+        self.memory_told = false;
+        self.exchange_features()?;
+        if self.offered & acked != acked {
+            let feature = "a feature that the driver uses";
+            return Err(FrontEndError::Missing { feature });
+        }
+        let rings = self.queues.iter().map(Queue::ring);
+        let bases = match self.options.manners {
+            Manners::Qemu => rings.map(Ring::used_index).collect::<Result<Vec<_>, _>>()?,
+            Manners::CloudHypervisor => rings.map(Ring::avail_index).collect(),
+        };
+        self.resume_at(&bases)
     }
 
     /// Starts the device again with other options of the rings, on the same connection and
@@ -173,16 +210,21 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses a message.
     pub fn resume(&mut self, base: u16) -> Result<(), FrontEndError> {
+        self.resume_at(&vec![base; self.queues.len()])
+    }
+
+    /// The same with a base for each ring.
+    fn resume_at(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         let wanted = self.acked() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.send("SET_FEATURES", |protocol| protocol.set_features(wanted))?;
         self.share_inflight()?;
         match self.options.manners {
-            Manners::Qemu => self.start_like_qemu(base),
-            Manners::CloudHypervisor => self.start_like_cloud_hypervisor(base),
+            Manners::Qemu => self.start_like_qemu(bases),
+            Manners::CloudHypervisor => self.start_like_cloud_hypervisor(bases),
         }
     }
 
-    fn start_like_qemu(&mut self, base: u16) -> Result<(), FrontEndError> {
+    fn start_like_qemu(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         for index in 0..self.queues.len() {
             self.tell_call(index)?;
         }
@@ -192,7 +234,7 @@ impl FrontEnd {
         self.ask_replies(true);
         self.tell_memory()?;
         self.ask_replies(false);
-        for index in 0..self.queues.len() {
+        for (index, &base) in bases.iter().enumerate() {
             self.tell_size(index)?;
             self.tell_base(index, base)?;
             self.tell_addresses(index)?;
@@ -204,12 +246,12 @@ impl FrontEnd {
         Ok(())
     }
 
-    fn start_like_cloud_hypervisor(&mut self, base: u16) -> Result<(), FrontEndError> {
+    fn start_like_cloud_hypervisor(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         self.tell_memory()?;
         for index in 0..self.queues.len() {
             self.tell_size(index)?;
         }
-        for index in 0..self.queues.len() {
+        for (index, &base) in bases.iter().enumerate() {
             self.tell_addresses(index)?;
             self.tell_base(index, base)?;
             self.tell_call(index)?;
@@ -306,6 +348,19 @@ impl FrontEnd {
     #[must_use]
     pub fn memory_file(&self) -> &File {
         self.ram.file()
+    }
+
+    /// The buffer in which the back-end marks what is in flight, if it does, for whoever wants to
+    /// look at it or do it harm.
+    #[must_use]
+    pub fn inflight_file(&self) -> Option<&File> {
+        self.inflight.as_ref().map(|(_, file)| file)
+    }
+
+    /// What the back-end is told of the in-flight buffer at the next start of the rings, to be
+    /// changed by whoever wants to lie.
+    pub fn inflight_mut(&mut self) -> Option<&mut (VhostUserInflight, File)> {
+        self.inflight.as_mut()
     }
 
     /// Our end of the channel on which the back-end sends requests, if it has one.
@@ -548,6 +603,14 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
     let rings = queues * Ring::bytes(options.queue_size).next_multiple_of(page);
     let share = half_bytes.checked_sub(rings)? / queues.div_ceil(2).max(1) / page * page;
     (share >= page).then_some(share)
+}
+
+/// The two halves of a conversation on `stream`: messages, and the limit on waiting for answers.
+fn on(stream: &UnixStream, options: &Options) -> Result<(Frontend, Watchdog), FrontEndError> {
+    let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+    let watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+    let protocol = Frontend::from_stream(cloned()?, u64::from(options.queues));
+    Ok((protocol, watchdog))
 }
 
 fn clone_event(

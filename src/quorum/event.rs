@@ -272,6 +272,9 @@ pub enum Wakeup {
     /// A replica went or came: requests that wait for answers of one that went do so in vain, and
     /// those that wait for enough replicas may find them.
     MembersChanged,
+    /// It is decided what becomes of sectors in U without a majority (rules S4, Y3): reads that
+    /// wait for that go on.
+    TiesDecided,
     /// Requests that wait for enough replicas are to fail: their queue is being stopped (rule Q4).
     FailPaused,
 }

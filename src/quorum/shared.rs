@@ -13,9 +13,16 @@ use super::unresolved::Unresolved;
 use crate::units::{ReplicaSet, Time};
 
 /// How sectors in U that no version has T votes for are decided (rules S4, Y3).
+///
+/// ```text
+/// MajorityOnly --cold, and remembered------------> Choose (Error, if that is the policy)
+///      |
+///      +--------warm, and requests repeated------> Error (Choose, after an earlier cold start)
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CrashTie {
-    /// Not at all: it is not known yet whether requests of before the crash will be repeated.
+    /// Not yet: it is not known whether the start is warm or cold, or it is warm and requests of
+    /// before the end are still being repeated. Reads of the guest that need a decision wait.
     MajorityOnly,
     /// The largest group, ties to the first replica that is not suspect: every version is legal.
     Choose,
@@ -23,6 +30,10 @@ pub enum CrashTie {
     /// no choice made.
     Error,
 }
+
+/// Stands for requests to be repeated that no queue has told of yet: more than any front-end can
+/// have in flight.
+const REPEATS_UNKNOWN: u64 = 1 << 62;
 
 /// Shared by all lanes of a disk; small, and cheap to read.
 pub struct Shared {
@@ -43,6 +54,11 @@ pub struct Shared {
     /// Replicas that are doubted: they vote but never decide a tie (CONSISTENCY section 10).
     suspects: AtomicU32,
     crash_tie: AtomicU32,
+    /// Requests of before the last end that are not repeated yet, and [`REPEATS_UNKNOWN`] while
+    /// there may be more than have been counted.
+    repeats_left: AtomicU64,
+    /// The last crash before which U was empty was cold, and that is remembered.
+    was_cold: AtomicU32,
     /// The state record cannot be written any more.
     record_lost: AtomicU32,
     /// Lanes with requests that wait for marks to become durable, a bit each.
@@ -74,11 +90,6 @@ impl Shared {
         policy.validate()?;
         let (replicas, extents) = (policy.replicas, geometry.extents());
         assert_eq!(marks.extents(), extents, "the marks of this disk");
-        let tie = if policy.crash_tie_error {
-            CrashTie::Error
-        } else {
-            CrashTie::Choose
-        };
         let shared = Self {
             membership: Membership::new(replicas, policy.threshold, marks),
             order: Order::new(geometry.extent_shift()),
@@ -87,6 +98,8 @@ impl Shared {
             activity: Activity::new(replicas, extents),
             suspects: AtomicU32::new(0),
             crash_tie: AtomicU32::new(0),
+            repeats_left: AtomicU64::new(REPEATS_UNKNOWN),
+            was_cold: AtomicU32::new(0),
             record_lost: AtomicU32::new(0),
             waiting: AtomicU64::new(0),
             geometry,
@@ -94,7 +107,7 @@ impl Shared {
             #[cfg(test)]
             mutation: None,
         };
-        shared.decide_crash_ties(tie);
+        shared.begin_cold();
         Ok(shared)
     }
 
@@ -102,6 +115,73 @@ impl Shared {
     pub fn resolve_dirty(&self) {
         for extent in self.membership.marks().iter(Bitmap::Dirty) {
             self.unresolved.insert_extent(extent);
+        }
+    }
+
+    /// After an unclean end, before anything is served: nothing is chosen until the front-end has
+    /// shown whether the start is warm or cold (rule S4). `was_cold`: the record says that U holds
+    /// sectors of a cold start of before, so that there may be differences that no repetition
+    /// removes.
+    pub fn await_front_end(&self, was_cold: bool) {
+        self.was_cold.store(u32::from(was_cold), Ordering::Release);
+        self.decide_crash_ties(CrashTie::MajorityOnly);
+    }
+
+    /// The start is cold, and the record says so: every version of a sector in U is legal. Owed
+    /// then is [`Wakeup::TiesDecided`](super::Wakeup::TiesDecided) to every lane.
+    pub fn begin_cold(&self) {
+        self.decide_crash_ties(self.tie_when_cold());
+    }
+
+    /// A queue has begun with this many requests that were in flight when the last daemon ended,
+    /// and that are repeated before anything new is fetched from it (rule Q2). To be called before
+    /// the first of them is begun. [`Shared::end_repeat`] is owed for each.
+    pub fn expect_repeats(&self, requests: u64) {
+        self.repeats_left.fetch_add(requests, Ordering::AcqRel);
+    }
+
+    /// A request that was expected is published, or makes no difference to any sector. Returns
+    /// whether ties are decided by that; [`Wakeup::TiesDecided`](super::Wakeup::TiesDecided) is owed
+    /// then to every lane.
+    #[must_use]
+    pub fn end_repeat(&self) -> bool {
+        let before = self.repeats_left.fetch_sub(1, Ordering::AcqRel);
+        before == 1 && self.end_repeats()
+    }
+
+    /// The start is warm, and every queue that has requests to repeat has said so. Once these are
+    /// repeated, nothing is left in U that may legally differ, and a tie is an error (rule Y3).
+    /// Returns what [`Shared::end_repeat`] does.
+    #[must_use]
+    pub fn begin_warm(&self) -> bool {
+        if super::mutation::broken!(self, ChosenWhenWarm) {
+            self.decide_crash_ties(CrashTie::Choose);
+            return true;
+        }
+        let known = self
+            .repeats_left
+            .fetch_sub(REPEATS_UNKNOWN, Ordering::AcqRel);
+        known == REPEATS_UNKNOWN && self.end_repeats()
+    }
+
+    /// No request is repeated any more that could remove a difference, or it is not waited for any
+    /// longer. Returns whether ties are decided by that.
+    pub fn end_repeats(&self) -> bool {
+        if self.crash_tie() != CrashTie::MajorityOnly {
+            return false;
+        }
+        self.decide_crash_ties(match self.was_cold.load(Ordering::Acquire) {
+            0 => CrashTie::Error,
+            _ => self.tie_when_cold(),
+        });
+        true
+    }
+
+    fn tie_when_cold(&self) -> CrashTie {
+        if self.policy.crash_tie_error {
+            CrashTie::Error
+        } else {
+            CrashTie::Choose
         }
     }
 
@@ -138,12 +218,18 @@ impl Shared {
             .store(u32::from(suspects.bits()), Ordering::Release);
     }
 
-    /// No mark will become durable any more (rule R1). Every lane is owed a wakeup.
+    /// No mark becomes durable until [`Shared::regain_record`] (rule R1). Every lane is owed a
+    /// wakeup.
     pub fn lose_record(&self) {
         self.record_lost.store(1, Ordering::Release);
     }
 
-    /// Whether marks cannot become durable any more.
+    /// Marks become durable again: enough copies of the record are back.
+    pub fn regain_record(&self) {
+        self.record_lost.store(0, Ordering::Release);
+    }
+
+    /// Whether marks cannot become durable at the moment.
     #[must_use]
     pub fn is_record_lost(&self) -> bool {
         self.record_lost.load(Ordering::Acquire) != 0

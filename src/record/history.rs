@@ -56,6 +56,13 @@ pub struct EpochEntry {
 }
 
 impl EpochEntry {
+    /// The random bytes of the run that began it: all epochs of a run have the same.
+    #[must_use]
+    pub fn run(&self) -> [u8; 16] {
+        // The number was added without carry; adding it once more takes it away.
+        EpochId::derive(self.id.0, self.epoch).0
+    }
+
     /// Whether it is the same epoch, whatever is known of it.
     #[must_use]
     pub fn is_same(self, other: Self) -> bool {

@@ -32,8 +32,11 @@ const MEMBERS_AT: usize = 128;
 /// Offset of the history.
 const HISTORY_AT: usize = MEMBERS_AT + REPLICAS_MAX * MEMBER_BYTES;
 
+/// Offset of the growth that is under way.
+const GROWING_AT: usize = HISTORY_AT + EPOCHS_REMEMBERED * ENTRY_BYTES;
+
 /// The first byte that means nothing yet.
-pub(super) const MEANINGFUL_BYTES: usize = HISTORY_AT + EPOCHS_REMEMBERED * ENTRY_BYTES;
+pub(super) const MEANINGFUL_BYTES: usize = GROWING_AT + 16;
 
 /// Incompatible features that are known: none yet.
 const INCOMPATIBLE_KNOWN: u64 = 0;
@@ -48,7 +51,7 @@ pub(super) const SEQUENCE_MAX: u64 = u64::MAX >> 1;
 pub(super) const SEQUENCE_LIMIT: u64 = SEQUENCE_MAX / 2;
 
 /// Sectors of the largest disk: its bytes can be counted in a file offset.
-const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
+pub(super) const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
 
 /// The largest extent that is ever needed: with it the largest disk has one.
 const EXTENT_SHIFT_MAX: u8 = 54;
@@ -90,6 +93,17 @@ impl fmt::Debug for DiskUuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// The disk is becoming longer. It stays in the superblock until an epoch of the new size has begun
+/// for good: only then what the maps say of the new part counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Growing {
+    /// Sectors of before.
+    pub from_sectors: u64,
+    /// The first epoch of the new size. If neither it nor a later one has begun, the disk has its
+    /// old size. 0: it is yet to be chosen; never on disk.
+    pub epoch: u64,
 }
 
 /// What a copy says of itself and of the disk.
@@ -137,6 +151,8 @@ pub struct Superblock {
     pub members: [Member; REPLICAS_MAX],
     /// This epoch and those before it.
     pub history: History,
+    /// The disk is becoming longer (rule Z3).
+    pub growing: Option<Growing>,
 }
 
 impl Superblock {
@@ -175,6 +191,7 @@ impl Superblock {
                 epoch: FIRST_EPOCH,
                 ..EpochEntry::default()
             }),
+            growing: None,
         }
     }
 
@@ -257,6 +274,9 @@ impl Superblock {
         }
         debug_assert_eq!(writer.at(), HISTORY_AT);
         self.history.encode(&mut writer);
+        debug_assert_eq!(writer.at(), GROWING_AT);
+        writer.u64(self.growing.map_or(0, |growing| growing.from_sectors));
+        writer.u64(self.growing.map_or(0, |growing| growing.epoch));
         debug_assert_eq!(writer.at(), MEANINGFUL_BYTES);
         seal(&mut block, SUPERBLOCK_CRC_AT);
         block
@@ -335,6 +355,14 @@ impl Superblock {
         if history.newest().epoch != epoch {
             return Err(wrong("epoch"));
         }
+        let growing = match (reader.u64(), reader.u64()) {
+            (0, 0) => None,
+            (_, 0) | (0, _) => return Err(wrong("growth")),
+            (from_sectors, epoch) => Some(Growing {
+                from_sectors,
+                epoch,
+            }),
+        };
         Ok(Self {
             disk,
             copy_index,
@@ -356,6 +384,7 @@ impl Superblock {
             scrub_cursor,
             members,
             history,
+            growing,
         })
     }
 
@@ -402,6 +431,16 @@ impl Superblock {
         }
         if self.history.newest().forced != self.forced {
             return wrong("history of epochs");
+        }
+        if self.growing.is_some_and(|growing| {
+            let blocks = growing
+                .from_sectors
+                .is_multiple_of(self.block_sectors.into());
+            !(1..self.sectors).contains(&growing.from_sectors)
+                || !blocks
+                || growing.epoch > self.epoch()
+        }) {
+            return wrong("growth");
         }
         Ok(())
     }

@@ -96,9 +96,26 @@ impl RawReplica {
         options: &RawOptions,
         others: impl Iterator<Item = (&'a str, &'a Identity)>,
     ) -> Result<Self, OpenError> {
-        open(options, others).map_err(|fault| OpenError {
+        open(options, others, Claim::Lock).map_err(|fault| OpenError {
             name: options.name.clone(),
             path: options.path.clone(),
+            fault,
+        })
+    }
+
+    /// Opens a replica only to see what it is, also while somebody else has it: nothing is locked,
+    /// claimed, written or dropped from caches. What is seen may change as soon as it was seen.
+    ///
+    /// # Errors
+    /// [`OpenError`], never for a lock.
+    pub fn look(options: &RawOptions) -> Result<Self, OpenError> {
+        let options = RawOptions {
+            read_only: true,
+            ..options.clone()
+        };
+        open(&options, std::iter::empty(), Claim::None).map_err(|fault| OpenError {
+            name: options.name,
+            path: options.path,
             fault,
         })
     }
@@ -227,9 +244,19 @@ impl RawReplica {
     }
 }
 
+/// What is done so that nobody else changes the replica (rule K1).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    /// Locks, and O_EXCL on a device.
+    Lock,
+    /// Nothing.
+    None,
+}
+
 fn open<'a>(
     options: &RawOptions,
     mut others: impl Iterator<Item = (&'a str, &'a Identity)>,
+    claim: Claim,
 ) -> Result<RawReplica, OpenFault> {
     // Looked at before it is opened: opening a pipe or a tape drive has effects of its own.
     let before = identify(&options.path)?;
@@ -238,12 +265,14 @@ fn open<'a>(
             other: other.to_owned(),
         });
     }
-    let mut file = open_file(options, &before)?;
+    let mut file = open_file(options, &before, claim)?;
     let metadata = file.metadata().map_err(system("examine"))?;
     if Identity::of(&metadata).as_ref() != Some(&before) {
         return Err(OpenFault::Replaced);
     }
-    lock(&file, options)?;
+    if claim == Claim::Lock {
+        lock(&file, options)?;
+    }
     let found = Fingerprint::of_file(&file).map_err(system("examine"))?;
     let length_bytes = file
         .seek(SeekFrom::End(0))
@@ -276,6 +305,7 @@ fn open<'a>(
         found,
     };
     if options.cache == Cache::Buffered
+        && claim == Claim::Lock
         && let Err(error) = replica.drop_caches()
     {
         // Whose writes those were does not matter: what they left on the medium is now to be
@@ -315,7 +345,7 @@ pub(super) fn identify(path: &Path) -> Result<Identity, OpenFault> {
     })
 }
 
-fn open_file(options: &RawOptions, identity: &Identity) -> Result<File, OpenFault> {
+fn open_file(options: &RawOptions, identity: &Identity, claim: Claim) -> Result<File, OpenFault> {
     let direct = options.cache == Cache::Direct;
     let device = identity.device_number().is_some();
     // The standard library adds O_CLOEXEC. O_EXCL without O_CREAT claims a block device: the
@@ -324,7 +354,7 @@ fn open_file(options: &RawOptions, identity: &Identity) -> Result<File, OpenFaul
     if direct {
         flags |= libc::O_DIRECT;
     }
-    if device {
+    if device && claim == Claim::Lock {
         flags |= libc::O_EXCL;
     }
     OpenOptions::new()

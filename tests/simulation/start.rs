@@ -111,6 +111,7 @@ impl World {
                 forced: false,
                 begun: false,
             }),
+            growing: None,
         };
         self.copies = Some(Copies::new(copies, superblock.layout()));
         let opened = Opened::create(superblock, copies);

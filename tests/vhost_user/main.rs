@@ -7,6 +7,8 @@
 //! - `rings`: framing, feature bits, interrupts, kicks, indices.
 //! - `faults`: replicas that lie.
 //! - `life`: connections and processes, from their start to their end.
+//! - `migration`: two daemons on the same replicas, and the guest on its way.
+//! - `inflight`: back-ends that are killed, and what the front-end remembers for the next one.
 //! - `overlaps`: workers that need what others hold.
 //! - `guests`: hostile guests.
 //! - `front_ends`: hostile front-ends.
@@ -17,7 +19,9 @@ mod data;
 mod faults;
 mod front_ends;
 mod guests;
+mod inflight;
 mod life;
+mod migration;
 mod overlaps;
 mod rings;
 mod statuses;

@@ -7,11 +7,15 @@
 //! durable). What one of them asks for may be news for another; so actions are collected, and
 //! carried out in turns until there are none.
 //!
+//! - [`copies`]: copies of the record that are left out and come back.
 //! - [`roster`]: which replicas are open, and how they leave all workers and come back to them.
 //! - [`stop`]: the clean end (rule R8).
+//! - [`ties`]: what a warm or a cold start decides (rules S4, Y3).
 
+mod copies;
 mod roster;
 mod stop;
+mod ties;
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -29,7 +33,7 @@ use super::event_loop::{EventLoop, Token};
 use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
-use crate::control::{Counters, ReportSender};
+use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -39,9 +43,11 @@ use crate::quorum::{
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
 use crate::units::{ReplicaId, Time};
+use copies::Copies;
 use roster::Roster;
 pub use stop::STOP_LIMIT;
 use stop::Stop;
+use ties::Ties;
 
 /// How often the keeper is told how much the guest asks for.
 const GUEST_LOOK: Duration = Duration::from_millis(500);
@@ -61,6 +67,8 @@ pub struct OpenRecord {
     pub files: Vec<Option<File>>,
     /// Where they are.
     pub paths: Vec<PathBuf>,
+    /// Beside replicas: none is made where the replica is missing.
+    pub beside: bool,
 }
 
 /// What the thread is made of.
@@ -164,9 +172,10 @@ struct Record {
     /// Writes under way, by copy.
     under_way: Vec<u32>,
     paths: Vec<PathBuf>,
+    copies: Copies,
     /// The change that was last found durable.
     durable: Option<ChangeId>,
-    /// It was said that the disk is resolved after its last crash.
+    /// It says, or is to say, that U is of a cold start.
     cold: bool,
 }
 
@@ -185,6 +194,9 @@ struct Maintenance {
     events: EventLoop,
     next_guest_look: Time,
     stop: Stop,
+    ties: Ties,
+    /// Something was in U when this run began, and is, as far as was said.
+    unresolved: bool,
     // What is to be carried out, and reused.
     lane_actions: Vec<Action>,
     keeper_actions: Vec<KeeperAction>,
@@ -209,8 +221,9 @@ impl Maintenance {
         let record = setup
             .record
             .map(|open| -> Result<Record, MaintenanceError> {
-                let copies = open.files.iter();
-                let files = copies
+                let copies = Copies::new(&open, mailbox).map_err(MaintenanceError::Thread)?;
+                let files = open.files.iter();
+                let files = files
                     .map(|file| file.as_ref().map(File::try_clone).transpose())
                     .collect::<Result<Vec<_>, _>>()
                     .map_err(MaintenanceError::Wait)?;
@@ -225,6 +238,7 @@ impl Maintenance {
                     under_way: vec![0; files.len()],
                     files,
                     paths: open.paths,
+                    copies,
                     durable: None,
                 })
             })
@@ -243,6 +257,8 @@ impl Maintenance {
             wardens.push(warden::spawn(setup).map_err(MaintenanceError::Thread)?);
         }
         let keeper = Keeper::new(setup.keeper_config, setup.keeper, &setup.shared);
+        let ties = Ties::new(setup.shared.crash_tie());
+        let unresolved = setup.shared.unresolved.extents() > 0;
         Ok(Self {
             lane: Lane::new(LaneId(u8::try_from(lane).expect("at most 64 lanes"))),
             roster: Roster::new(setup.replicas, wardens, setup.mailboxes.len() - 1),
@@ -258,6 +274,8 @@ impl Maintenance {
             events,
             next_guest_look: setup.clock.now(),
             stop: Stop::default(),
+            ties,
+            unresolved,
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
             record_actions: Vec::new(),
@@ -336,10 +354,12 @@ impl Maintenance {
         }
         self.outcomes = outcomes;
         self.move_record()?;
+        self.move_copies()?;
         self.pass_time();
         self.carry_out();
         self.move_replicas();
         self.carry_out();
+        self.advance_ties();
         self.advance_stop();
         self.carry_out();
         self.executor.submit()?;
@@ -375,11 +395,13 @@ impl Maintenance {
         if self.shared.unresolved.extents() > 0 {
             return;
         }
+        if std::mem::take(&mut self.unresolved) {
+            info!("everything that was unresolved since the last end of the daemon is resolved");
+        }
         let Some(record) = &mut self.record else {
             return;
         };
         if std::mem::take(&mut record.cold) {
-            info!("everything that was unresolved since the last end of the daemon is resolved");
             record.recorder.change(|superblock| superblock.cold = false);
             self.tell_recorder(RecordEvent::Poll);
         }
@@ -405,6 +427,7 @@ impl Maintenance {
             until(recorder.and_then(Recorder::deadline)),
             until(Some(self.next_guest_look)),
             until(self.stop.deadline()),
+            until(self.ties.deadline()),
         ];
         let timeout = limits.into_iter().flatten().min();
         self.events
@@ -538,7 +561,11 @@ impl Maintenance {
                 RecordAction::Changed(change) => {
                     record.durable = record.durable.max(Some(change));
                 }
-                RecordAction::Excluded { copy, errno } => {
+                RecordAction::Excluded {
+                    copy,
+                    errno,
+                    took_part,
+                } => {
                     let path = record.paths[usize::from(copy)].display();
                     let why = match errno {
                         Some(errno) => std::io::Error::from_raw_os_error(errno).to_string(),
@@ -550,16 +577,26 @@ impl Maintenance {
                     } else {
                         debug!("the copy {path} of the state record is left out: {why}");
                     }
-                    self.counters.maintenance().record_copies_lost.add(1);
-                    let errno = errno.unwrap_or(libc::ETIMEDOUT);
-                    self.reports.send(EventData::RecordCopyLost { copy, errno });
+                    if took_part {
+                        self.counters.maintenance().record_copies_lost.add(1);
+                        let errno = errno.unwrap_or(libc::ETIMEDOUT);
+                        self.reports.send(EventData::RecordCopyLost { copy, errno });
+                    }
+                }
+                RecordAction::Returned { copy } => {
+                    self.counters.maintenance().record_copies_returned.add(1);
+                    self.reports.send(EventData::RecordCopyReturned { copy });
                 }
                 RecordAction::Lost => {
                     self.shared.lose_record();
                     self.reports.send(EventData::Report(Report::RecordLost));
                     self.wake_waiting();
                 }
-                RecordAction::Regained => {}
+                RecordAction::Regained => {
+                    self.shared.regain_record();
+                    self.reports.send(EventData::RecordRegained);
+                    self.wake_waiting();
+                }
             }
         }
     }
@@ -616,7 +653,9 @@ impl Maintenance {
         let mut record = false;
         for message in messages.drain(..) {
             match message {
+                Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
+                Message::Began(began, known) => self.began(began, known),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -632,7 +671,13 @@ impl Maintenance {
                 Message::Attached { replica } => self.roster.joined(replica),
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
-                Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
+                Message::CopyBack { copy, back } => self
+                    .copy_back(copy, back)
+                    .expect("the ring works as long as the thread"),
+                Message::Status(ask) => ask.send(DiskFacts {
+                    keeper: self.keeper.status(&self.shared),
+                    record: self.standings(),
+                }),
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)

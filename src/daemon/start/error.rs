@@ -56,6 +56,15 @@ pub enum StartError {
         /// A copy of it.
         path: PathBuf,
     },
+    /// The destination of a migration has to know what the source knows.
+    #[error(
+        "there is no state record at {copies}, and --incoming needs the one of the daemon that the \
+         guest comes from: put it where both see it (beside shared replicas, or --record-dir)"
+    )]
+    IncomingWithoutRecord {
+        /// Where it was looked for.
+        copies: String,
+    },
     /// Blocks of a disk stay as they are.
     #[error(
         "the disk has blocks of {recorded} bytes, and --block-size says {configured}: leave it \

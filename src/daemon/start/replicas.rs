@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,19 +20,22 @@ const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// How long anything is waited for.
 #[derive(Clone, Copy, Debug)]
-pub struct Waits {
+pub struct Waits<'a> {
     /// A lock that somebody else has (rule S2).
     pub lock: Duration,
+    /// Set when locks are not to be waited for any longer.
+    pub given_up: &'a AtomicBool,
     /// Storage that does not answer.
     pub answer: Duration,
 }
 
-impl Waits {
+impl<'a> Waits<'a> {
     /// What the configuration says.
     #[must_use]
-    pub fn of(config: &Config) -> Self {
+    pub fn of(config: &Config, given_up: &'a AtomicBool) -> Self {
         Self {
             lock: config.lock_timeout,
+            given_up,
             answer: config.patience.io_timeout,
         }
     }
@@ -67,7 +71,7 @@ pub fn options_of(config: &Config) -> Vec<RawOptions> {
 pub fn open_waiting(
     options: &[RawOptions],
     skipped: ReplicaSet,
-    waits: Waits,
+    waits: Waits<'_>,
 ) -> Result<Vec<Option<OpenResult>>, OpenError> {
     let timeout = waits.lock;
     let begin = Instant::now();
@@ -83,7 +87,8 @@ pub fn open_waiting(
         }
     }
     // Those that are open stay open, so that nobody else gets hold of them meanwhile.
-    while results.iter().any(busy) && begin.elapsed() < timeout {
+    let patient = || begin.elapsed() < timeout && !waits.given_up.load(Ordering::Relaxed);
+    while results.iter().any(busy) && patient() {
         thread::sleep(LOCK_RETRY);
         for at in 0..results.len() {
             if !busy(&results[at]) {
@@ -106,7 +111,7 @@ pub fn open_waiting(
 /// Of the first one that cannot be opened; nothing stays open.
 pub fn open_all_waiting(
     options: &[RawOptions],
-    waits: Waits,
+    waits: Waits<'_>,
 ) -> Result<Vec<Option<Arc<Replica>>>, OpenError> {
     let results = open_waiting(options, ReplicaSet::EMPTY, waits)?;
     results.into_iter().map(Option::transpose).collect()

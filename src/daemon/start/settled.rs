@@ -6,11 +6,12 @@ use std::sync::Arc;
 use super::Start;
 use super::decision::Decision;
 use super::known;
-use crate::config::Config;
+use crate::config::{Config, RecordConfig};
 use crate::daemon::fingerprints;
 use crate::daemon::first_use::RunIds;
 use crate::daemon::maintenance::OpenRecord;
 use crate::daemon::record_files::RecordFiles;
+use crate::device::DiskIdentity;
 use crate::quorum::{KeeperStart, KeeperState, ReplicaState, Shared};
 use crate::record::{MemberState, Recorder, Superblock, VERIFIED};
 use crate::replica::{Fingerprint, RawOptions, Replica, SetShape};
@@ -57,6 +58,7 @@ impl SettledDisk {
             recorder,
             files,
             paths,
+            beside: config.record == RecordConfig::Beside,
         }
     }
 
@@ -103,7 +105,8 @@ impl SettledDisk {
     fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
         let decision = &self.decision;
         superblock.clean = false;
-        superblock.cold = self.shared.unresolved.extents() > 0;
+        // Set by a cold start alone, and kept until everything is resolved (rule S4).
+        superblock.cold &= self.shared.unresolved.extents() > 0;
         superblock.boot_id = ids.boot;
         superblock.threshold = u8::try_from(decision.threshold).expect("at most 16");
         superblock.pattern = config.read_pattern;
@@ -122,7 +125,12 @@ impl SettledDisk {
     }
 
     /// The whole.
-    pub fn into_start(self, record: Option<OpenRecord>, keeper: KeeperStart) -> Start {
+    pub fn into_start(
+        self,
+        record: Option<OpenRecord>,
+        keeper: KeeperStart,
+        identity: DiskIdentity,
+    ) -> Start {
         Start {
             shared: self.shared,
             replicas: self.set.replicas,
@@ -131,6 +139,7 @@ impl SettledDisk {
             shape: self.set.shape,
             record,
             keeper,
+            identity,
         }
     }
 }

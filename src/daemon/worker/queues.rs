@@ -196,8 +196,10 @@ impl Worker {
                 | Message::Attached { .. }
                 | Message::Vanished { .. }
                 | Message::Opened { .. }
+                | Message::CopyBack { .. }
                 | Message::Command(_)
                 | Message::Status(_)
+                | Message::Began(..)
                 | Message::Close { .. } => unreachable!("for the maintenance thread"),
                 Message::Shutdown => self.shutting_down = true,
             }

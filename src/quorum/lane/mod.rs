@@ -13,8 +13,9 @@
 //! - `probe`: a read of one replica, to see whether it answers.
 //!
 //! A request waits for locks, for operations, for marks to become durable ([`Action::Record`],
-//! [`Wakeup::Durable`]), for its extent to be reconciled, or for replicas to come back
-//! ([`Wakeup::MembersChanged`]); nobody waits for a replica that is not up.
+//! [`Wakeup::Durable`]), for its extent to be reconciled, for replicas to come back
+//! ([`Wakeup::MembersChanged`]), or until it is known what becomes of ties after a crash
+//! ([`Wakeup::TiesDecided`]); nobody waits for a replica that is not up.
 //!
 //! Every request and every settlement is an *activity* in a slot. An activity lives until it has
 //! been replied to, the reply is published, and its last operation has completed: a buffer is
@@ -233,6 +234,8 @@ pub struct Lane {
     paused: Vec<Waiter>,
     /// Requests whose extent is to be brought into order once more.
     retries: Vec<Waiter>,
+    /// Reads that wait until it is known what becomes of ties after a crash.
+    undecided: Vec<Waiter>,
     /// Reads that gave their slots back and wait.
     parked_reads: usize,
     /// A replica went or came, and not every activity has been told.
@@ -276,6 +279,7 @@ impl Lane {
             waits: VecDeque::with_capacity(ACTIVITIES_RESERVED),
             paused: Vec::new(),
             retries: Vec::new(),
+            undecided: Vec::new(),
             parked_reads: 0,
             members_changed: false,
             next_look: None,
@@ -374,6 +378,7 @@ impl Lane {
             // What they wait for is looked at below.
             Event::Wake(Wakeup::Durable) => {}
             Event::Wake(Wakeup::MembersChanged) => self.members_changed = true,
+            Event::Wake(Wakeup::TiesDecided) => self.resume_undecided(turn),
             Event::Wake(Wakeup::FailPaused) => self.fail_paused(turn),
             Event::Tick => self.tick(turn),
         }

@@ -15,6 +15,7 @@
 use super::super::event::{During, LockTicket, Status, Tag};
 use super::super::membership::Settled;
 use super::super::mutation::broken;
+use super::super::shared::CrashTie;
 use super::super::{Buffers, LockMode};
 use super::flush::FlushFor;
 use super::settle::Matter;
@@ -451,6 +452,31 @@ impl Lane {
             }
             Waiter::Flush(slot) => self.flush_again(turn, slot),
         }
+    }
+
+    /// The read needs a decision that nobody may make yet (rule S4).
+    pub(super) fn wait_for_decision<B: Buffers>(
+        &mut self,
+        turn: &Turn<'_, B>,
+        tag: Tag,
+        range: SectorRange,
+    ) {
+        let waiter = self.park_read(tag, range);
+        if turn.shared.crash_tie() == CrashTie::MajorityOnly {
+            // Whoever decides does so before the lanes are woken: one of us sees the other.
+            self.undecided.push(waiter);
+        } else {
+            self.retries.push(waiter);
+        }
+    }
+
+    /// What becomes of ties is known: those go on who waited for that, and requests whose extent
+    /// could not be brought into order without it.
+    pub(super) fn resume_undecided<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
+        for waiter in std::mem::take(&mut self.undecided) {
+            self.go_on(turn, waiter, false);
+        }
+        self.retry(turn);
     }
 
     /// Replicas went or came: those go on who waited for that.

@@ -20,6 +20,7 @@ use super::super::activity::Stamp;
 use super::super::event::{BadCause, BufferId, During, OperationKind, Outcome, Status, Tag};
 use super::super::membership::Settled;
 use super::super::mutation::broken;
+use super::super::shared::CrashTie;
 use super::super::vote::{Ballots, Rule};
 use super::super::{Buffers, LockMode, Purpose};
 use super::reconcile::{PieceResult, Waiter};
@@ -467,6 +468,7 @@ impl Lane {
         }
         if asked.is_empty() {
             self.settle_decide(turn, slot);
+            self.settle_wind_up(turn, slot);
         }
         true
     }
@@ -747,7 +749,7 @@ impl Lane {
             self.reconcile_piece_done(turn, parent, result);
             return;
         }
-        if let Some(tag) = origin {
+        if let Some(tag) = origin.filter(|_| !self.settle_leaves_it_open(turn, slot)) {
             let (status, data) = if decided && verified && !undurable && !lost {
                 (Status::Ok, result)
             } else {
@@ -758,6 +760,26 @@ impl Lane {
         if std::mem::take(&mut self.settle_mut(slot).locked) {
             self.unlock(turn, slot, range);
         }
+    }
+
+    /// A read that met nothing worse than sectors in U without a majority, before anybody may
+    /// choose, waits until it is known what becomes of them (rules S4, Y3). Returns whether it does.
+    fn settle_leaves_it_open<B: Buffers>(&mut self, turn: &Turn<'_, B>, slot: SlotId) -> bool {
+        let waits = turn.shared.crash_tie() == CrashTie::MajorityOnly;
+        let settle = self.settle_mut(slot);
+        let mut undecided = (settle.winners.iter().zip(&settle.open))
+            .filter(|(winner, _)| winner.is_empty())
+            .peekable();
+        let open = undecided.peek().is_some() && undecided.all(|(_, &open)| open);
+        let read = settle.matter.during == During::Read;
+        let (true, Some(tag)) = (waits && open && read, settle.origin) else {
+            return false;
+        };
+        // Nothing is replied, so there is nothing to publish.
+        settle.published = true;
+        let range = settle.matter.range;
+        self.wait_for_decision(turn, tag, range);
+        true
     }
 
     pub(super) fn settle_published<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
