@@ -196,6 +196,7 @@ fn write_that_paused_after_it_was_sent_fails_when_paused_requests_do() {
     script.complete(|op| (op.replica.index() == 0).then_some(Outcome::Done));
     script.lose(1);
     script.lose(2);
+    assert_eq!(script.status(0), None);
     script.tell(Event::Wake(Wakeup::FailPaused));
     assert_eq!(script.status(0), Some(Status::IoError));
     assert!(
