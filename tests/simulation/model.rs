@@ -150,6 +150,16 @@ impl Model {
 
     /// Whether the content is that of this version, or of a later one.
     pub fn is_not_older(&self, sector: u64, value: u64, version: u64) -> bool {
+        if value == 0 {
+            // The latest first: it is nearly always one of these.
+            let lives =
+                |&known: &u64| known >= version && !self.dead.contains_key(&(sector, known));
+            return self.sectors[index(sector)]
+                .zeroes
+                .iter()
+                .rev()
+                .any(|v| lives(v));
+        }
         self.legal(sector, value, version, u64::MAX).is_some()
     }
 
