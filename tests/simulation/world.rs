@@ -310,6 +310,7 @@ impl World {
         self.step += 1;
         self.budget.now = self.clock.now();
         self.budget.step = self.step;
+        self.model.step = self.step;
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,
