@@ -36,5 +36,5 @@ pub use settings::Settings;
 pub use upkeep::{Patience, Upkeep};
 pub use values::{
     BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, Interval, LogFormat, LogLevel,
-    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
+    OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
 };

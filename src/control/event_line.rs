@@ -48,6 +48,14 @@ impl Event {
                     ..Fields::of_disk(names)
                 };
             }
+            EventData::RecordCopyReturned { copy } => {
+                return Fields {
+                    copy: Some(copy),
+                    path: Some(names.record_copy(copy).to_string_lossy()),
+                    ..Fields::of_disk(names)
+                };
+            }
+            EventData::RecordRegained => return Fields::of_disk(names),
             EventData::Keeper(report) => return keeper_fields(names, &report),
             EventData::FirstRequest { ms_after_exec } => {
                 return Fields {
@@ -539,6 +547,18 @@ mod tests {
             })
         );
         let value = written(Report::RecordLost, 0);
+        assert_eq!(value["data"], json!({"reference": "disk-1"}));
+        let back = EventData::RecordCopyReturned { copy: 0 };
+        let line = Event::new(back, UNIX_EPOCH).to_line(&names());
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["event"], "QUORUM_BLK_RECORD_COPY_RETURNED");
+        assert_eq!(
+            value["data"],
+            json!({"reference": "disk-1", "copy": 0, "path": "/a.qrec"})
+        );
+        let line = Event::new(EventData::RecordRegained, UNIX_EPOCH).to_line(&names());
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["event"], "QUORUM_BLK_RECORD_REGAINED");
         assert_eq!(value["data"], json!({"reference": "disk-1"}));
     }
 

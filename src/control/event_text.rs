@@ -19,10 +19,19 @@ pub(super) fn log(event: &Event, names: &Names) {
         EventData::RecordCopyLost { copy, errno } => {
             let path = names.record_copy(copy).display();
             warn!(
-                "the state record cannot be written to {path} ({}); the copy is not used any \
-                 more{more}",
+                "the state record cannot be written to {path} ({}); the record is kept without \
+                 the copy until it can{more}",
                 errno_text(errno)
             );
+            return;
+        }
+        EventData::RecordCopyReturned { copy } => {
+            let path = names.record_copy(copy).display();
+            info!("the state record is written to {path} again{more}");
+            return;
+        }
+        EventData::RecordRegained => {
+            info!("enough copies of the state record are back: the disk can be written again");
             return;
         }
         EventData::Keeper(report) => {
@@ -159,8 +168,8 @@ pub(super) fn log(event: &Event, names: &Names) {
         }
         Report::RecordLost => error!(
             "the state record cannot be written on enough of its copies: writes to parts of the \
-             disk that were not written lately get I/O errors until the daemon is started again \
-             with enough copies writable"
+             disk that were not written lately get I/O errors until enough copies can be written \
+             again"
         ),
         Report::VerifyFailed { range } => {
             error!(

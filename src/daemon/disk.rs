@@ -15,13 +15,13 @@ use super::maintenance::{self, MaintenanceError, MaintenanceSetup, STOP_LIMIT};
 use super::start::{self, Looks, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
 use crate::config::Config;
-use crate::control::{Counters, ReportSender};
+use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Ack;
 use crate::device::{
     BeganCallback, Device, DeviceOptions, DiskIdentity, Lifecycle, Mailbox, OpenDisk, OpenFailed,
     OptionsError, PublishOrder, Storage, WorkerMailbox,
 };
-use crate::quorum::{Command, KeeperConfig, KeeperStatus};
+use crate::quorum::{Command, KeeperConfig};
 use crate::replica::ExecutorConfig;
 
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
@@ -84,7 +84,7 @@ pub struct DiskSetup {
 #[derive(Debug)]
 pub enum Standing {
     /// It is open.
-    Open(Box<KeeperStatus>),
+    Open(Box<DiskFacts>),
     /// It is open, and the maintenance thread does not answer.
     Silent,
     /// It is not: the next ring that starts opens it.
@@ -340,6 +340,7 @@ impl Running {
                 shared: Arc::clone(&shared),
                 replicas: replicas.clone(),
                 executor,
+                polling: config.polling,
                 mailboxes: running.mailboxes.clone(),
                 reports: reports.clone(),
                 counters: counters.worker(usize::from(index)),

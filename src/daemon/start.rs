@@ -39,11 +39,12 @@ use crate::record::{
     DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
 };
 use crate::replica::{
-    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct, check_set,
+    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct_within,
+    check_set,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
-use decision::{Candidate, Decision, Facts, Past, Wanted};
+use decision::{Candidate, Decision, Facts, Past, Refused, Wanted};
 pub use error::StartError;
 use known::Remembered;
 use replicas::Waits;
@@ -85,7 +86,7 @@ pub struct Start {
 pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
-    check_distinct(&options)?;
+    check_distinct_within(&options, config.patience.io_timeout)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
@@ -137,18 +138,21 @@ fn only_reading(
     given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
     // Whoever writes the record has the replicas for himself: it does not change from here on.
-    let files = RecordFiles::open(places, Access::Look)?;
+    let answer = config.patience.io_timeout;
+    let mut files = RecordFiles::open_within(places, Access::Look, answer, given_up)?;
     let Some(opened) = read(config, &files)? else {
         Advice::ReadOnlyWithoutRecord.tell();
         return without_record(config, options, given_up);
     };
     let set = open_replicas(config, options, &opened.superblock, given_up)?;
     // What was read before the replicas were locked may be old already.
+    files.read_again(answer);
     let Some(opened) = read(config, &files)? else {
         return Err(gone(places));
     };
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, ids, false)?;
+    let disk = settle(config, set, &opened, ids, false);
+    let disk = in_place(config, &files, &opened, disk)?;
     let keeper = KeeperState {
         verify_cursor: None,
         scrub_cursor: None,
@@ -163,16 +167,24 @@ fn with_record(
     places: &RecordPlaces,
     given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
-    let mut files = RecordFiles::open_unless(places, Access::Own(config.lock_timeout), given_up)?;
-    let Some(opened) = read(config, &files)? else {
+    let answer = config.patience.io_timeout;
+    let mut files =
+        RecordFiles::open_within(places, Access::Own(config.lock_timeout), answer, given_up)?;
+    let Some(mut opened) = read(config, &files)? else {
         return first_time(config, options, files, given_up);
     };
     if config.first_use != FirstUse::Verify {
         Advice::FirstUseIgnored.tell();
     }
     let set = open_replicas(config, options, &opened.superblock, given_up)?;
+    if !files.are_locked() {
+        // Whoever had the replicas until now may have written to the record since it was read.
+        files.read_again(answer);
+        opened = read(config, &files)?.ok_or_else(|| gone(places))?;
+    }
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, ids, true)?;
+    let disk = settle(config, set, &opened, ids, true);
+    let disk = in_place(config, &files, &opened, disk)?;
     let keeper = disk.keeper_start(&opened.superblock);
     let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
@@ -182,6 +194,26 @@ fn with_record(
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
     Ok(disk.into_start(Some(record), keeper, identity))
+}
+
+/// What was settled, if the copies of the record say that the replicas are in their order. What the
+/// replicas themselves say of that comes first: it tells what the right order is.
+fn in_place(
+    config: &Config,
+    files: &RecordFiles,
+    opened: &Opened,
+    disk: Result<SettledDisk, StartError>,
+) -> Result<SettledDisk, StartError> {
+    let by_replica = matches!(
+        config.record,
+        RecordConfig::Beside | RecordConfig::Folder(_)
+    );
+    match disk {
+        Err(StartError::Refused(Refused::Order { .. })) => {}
+        _ if by_replica => copies::check_places(files, opened)?,
+        _ => {}
+    }
+    disk
 }
 
 /// Rule S5: plain images.
@@ -322,7 +354,7 @@ impl fmt::Display for Looks {
 /// If that cannot be told, or the disk could not be opened here anyway.
 pub fn look(config: &Config) -> Result<Looks, StartError> {
     let options = replicas::options_of(config);
-    check_distinct(&options)?;
+    check_distinct_within(&options, config.patience.io_timeout)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;

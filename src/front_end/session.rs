@@ -79,12 +79,11 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses or cannot do something the options ask for.
     pub fn negotiate_on(stream: UnixStream, options: &Options) -> Result<Self, FrontEndError> {
-        let cloned = |socket: &UnixStream| socket.try_clone().map_err(failed("clone the socket"));
-        let watchdog = Watchdog::new(cloned(&stream)?).map_err(failed("start a thread"))?;
+        let (protocol, watchdog) = on(&stream, options)?;
         let mut front_end = Self {
             queues: Vec::new(),
             ram: GuestRam::new(options.memory_bytes)?,
-            protocol: Frontend::from_stream(cloned(&stream)?, u64::from(options.queues)),
+            protocol,
             watchdog,
             socket: stream,
             requests: None,
@@ -352,8 +351,15 @@ impl FrontEnd {
         self.ram.file()
     }
 
-    /// The buffer in which the back-end marks what is in flight, if it does, and what it is told of
-    /// that when the rings start: for whoever wants to look at it, do it harm, or lie.
+    /// The buffer in which the back-end marks what is in flight, if it does, for whoever wants to
+    /// look at it or do it harm.
+    #[must_use]
+    pub fn inflight_file(&self) -> Option<&File> {
+        self.inflight.as_ref().map(|(_, file)| file)
+    }
+
+    /// What the back-end is told of the in-flight buffer at the next start of the rings, to be
+    /// changed by whoever wants to lie.
     pub fn inflight_mut(&mut self) -> Option<&mut (VhostUserInflight, File)> {
         self.inflight.as_mut()
     }
@@ -598,6 +604,14 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
     let rings = queues * Ring::bytes(options.queue_size).next_multiple_of(page);
     let share = half_bytes.checked_sub(rings)? / queues.div_ceil(2).max(1) / page * page;
     (share >= page).then_some(share)
+}
+
+/// The two halves of a conversation on `stream`: messages, and the limit on waiting for answers.
+fn on(stream: &UnixStream, options: &Options) -> Result<(Frontend, Watchdog), FrontEndError> {
+    let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+    let watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+    let protocol = Frontend::from_stream(cloned()?, u64::from(options.queues));
+    Ok((protocol, watchdog))
 }
 
 fn clone_event(

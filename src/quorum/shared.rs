@@ -218,12 +218,18 @@ impl Shared {
             .store(u32::from(suspects.bits()), Ordering::Release);
     }
 
-    /// No mark will become durable any more (rule R1). Every lane is owed a wakeup.
+    /// No mark becomes durable until [`Shared::regain_record`] (rule R1). Every lane is owed a
+    /// wakeup.
     pub fn lose_record(&self) {
         self.record_lost.store(1, Ordering::Release);
     }
 
-    /// Whether marks cannot become durable any more.
+    /// Marks become durable again: enough copies of the record are back.
+    pub fn regain_record(&self) {
+        self.record_lost.store(0, Ordering::Release);
+    }
+
+    /// Whether marks cannot become durable at the moment.
     #[must_use]
     pub fn is_record_lost(&self) -> bool {
         self.record_lost.load(Ordering::Acquire) != 0

@@ -54,6 +54,30 @@ impl MergedPages {
     pub fn sequences(&self) -> &[u64] {
         &self.sequences
     }
+
+    pub fn sequences_mut(&mut self) -> &mut [u64] {
+        &mut self.sequences
+    }
+
+    /// The number of a page, in the order of all of them.
+    pub fn number(&self, name: PageName) -> usize {
+        self.layout.number(name, self.slots)
+    }
+
+    /// The bits of the page of this number.
+    pub fn bits_mut(&mut self, number: usize) -> &mut PageBits {
+        &mut self.bits[number]
+    }
+
+    /// Adds clear pages for a disk that has become longer. Those that there are keep their
+    /// numbers: the page is the slower index.
+    pub fn lengthen(&mut self, layout: Layout) {
+        let count = layout.pages() * (self.slots + 1);
+        assert!(count >= self.bits.len(), "a disk does not become shorter");
+        self.layout = layout;
+        self.bits.resize(count, [0; PAGE_WORDS]);
+        self.sequences.resize(count, 0);
+    }
 }
 
 /// A copy as a source of pages.
@@ -176,13 +200,23 @@ pub(super) struct Survey {
 /// Looks at the pages of a copy that is not used as a source: what is written to it must be newer
 /// than what it holds, and a stale image must not outlive it in the other slot.
 pub(super) fn survey<R: ReadBlock>(reader: &mut R, superblock: &Superblock) -> Survey {
+    survey_pages(reader, superblock, 0)
+}
+
+/// The same of the pages from number `first` of each map on.
+pub(super) fn survey_pages<R: ReadBlock>(
+    reader: &mut R,
+    superblock: &Superblock,
+    first: usize,
+) -> Survey {
     let layout = superblock.layout();
     let mut images = Images::new();
     let mut survey = Survey {
         slots: Vec::new(),
         sequences: Vec::new(),
     };
-    for name in layout.names(superblock.slots()) {
+    let names = layout.names(superblock.slots());
+    for name in names.filter(|name| name.page >= first) {
         images.read(Some(reader), layout, name, superblock.disk);
         survey.slots.push(images.next());
         survey.sequences.push(images.newest_sequence());

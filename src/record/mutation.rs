@@ -16,6 +16,8 @@ pub enum RecordMutation {
     DurableWhenSubmitted,
     /// R7: a copy is left out without raising the epoch, and an opening does not raise it.
     EpochNotRaised,
+    /// Z3: an opening passes over what a superblock says of a growth under way.
+    GrowthForgotten,
 }
 
 /// Whether this build breaks the named rule: never, outside of tests. `$owner` has the field

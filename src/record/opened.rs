@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The outcome of an opening: what the record said, and what each copy needs.
 
+use super::growth::Growth;
 use super::history::History;
 use super::layout::Slot;
 use super::merge::MergedPages;
@@ -60,6 +61,8 @@ pub(super) struct OpenedCopy {
 pub struct Opened {
     /// The superblock of the epoch that was chosen; its `copy_index` is that of any copy.
     pub superblock: Superblock,
+    /// What is being added to the disk; all of it counts as dirty.
+    pub(super) growth: Option<Growth>,
     /// What an operator should know.
     pub notes: Vec<Note>,
     /// A minority of the copies may go on alone.
@@ -98,6 +101,7 @@ impl Opened {
             matches: vec![false; pages.count()],
         };
         Self {
+            growth: None,
             notes: Vec::new(),
             force: false,
             minority: false,
@@ -114,6 +118,12 @@ impl Opened {
     #[must_use]
     pub fn state(&self, copy: usize) -> &CopyState {
         &self.copies[copy].state
+    }
+
+    /// The index of the copy in place `copy`: the place for which it was made.
+    #[must_use]
+    pub fn index(&self, copy: usize) -> usize {
+        self.copies[copy].index.into()
     }
 
     /// Whether a minority of the copies was taken as the truth (rule S6): what the others knew is
@@ -140,6 +150,9 @@ impl Opened {
     pub fn load(&self, marks: &Marks) {
         for name in self.pages.names() {
             marks.load(name, self.pages.bits(name));
+        }
+        if let Some(growth) = &self.growth {
+            growth.mark(marks);
         }
     }
 }

@@ -6,6 +6,7 @@
 //! the copies of that epoch, page by page ([`merge`](super::merge)).
 
 use super::error::Refusal;
+use super::growth::Growth;
 use super::heads::{Heads, read_heads};
 use super::layout::{BLOCK_BYTES, Block, Slot};
 use super::lineage::{Decision, Holds, Life, decide};
@@ -14,7 +15,7 @@ use super::merge::{PageSource, merge};
 use super::mutation::RecordMutation;
 use super::mutation::broken;
 use super::opened::{CopyState, Note, Opened, OpenedCopy};
-use super::superblock::{DiskUuid, FIRST_EPOCH, SEQUENCE_LIMIT, Superblock};
+use super::superblock::{DiskUuid, FIRST_EPOCH, Growing, SEQUENCE_LIMIT, Superblock, VERIFIED};
 
 /// Reads blocks of a copy: a file, or memory.
 pub trait ReadBlock {
@@ -174,6 +175,7 @@ pub fn open<R: ReadBlock>(
     }
     notes.extend(merged.lost.into_iter().map(Note::PageLost));
     Ok(Opened {
+        growth: Growth::under_way(&superblock),
         superblock,
         notes,
         force: options.force,
@@ -323,7 +325,15 @@ fn choose<R>(
             (exact, superblock.epoch(), superblock.sequence)
         })
         .cloned();
-    let chosen = chosen.expect("a copy that knows the epoch");
+    let mut chosen = chosen.expect("a copy that knows the epoch");
+    if broken!(options, GrowthForgotten) {
+        chosen.growing = None;
+    }
+    if let Some(growing) = chosen.growing
+        && (!epoch.begun || epoch.epoch < growing.epoch)
+    {
+        take_size_of_before(&mut chosen, growing);
+    }
     for (&place, holds) in places.iter().zip(holders) {
         let index = candidates[place].newest().map_or(0, |head| head.copy_index);
         candidates[place].holder = match holds {
@@ -336,6 +346,17 @@ fn choose<R>(
         }
     }
     Ok((chosen, forced))
+}
+
+/// A raise that never counted was to make the disk longer. Nothing depends on that.
+fn take_size_of_before(chosen: &mut Superblock, growing: Growing) {
+    chosen.sectors = growing.from_sectors;
+    chosen.growing = None;
+    for cursor in [&mut chosen.verify_cursor, &mut chosen.scrub_cursor] {
+        if *cursor != VERIFIED {
+            *cursor = chosen.sectors.min(*cursor);
+        }
+    }
 }
 
 fn life<R>(candidate: &Candidate<'_, R>) -> Option<Life> {

@@ -21,7 +21,7 @@ pub const FORMAT_VERSION: u32 = 1;
 pub(super) const SUPERBLOCK_CRC_AT: usize = 12;
 
 /// Offset of the bytes before the members that mean nothing yet.
-const RESERVED_AT: usize = 116;
+const RESERVED_AT: usize = 124;
 
 /// Number of those bytes.
 const RESERVED_BYTES: usize = MEMBERS_AT - RESERVED_AT;
@@ -32,8 +32,11 @@ const MEMBERS_AT: usize = 128;
 /// Offset of the history.
 const HISTORY_AT: usize = MEMBERS_AT + REPLICAS_MAX * MEMBER_BYTES;
 
+/// Offset of the growth that is under way.
+const GROWING_AT: usize = HISTORY_AT + EPOCHS_REMEMBERED * ENTRY_BYTES;
+
 /// The first byte that means nothing yet.
-pub(super) const MEANINGFUL_BYTES: usize = HISTORY_AT + EPOCHS_REMEMBERED * ENTRY_BYTES;
+pub(super) const MEANINGFUL_BYTES: usize = GROWING_AT + 16;
 
 /// Incompatible features that are known: none yet.
 const INCOMPATIBLE_KNOWN: u64 = 0;
@@ -48,7 +51,7 @@ pub(super) const SEQUENCE_MAX: u64 = u64::MAX >> 1;
 pub(super) const SEQUENCE_LIMIT: u64 = SEQUENCE_MAX / 2;
 
 /// Sectors of the largest disk: its bytes can be counted in a file offset.
-const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
+pub(super) const SECTORS_MAX: u64 = i64::MAX as u64 / 512;
 
 /// The largest extent that is ever needed: with it the largest disk has one.
 const EXTENT_SHIFT_MAX: u8 = 54;
@@ -60,6 +63,7 @@ const CLEAN: u32 = 1;
 const COLD: u32 = 2;
 const FORCED: u32 = 4;
 const ASSUME_CLEAN: u32 = 8;
+const FEW_REPLICAS: u32 = 16;
 
 /// The identity of a disk, chosen at random when its record is created.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -90,6 +94,17 @@ impl fmt::Debug for DiskUuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// The disk is becoming longer. It stays in the superblock until an epoch of the new size has begun
+/// for good: only then what the maps say of the new part counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Growing {
+    /// Sectors of before.
+    pub from_sectors: u64,
+    /// The first epoch of the new size. If neither it nor a later one has begun, the disk has its
+    /// old size. 0: it is yet to be chosen; never on disk.
+    pub epoch: u64,
 }
 
 /// What a copy says of itself and of the disk.
@@ -125,6 +140,9 @@ pub struct Superblock {
     /// The epoch was begun by force (rule S6): fewer than a majority of K may have been there, and
     /// a majority of `included` decides.
     pub forced: bool,
+    /// The last run began by force with fewer than T replicas (rule S6): those that were not there
+    /// are behind everywhere.
+    pub few_replicas: bool,
     /// Copies were said to be equal when the record was created (rule S5).
     pub assume_clean: bool,
     /// Boot of the host in which the epoch began.
@@ -133,10 +151,14 @@ pub struct Superblock {
     pub verify_cursor: u64,
     /// First sector the scrub under way has not seen; [`VERIFIED`] when none is.
     pub scrub_cursor: u64,
+    /// When the last scrub came to its end, in seconds since 1970; 0: never.
+    pub scrubbed_at: u64,
     /// Replicas by slot.
     pub members: [Member; REPLICAS_MAX],
     /// This epoch and those before it.
     pub history: History,
+    /// The disk is becoming longer (rule Z3).
+    pub growing: Option<Growing>,
 }
 
 impl Superblock {
@@ -166,15 +188,18 @@ impl Superblock {
             clean: false,
             cold: false,
             forced: false,
+            few_replicas: false,
             assume_clean: false,
             boot_id: [0; 16],
             verify_cursor: 0,
             scrub_cursor: VERIFIED,
+            scrubbed_at: 0,
             members: [Member::default(); REPLICAS_MAX],
             history: History::new(EpochEntry {
                 epoch: FIRST_EPOCH,
                 ..EpochEntry::default()
             }),
+            growing: None,
         }
     }
 
@@ -248,8 +273,10 @@ impl Superblock {
             (self.cold, COLD),
             (self.forced, FORCED),
             (self.assume_clean, ASSUME_CLEAN),
+            (self.few_replicas, FEW_REPLICAS),
         ];
         writer.u32(flags.iter().filter(|f| f.0).map(|f| f.1).sum());
+        writer.u64(self.scrubbed_at);
         writer.bytes(&[0; RESERVED_BYTES]);
         debug_assert_eq!(writer.at(), MEMBERS_AT);
         for (slot, member) in self.members.iter().enumerate() {
@@ -257,6 +284,9 @@ impl Superblock {
         }
         debug_assert_eq!(writer.at(), HISTORY_AT);
         self.history.encode(&mut writer);
+        debug_assert_eq!(writer.at(), GROWING_AT);
+        writer.u64(self.growing.map_or(0, |growing| growing.from_sectors));
+        writer.u64(self.growing.map_or(0, |growing| growing.epoch));
         debug_assert_eq!(writer.at(), MEANINGFUL_BYTES);
         seal(&mut block, SUPERBLOCK_CRC_AT);
         block
@@ -322,9 +352,10 @@ impl Superblock {
             _ => return Err(wrong("read pattern")),
         };
         let flags = reader.u32();
-        if flags & !(CLEAN | COLD | FORCED | ASSUME_CLEAN) != 0 {
+        if flags & !(CLEAN | COLD | FORCED | ASSUME_CLEAN | FEW_REPLICAS) != 0 {
             return Err(wrong("flags"));
         }
+        let scrubbed_at = reader.u64();
         let _reserved: [u8; RESERVED_BYTES] = reader.bytes();
         debug_assert_eq!(reader.at(), MEMBERS_AT);
         let mut members = [Member::default(); REPLICAS_MAX];
@@ -335,6 +366,14 @@ impl Superblock {
         if history.newest().epoch != epoch {
             return Err(wrong("epoch"));
         }
+        let growing = match (reader.u64(), reader.u64()) {
+            (0, 0) => None,
+            (_, 0) | (0, _) => return Err(wrong("growth")),
+            (from_sectors, epoch) => Some(Growing {
+                from_sectors,
+                epoch,
+            }),
+        };
         Ok(Self {
             disk,
             copy_index,
@@ -350,12 +389,15 @@ impl Superblock {
             clean: flags & CLEAN != 0,
             cold: flags & COLD != 0,
             forced: flags & FORCED != 0,
+            few_replicas: flags & FEW_REPLICAS != 0,
             assume_clean: flags & ASSUME_CLEAN != 0,
             boot_id,
             verify_cursor,
             scrub_cursor,
+            scrubbed_at,
             members,
             history,
+            growing,
         })
     }
 
@@ -402,6 +444,16 @@ impl Superblock {
         }
         if self.history.newest().forced != self.forced {
             return wrong("history of epochs");
+        }
+        if self.growing.is_some_and(|growing| {
+            let blocks = growing
+                .from_sectors
+                .is_multiple_of(self.block_sectors.into());
+            !(1..self.sectors).contains(&growing.from_sectors)
+                || !blocks
+                || growing.epoch > self.epoch()
+        }) {
+            return wrong("growth");
         }
         Ok(())
     }

@@ -7,11 +7,15 @@
 //! durable). What one of them asks for may be news for another; so actions are collected, and
 //! carried out in turns until there are none.
 //!
+//! - [`copies`]: copies of the record that are left out and come back.
 //! - [`roster`]: which replicas are open, and how they leave all workers and come back to them.
+//! - [`scrub_times`]: when the last scrub ended.
 //! - [`stop`]: the clean end (rule R8).
 //! - [`ties`]: what a warm or a cold start decides (rules S4, Y3).
 
+mod copies;
 mod roster;
+mod scrub_times;
 mod stop;
 mod ties;
 
@@ -31,17 +35,17 @@ use super::event_loop::{EventLoop, Token};
 use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
-use crate::control::{Counters, ReportSender};
-use crate::device::mailbox::Ack;
+use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
-    Action, Event, Keeper, KeeperAction, KeeperConfig, KeeperEvent, KeeperStart, KeeperState, Lane,
-    LaneId, OpId, Outcome, Report, Shared, Tag, Wakeup,
+    Action, Event, Keeper, KeeperAction, KeeperConfig, KeeperEvent, KeeperReport, KeeperStart,
+    KeeperState, Lane, LaneId, OpId, Outcome, PassKind, Report, Shared, Tag, Wakeup,
 };
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
 use crate::units::{ReplicaId, Time};
+use copies::Copies;
 use roster::Roster;
 pub use stop::STOP_LIMIT;
 use stop::Stop;
@@ -65,6 +69,8 @@ pub struct OpenRecord {
     pub files: Vec<Option<File>>,
     /// Where they are.
     pub paths: Vec<PathBuf>,
+    /// Beside replicas: none is made where the replica is missing.
+    pub beside: bool,
 }
 
 /// What the thread is made of.
@@ -168,6 +174,7 @@ struct Record {
     /// Writes under way, by copy.
     under_way: Vec<u32>,
     paths: Vec<PathBuf>,
+    copies: Copies,
     /// The change that was last found durable.
     durable: Option<ChangeId>,
     /// It says, or is to say, that U is of a cold start.
@@ -190,8 +197,6 @@ struct Maintenance {
     next_guest_look: Time,
     stop: Stop,
     ties: Ties,
-    /// Who waits until the way the disk begins is durable.
-    began_owed: Vec<Ack<()>>,
     /// Something was in U when this run began, and is, as far as was said.
     unresolved: bool,
     // What is to be carried out, and reused.
@@ -215,11 +220,16 @@ impl Maintenance {
             .add_edge(&executor.wake_fd(), TOKEN_RING)
             .map_err(wait)?;
         events.add(&mailbox.as_fd(), TOKEN_MAILBOX).map_err(wait)?;
-        let record = setup
-            .record
+        let mut keeper_config = setup.keeper_config;
+        let mut record = setup.record;
+        if let (Some(record), Some(interval)) = (&mut record, keeper_config.scrub_interval) {
+            keeper_config.scrub_first = Some(scrub_times::first(&mut record.recorder, interval));
+        }
+        let record = record
             .map(|open| -> Result<Record, MaintenanceError> {
-                let copies = open.files.iter();
-                let files = copies
+                let copies = Copies::new(&open, mailbox).map_err(MaintenanceError::Thread)?;
+                let files = open.files.iter();
+                let files = files
                     .map(|file| file.as_ref().map(File::try_clone).transpose())
                     .collect::<Result<Vec<_>, _>>()
                     .map_err(MaintenanceError::Wait)?;
@@ -234,6 +244,7 @@ impl Maintenance {
                     under_way: vec![0; files.len()],
                     files,
                     paths: open.paths,
+                    copies,
                     durable: None,
                 })
             })
@@ -251,7 +262,7 @@ impl Maintenance {
             };
             wardens.push(warden::spawn(setup).map_err(MaintenanceError::Thread)?);
         }
-        let keeper = Keeper::new(setup.keeper_config, setup.keeper, &setup.shared);
+        let keeper = Keeper::new(keeper_config, setup.keeper, &setup.shared);
         let ties = Ties::new(setup.shared.crash_tie());
         let unresolved = setup.shared.unresolved.extents() > 0;
         Ok(Self {
@@ -270,7 +281,6 @@ impl Maintenance {
             next_guest_look: setup.clock.now(),
             stop: Stop::default(),
             ties,
-            began_owed: Vec::new(),
             unresolved,
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
@@ -350,6 +360,7 @@ impl Maintenance {
         }
         self.outcomes = outcomes;
         self.move_record()?;
+        self.move_copies()?;
         self.pass_time();
         self.carry_out();
         self.move_replicas();
@@ -527,6 +538,10 @@ impl Maintenance {
             }
             KeeperAction::Record => self.tell_recorder(RecordEvent::Poll),
             KeeperAction::Report(report) => {
+                let kind = PassKind::Scrub;
+                if matches!(report, KeeperReport::PassDone { kind: of, .. } if of == kind) {
+                    self.note_scrubbed();
+                }
                 self.counters.maintenance().count_keeper_report(&report);
                 self.reports.send(EventData::Keeper(report));
             }
@@ -556,7 +571,11 @@ impl Maintenance {
                 RecordAction::Changed(change) => {
                     record.durable = record.durable.max(Some(change));
                 }
-                RecordAction::Excluded { copy, errno } => {
+                RecordAction::Excluded {
+                    copy,
+                    errno,
+                    took_part,
+                } => {
                     let path = record.paths[usize::from(copy)].display();
                     let why = match errno {
                         Some(errno) => std::io::Error::from_raw_os_error(errno).to_string(),
@@ -568,16 +587,26 @@ impl Maintenance {
                     } else {
                         debug!("the copy {path} of the state record is left out: {why}");
                     }
-                    self.counters.maintenance().record_copies_lost.add(1);
-                    let errno = errno.unwrap_or(libc::ETIMEDOUT);
-                    self.reports.send(EventData::RecordCopyLost { copy, errno });
+                    if took_part {
+                        self.counters.maintenance().record_copies_lost.add(1);
+                        let errno = errno.unwrap_or(libc::ETIMEDOUT);
+                        self.reports.send(EventData::RecordCopyLost { copy, errno });
+                    }
+                }
+                RecordAction::Returned { copy } => {
+                    self.counters.maintenance().record_copies_returned.add(1);
+                    self.reports.send(EventData::RecordCopyReturned { copy });
                 }
                 RecordAction::Lost => {
                     self.shared.lose_record();
                     self.reports.send(EventData::Report(Report::RecordLost));
                     self.wake_waiting();
                 }
-                RecordAction::Regained => {}
+                RecordAction::Regained => {
+                    self.shared.regain_record();
+                    self.reports.send(EventData::RecordRegained);
+                    self.wake_waiting();
+                }
             }
         }
     }
@@ -636,7 +665,7 @@ impl Maintenance {
             match message {
                 Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
-                Message::Began(began, ack) => self.began(began, ack),
+                Message::Began(began, known) => self.began(began, known),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -652,7 +681,13 @@ impl Maintenance {
                 Message::Attached { replica } => self.roster.joined(replica),
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
-                Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
+                Message::CopyBack { copy, back } => self
+                    .copy_back(copy, back)
+                    .expect("the ring works as long as the thread"),
+                Message::Status(ask) => ask.send(DiskFacts {
+                    keeper: self.keeper.status(&self.shared),
+                    record: self.standings(),
+                }),
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)

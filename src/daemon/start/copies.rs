@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The copies of the record at a start: which of them are written from now on.
 
-use std::path::Path;
-
 use super::advice::Advice;
-use crate::daemon::record_files::RecordFiles;
+use super::decision::Refused;
+use crate::daemon::record_files::{RecordFiles, has_replica};
 use crate::record::{CopyState, Note, Opened};
 
 /// Makes copies that are missing or empty anew, and says of each whether it can be written. Nothing
@@ -18,14 +17,23 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<b
     let mut advice: Vec<Advice> = opened.notes.iter().filter_map(of_note).collect();
     for copy in 0..files.files().len() {
         let name = files.files()[copy].path().display().to_string();
-        let length = files.files()[copy].file().map(|file| file.metadata());
-        let whole = matches!(&length, Some(Ok(metadata)) if metadata.len() >= length_bytes);
+        let file = &files.files()[copy];
+        let whole = file.length_bytes() >= Some(length_bytes);
         let usable = match opened.state(copy) {
+            CopyState::Current | CopyState::Stale if file.read_only().is_some() => {
+                let why = file.read_only().unwrap_or_default();
+                let text = format!(
+                    "{name} of the state record can be read and not written ({why}): what it says \
+                     counts, and the record is kept without it until it can"
+                );
+                advice.push(Advice::Copy { text });
+                false
+            }
             CopyState::Current | CopyState::Stale if whole => true,
             CopyState::Current | CopyState::Stale => {
                 let text = format!(
-                    "{name} of the state record is shorter than it was made and is not written any \
-                     more: remove it and start again, and it is made anew"
+                    "{name} of the state record is shorter than it was made, and the record is \
+                     kept without it: remove it, and it is made anew"
                 );
                 advice.push(Advice::Copy { text });
                 false
@@ -64,9 +72,27 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<b
     (writable, advice)
 }
 
-/// Whether there is a replica beside which the copy at `path` is.
-fn has_replica(path: &Path) -> bool {
-    path.with_extension("").exists()
+/// Whether each copy that counts is the one that belongs in its place. Where the copies are beside
+/// replicas, or have their names, a copy in the place of another one shows that replicas were given
+/// in another order, also when all of them have changed since and nothing else tells.
+///
+/// # Errors
+/// [`Refused::Places`].
+pub fn check_places(files: &RecordFiles, opened: &Opened) -> Result<(), Refused> {
+    let counts = |copy: &usize| *opened.state(*copy) == CopyState::Current;
+    let moved = (0..files.files().len()).filter(counts).filter_map(|place| {
+        let index = opened.index(place);
+        (index != place).then(|| {
+            let path = files.files()[place].path().display();
+            format!("{path} is number {} and was {}", place + 1, index + 1)
+        })
+    });
+    let moves = moved.collect::<Vec<_>>().join(", ");
+    if moves.is_empty() {
+        Ok(())
+    } else {
+        Err(Refused::Places { moves })
+    }
 }
 
 fn of_note(note: &Note) -> Option<Advice> {
@@ -78,8 +104,9 @@ fn of_note(note: &Note) -> Option<Advice> {
             // Told when it is known what is done about it.
             CopyState::Blank | CopyState::Missing | CopyState::Current => return None,
             CopyState::Unreadable(why) => format!(
-                "{copy} of the state record cannot be used ({why}), and is not written any more: \
-                 if nothing else is in it, remove it and start again, and it is made anew"
+                "{copy} of the state record cannot be used ({why}), and the record is kept without \
+                 it until it can; if it is damaged and nothing else is in it, remove it, and it is \
+                 made anew"
             ),
         },
         Note::PageLost(name) => format!(

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Start;
 use super::decision::Decision;
 use super::known;
-use crate::config::Config;
+use crate::config::{Config, RecordConfig};
 use crate::daemon::fingerprints;
 use crate::daemon::first_use::RunIds;
 use crate::daemon::maintenance::OpenRecord;
@@ -58,6 +58,7 @@ impl SettledDisk {
             recorder,
             files,
             paths,
+            beside: config.record == RecordConfig::Beside,
         }
     }
 
@@ -106,6 +107,7 @@ impl SettledDisk {
         superblock.clean = false;
         // Set by a cold start alone, and kept until everything is resolved (rule S4).
         superblock.cold &= self.shared.unresolved.extents() > 0;
+        superblock.few_replicas = decision.forced;
         superblock.boot_id = ids.boot;
         superblock.threshold = u8::try_from(decision.threshold).expect("at most 16");
         superblock.pattern = config.read_pattern;

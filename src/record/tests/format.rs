@@ -148,6 +148,7 @@ prop_compose! {
         (verified, cursor) in any::<(bool, u64)>(),
         members in prop::array::uniform16(any_member()),
         history in any_history(),
+        growing in any::<Option<(u64, u64)>>(),
     ) -> Superblock {
         let sectors = extents << extent_shift;
         let copy_index = copy % copies;
@@ -166,11 +167,17 @@ prop_compose! {
             clean,
             cold,
             forced: history.newest().forced,
+            few_replicas: clean != assume_clean,
             assume_clean,
+            scrubbed_at: cursor,
             boot_id,
             verify_cursor: if verified { VERIFIED } else { cursor % sectors },
             scrub_cursor: VERIFIED,
             members,
+            growing: growing.filter(|_| extents > 1).map(|(from, epoch)| Growing {
+                from_sectors: (1 + from % (extents - 1)) << extent_shift,
+                epoch: 1 + epoch % history.newest().epoch,
+            }),
             history,
         }
     }
@@ -267,7 +274,12 @@ fn superblock_fields_out_of_bounds_are_refused() {
         (history + ENTRY_BYTES, &[6], field("history of epochs")),
         (history + ENTRY_BYTES, &[0], field("history of epochs")),
         (history + 15 * ENTRY_BYTES, &[1], field("history of epochs")),
-        (1792, &[1], field("reserved")),
+        (1792, &[8], field("growth")),
+        (1800, &[1], field("growth")),
+        (1792, &[1, 0, 0, 0, 0, 0, 0, 0, 5], field("growth")),
+        (1792, &[8, 0, 0, 0, 0, 0, 0, 0, 6], field("growth")),
+        (1792, &[0, 0xe2, 4, 0, 0, 0, 0, 0, 5], field("growth")),
+        (1808, &[1], field("reserved")),
         (4095, &[1], field("reserved")),
     ];
     for (at, bytes, expected) in cases {
@@ -296,7 +308,7 @@ fn superblock_fields_out_of_bounds_are_refused() {
 fn unknown_hint_is_passed_over_with_what_it_uses() {
     let superblock = documented_superblock();
     let mut block = superblock.encode();
-    (block[24], block[120], block[1792], block[4095]) = (1, 2, 3, 4);
+    (block[24], block[120], block[1808], block[4095]) = (1, 2, 3, 4);
     seal(&mut block, SUPERBLOCK_CRC_AT);
     assert_eq!(Superblock::decode(&block), Ok(superblock));
 }

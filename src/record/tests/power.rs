@@ -6,15 +6,21 @@
 use std::collections::BTreeMap;
 
 use super::support::*;
-use crate::quorum::Bitmap;
+use crate::quorum::{Bitmap, Geometry};
 use crate::record::*;
 
 /// Extents of the disk: two pages a map.
 const EXTENTS: u64 = 33_000;
 
+/// Extents that a disk has at most in these stories.
+const EXTENTS_MOST: u64 = 70_000;
+
 /// Extents that are played with: few, so that bits are set and cleared often, on both pages and in
 /// two sectors of the first, so that an image can be torn.
 const PLAYED: [u64; 4] = [0, 63, 20_000, 32_900];
+
+/// The same in what the disk gets when it grows: on the page there was, on a new one, at the end.
+const ADDED: [u64; 4] = [33_000, 33_070, 65_030, 69_999];
 
 /// A small generator: the same numbers on every machine.
 struct Random(u64);
@@ -36,10 +42,12 @@ impl Random {
         self.below(chance) == 0
     }
 
-    fn bit(&mut self) -> (Bitmap, u64) {
+    fn bit(&mut self, extents: u64) -> (Bitmap, u64) {
+        let played = PLAYED.iter().chain(&ADDED);
+        let played: Vec<u64> = played.copied().filter(|&e| e < extents).collect();
         (
             Bitmap::from_number(self.below(4)),
-            PLAYED[self.below(PLAYED.len())],
+            played[self.below(played.len())],
         )
     }
 }
@@ -51,6 +59,10 @@ struct Tally {
     promises: usize,
     exclusions: usize,
     returns: usize,
+    /// Cuts while the disk was getting longer that left the old size.
+    growths_lost: usize,
+    /// Growths that counted.
+    growths: usize,
 }
 
 struct Story {
@@ -63,6 +75,10 @@ struct Story {
     run: u8,
     /// Epoch that was durable last.
     epoch: u64,
+    /// Extents of the disk that are durable.
+    extents: u64,
+    /// What it was to have since that was so.
+    attempts: Vec<u64>,
     tally: Tally,
 }
 
@@ -76,6 +92,8 @@ impl Story {
             asked: BTreeMap::new(),
             run: 1,
             epoch: 0,
+            extents: EXTENTS,
+            attempts: Vec::new(),
             tally: Tally::default(),
         };
         story.machine.recorder.mutation = mutation;
@@ -94,14 +112,14 @@ impl Story {
         match self.random.below(24) {
             0..8 => self.finish_one(),
             8..13 => {
-                let (bitmap, extent) = self.random.bit();
+                let (bitmap, extent) = self.random.bit(self.machine.marks.extents());
                 if let Some(number) = self.machine.marks.ask(bitmap, extent) {
                     self.asked.insert((bitmap.number(), extent), number);
                 }
                 self.machine.poll();
             }
             13..16 => {
-                let (bitmap, extent) = self.random.bit();
+                let (bitmap, extent) = self.random.bit(self.machine.marks.extents());
                 self.machine.marks.clear(bitmap, extent);
                 self.asked.remove(&(bitmap.number(), extent));
                 self.machine.poll();
@@ -117,7 +135,11 @@ impl Story {
                 self.machine.tell(RecordEvent::Tick);
             }
             18 => {
+                let layout = self.machine.recorder.superblock().layout();
+                let length = usize::try_from(layout.length_bytes()).unwrap();
                 for place in 0..self.copies {
+                    let file = &mut self.machine.files[place];
+                    file.resize(length.max(file.len()), 0);
                     if self.machine.readmit(u8::try_from(place).unwrap()).is_ok() {
                         self.tally.returns += 1;
                     }
@@ -167,6 +189,13 @@ impl Story {
         for action in self.machine.said.drain(..) {
             let excluded = matches!(action, RecordAction::Excluded { .. });
             self.tally.exclusions += usize::from(excluded);
+            if matches!(action, RecordAction::Changed(id) if id == self.machine.recorder.opening())
+            {
+                let extents = self.machine.recorder.superblock().extents();
+                self.tally.growths += usize::from(extents > self.extents);
+                self.extents = extents;
+                self.attempts.clear();
+            }
         }
         // What is under way may be a raise that nobody knows yet.
         if self.machine.recorder.is_idle() && !self.machine.recorder.is_lost() {
@@ -279,6 +308,7 @@ impl Story {
         if opened.pages_lost() > 0 {
             return Err("a power cut alone loses no page".to_owned());
         }
+        self.check_size(&opened)?;
         let found: Vec<Vec<u64>> = (0..4)
             .map(|number| set_bits(&opened, Bitmap::from_number(number)))
             .collect();
@@ -288,12 +318,55 @@ impl Story {
             }
         }
         let before = opened.superblock.epoch();
+        let opened = self.maybe_grow(opened, present);
         self.go_on(opened, present)?;
         let now = self.machine.recorder.superblock().epoch();
         if now <= before {
             return Err(format!("opened in epoch {now} after {before}"));
         }
         Ok(())
+    }
+
+    /// The disk has the size that counted last, or one that it was to get since. All that is new is
+    /// dirty (rule Z3).
+    fn check_size(&mut self, opened: &Opened) -> Result<(), String> {
+        let found = opened.superblock.extents();
+        if found != self.extents && !self.attempts.contains(&found) {
+            let (counted, attempts) = (self.extents, &self.attempts);
+            return Err(format!("{found} extents, not {counted} or {attempts:?}"));
+        }
+        let dirty = set_bits(opened, Bitmap::Dirty);
+        let new = self.extents..found;
+        // Those that are played with may have been cleared by a run that counted on no copy yet.
+        let clean = new.filter(|extent| dirty.binary_search(extent).is_err());
+        if let Some(clean) = clean.into_iter().find(|extent| !is_played(extent)) {
+            return Err(format!("extent {clean} is new and clean"));
+        }
+        self.tally.growths_lost += usize::from(self.machine.marks.extents() > found);
+        Ok(())
+    }
+
+    /// Now and then the disk is made longer when it is opened.
+    fn maybe_grow(&mut self, mut opened: Opened, present: u32) -> Opened {
+        let sizes = [33_001, 33_100, 65_024, 65_025, EXTENTS_MOST];
+        let extents = sizes[self.random.below(sizes.len())];
+        let grows = opened.superblock.extents() < extents && opened.growth().is_none();
+        if !grows || !self.random.one_in(2) {
+            return opened;
+        }
+        let geometry = Geometry::with_extent_shift(opened.superblock.sectors, 8, 3);
+        let growth = Growth::of(&geometry.unwrap(), extents * 8);
+        let growth = growth.unwrap().expect("it becomes longer");
+        let length = usize::try_from(growth.layout().length_bytes()).unwrap();
+        for (place, file) in self.machine.files.iter_mut().enumerate() {
+            if present & (1 << place) != 0 && file.len() < length {
+                file.resize(length, 0);
+            }
+        }
+        let mut sources = sources(&self.machine.files, present);
+        opened.grow(&growth, &mut sources);
+        self.attempts.push(extents);
+        opened
     }
 
     fn start_again(&mut self) -> Result<(), String> {
@@ -307,7 +380,16 @@ impl Story {
     fn go_on(&mut self, opened: Opened, present: u32) -> Result<(), String> {
         self.run = self.run.wrapping_add(1);
         let writable: Vec<bool> = (0..self.copies).map(|i| present & (1 << i) != 0).collect();
-        let files = std::mem::take(&mut self.machine.files);
+        // A copy that missed that the disk became longer is made longer when it is used again.
+        let length = usize::try_from(opened.superblock.layout().length_bytes()).unwrap();
+        let mut files = std::mem::take(&mut self.machine.files);
+        for (file, _) in files
+            .iter_mut()
+            .zip(&writable)
+            .filter(|(_, writable)| **writable)
+        {
+            file.resize(length.max(file.len()), 0);
+        }
         let now = self.machine.now;
         self.machine = Machine::from_opened(files, opened, &writable, self.run)
             .map_err(|error| error.to_string())?;
@@ -317,7 +399,7 @@ impl Story {
         for number in 0..4 {
             let bitmap = Bitmap::from_number(number);
             let set: Vec<u64> = self.machine.marks.iter(bitmap).collect();
-            for extent in set.into_iter().filter(|extent| PLAYED.contains(extent)) {
+            for extent in set.into_iter().filter(is_played) {
                 let number = self.machine.marks.ask(bitmap, extent);
                 let number = number.ok_or("durable before the epoch began")?;
                 self.asked.insert((bitmap.number(), extent), number);
@@ -326,6 +408,10 @@ impl Story {
         self.machine.poll();
         Ok(())
     }
+}
+
+fn is_played(extent: &u64) -> bool {
+    PLAYED.contains(extent) || ADDED.contains(extent)
 }
 
 fn stories() -> u64 {
@@ -346,11 +432,14 @@ fn durable_marks_survive_power_cuts_with_any_majority() {
             total.promises += story.tally.promises;
             total.exclusions += story.tally.exclusions;
             total.returns += story.tally.returns;
+            total.growths += story.tally.growths;
+            total.growths_lost += story.tally.growths_lost;
         }
     }
     eprintln!("{total:?}");
     assert!(total.cuts > 500 && total.promises > 1000, "{total:?}");
     assert!(total.exclusions > 50 && total.returns > 50, "{total:?}");
+    assert!(total.growths > 20 && total.growths_lost > 20, "{total:?}");
 }
 
 #[test]
@@ -361,6 +450,7 @@ fn broken_rules_are_noticed() {
         RecordMutation::CopiesNotMerged,
         RecordMutation::DurableWhenSubmitted,
         RecordMutation::EpochNotRaised,
+        RecordMutation::GrowthForgotten,
     ] {
         // With one copy nothing hides a torn page, with three there are others to forget.
         let noticed = (0..400).find_map(|seed| {

@@ -41,7 +41,12 @@ pub fn put(file: &mut [u8], block: u64, bytes: &[u8]) {
 
 /// Opens those of the copies whose bit is set in `present`.
 pub fn open_some(files: &Files, present: u32, options: &OpenOptions) -> Result<Opened, Refusal> {
-    let mut sources: Vec<CopySource<&[u8]>> = files
+    open(&mut sources(files, present), options)
+}
+
+/// Those of the copies whose bit is set in `present`.
+pub fn sources(files: &Files, present: u32) -> Vec<CopySource<&[u8]>> {
+    files
         .iter()
         .enumerate()
         .map(|(place, file)| CopySource {
@@ -52,8 +57,7 @@ pub fn open_some(files: &Files, present: u32, options: &OpenOptions) -> Result<O
                 Found::Missing
             },
         })
-        .collect();
-    open(&mut sources, options)
+        .collect()
 }
 
 pub fn open_all(files: &Files) -> Result<Opened, Refusal> {
