@@ -96,3 +96,8 @@ fn vm_power_loss_leaves_every_synced_file_intact() {
 fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
     scenario("firmware");
 }
+
+#[test]
+fn vm_guest_migrates_to_another_daemon_and_may_be_called_back() {
+    scenario("migrate");
+}

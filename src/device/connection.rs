@@ -24,14 +24,13 @@ use tracing::{error, info, warn};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 
-use super::GuestMemory;
 use super::backend::ConnectionBackend;
 use super::disk::Device;
 use super::lifecycle::OpenFailed;
 use super::mailbox::WorkerGone;
 use super::message::MessageLimits;
 use super::shim::{self, RelayEnd, Session};
-use super::vring::{ConnectionMemory, collect_rings};
+use super::vring::collect_rings;
 
 /// How often somebody else may be faster at connecting to our private socket.
 const PRIVATE_SOCKET_ATTEMPTS: usize = 16;
@@ -200,8 +199,8 @@ fn is_ours(end: &ConnectionEnd) -> bool {
 
 fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, ConnectionEnd> {
     let backend = Arc::new(ConnectionBackend::new(Arc::clone(device)));
-    let memory = ConnectionMemory::new(GuestMemory::new());
     let context = Arc::clone(backend.context());
+    let memory = context.memory().clone();
     let (daemon, rings) = collect_rings(context, || {
         VhostUserDaemon::new("vhost-user".to_owned(), Arc::clone(&backend), memory)
     });

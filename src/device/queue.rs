@@ -726,3 +726,7 @@ fn crosses(event: u16, old: u16, new: u16) -> bool {
 #[cfg(test)]
 #[path = "queue_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "queue_tracking_tests.rs"]
+mod tracking_tests;

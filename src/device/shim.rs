@@ -15,8 +15,10 @@ use rustix::io::Errno;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use super::dirty_log::DirtyLog;
 use super::inflight::{self, Description, InflightBuffer};
 use super::message::{Message, MessageLimits, Refusal, Request, TransportError};
+use super::notify::Call;
 use super::vring::RingContext;
 
 /// Most regions of guest memory: the number of slots the crate answers GET_MAX_MEM_SLOTS with.
@@ -89,12 +91,25 @@ impl Session {
     pub fn inspect(&mut self, message: &mut Message) -> Result<Verdict, Refusal> {
         match message.check(self.limits)? {
             request @ Request::GetInflightFd => {
-                self.check_tracking(request)?;
+                self.check_taken(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
                 return self.make_inflight(message);
             }
             request @ Request::SetInflightFd => {
-                self.check_tracking(request)?;
+                self.check_taken(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
                 return self.take_inflight(message);
+            }
+            request @ Request::SetLogBase => {
+                self.check_taken(request, VhostUserProtocolFeatures::LOG_SHMFD)?;
+                return self.take_log(message);
+            }
+            request @ Request::SetLogFd => {
+                self.check_taken(request, VhostUserProtocolFeatures::LOG_SHMFD)?;
+                let descriptor = message.descriptors.pop().expect("one came with it");
+                self.context
+                    .logging()
+                    .set_call(Call::new(descriptor.into()));
+                self.context.share_memory()?;
+                return Ok(Verdict::Done(self.acknowledge(message)));
             }
             Request::SetProtocolFeatures => {
                 self.protocol = VhostUserProtocolFeatures::from_bits_truncate(message.value());
@@ -133,13 +148,30 @@ impl Session {
         Ok(Verdict::Pass)
     }
 
-    fn check_tracking(&self, request: Request) -> Result<(), Refusal> {
-        let feature = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    /// Whether the front-end has taken the protocol feature that a message belongs to.
+    fn check_taken(
+        &self,
+        request: Request,
+        feature: VhostUserProtocolFeatures,
+    ) -> Result<(), Refusal> {
         if self.protocol.contains(feature) {
             Ok(())
         } else {
             Err(Refusal::NotAcknowledged { request })
         }
+    }
+
+    /// SET_LOG_BASE: writes are logged here from now on, as soon as LOG_ALL is acknowledged. The
+    /// answer is owed always; after it nothing is logged where it was before.
+    fn take_log(&self, message: &mut Message) -> Result<Verdict, Refusal> {
+        let file = message.descriptors.pop().expect("one came with it");
+        let (size, offset) = message.log_place();
+        self.context
+            .logging()
+            .set_log(DirtyLog::map(file, size, offset)?);
+        self.context.share_memory()?;
+        let body = message.body.clone();
+        Ok(Verdict::Done(Some(message.reply(body, Vec::new()))))
     }
 
     /// GET_INFLIGHT_FD: a new buffer, which counts when it is handed in.

@@ -279,6 +279,12 @@ impl QueueRegion {
         self.buffer.shape.queue_size
     }
 
+    /// Whether `head` is marked, as the region stands.
+    #[cfg(test)]
+    pub fn is_marked(&self, head: u16) -> bool {
+        self.load::<u8>(layout::mark_at(head)) != 0
+    }
+
     fn load<T: vm_memory::AtomicAccess>(&self, at: usize) -> T {
         self.buffer.mapping.load(self.at + at)
     }
@@ -289,5 +295,4 @@ impl QueueRegion {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;
