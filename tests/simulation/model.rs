@@ -280,7 +280,9 @@ impl Model {
         }
         let version = version_of(value, sector)?;
         let moved = self.moved.get(&version).into_iter().flatten().copied();
-        std::iter::once(version).chain(moved).find(|&version| lives(version))
+        std::iter::once(version)
+            .chain(moved)
+            .find(|&version| lives(version))
     }
 
     /// Whether the content is one that a read which begins now might return.
