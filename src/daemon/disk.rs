@@ -247,7 +247,7 @@ impl Disk {
     }
 
     fn open_closed(&self, given_up: &AtomicBool) -> Result<Running, DiskError> {
-        let start = start::start(&self.setup.config, given_up)?;
+        let start = start::start(&self.setup.config, start::Grow::No, given_up)?;
         let found = Looks {
             sectors: start.shape.sectors,
             block_bytes: start.shape.block_bytes,

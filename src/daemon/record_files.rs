@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use super::file_lock::{self, Locked};
 use crate::config::RecordPlaces;
-use crate::record::{Block, CopySource, Found, ReadBlock};
+use crate::record::{BLOCK_BYTES, Block, CopySource, Found, ReadBlock};
 
 /// Pause between two looks at a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
@@ -100,6 +100,20 @@ pub enum RecordFileError {
         /// The copy.
         path: PathBuf,
         /// How long it is.
+        length_bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A copy could not be made longer.
+    #[error(
+        "cannot make the state record {} {length_bytes} bytes long; its file system must have room",
+        path.display()
+    )]
+    Lengthen {
+        /// The copy.
+        path: PathBuf,
+        /// How long it was to be.
         length_bytes: u64,
         /// Why.
         #[source]
@@ -270,6 +284,39 @@ impl RecordFiles {
             let refusal = refuse(&file.path, source);
             file.state = State::Unusable("it could not be written when it was made".to_owned());
             refusal
+        })
+    }
+
+    /// Makes the file of copy `copy` at least `length_bytes` long, with zeroes that are written as
+    /// when it is created. What is in it stays. Nothing for one that is not open.
+    ///
+    /// # Errors
+    /// If that cannot be done; the file may be a part of that longer.
+    ///
+    /// # Panics
+    /// If the files were opened for looking only.
+    pub fn lengthen(&mut self, copy: usize, length_bytes: u64) -> Result<(), RecordFileError> {
+        assert!(
+            self.access != Access::Look,
+            "nothing is written when only looking"
+        );
+        let file = &self.files[copy];
+        let State::Open(open) = &file.state else {
+            return Ok(());
+        };
+        let lengthened = open.metadata().and_then(|metadata| {
+            // A part of a block is of a lengthening that was cut short.
+            let block_bytes = u64::try_from(BLOCK_BYTES).expect("a block is small");
+            let whole = metadata.len() - metadata.len() % block_bytes;
+            if whole < length_bytes {
+                write_zeroes(open, whole, length_bytes)?;
+            }
+            Ok(())
+        });
+        lengthened.map_err(|source| RecordFileError::Lengthen {
+            path: file.path.clone(),
+            length_bytes,
+            source,
         })
     }
 
@@ -532,7 +579,11 @@ fn leads_to(path: &Path, file: &File) -> bool {
 /// of the file system's journal, by the first write to each block.
 fn fill(file: &File, length_bytes: u64) -> io::Result<()> {
     file.set_len(0)?;
-    let mut offset = 0;
+    write_zeroes(file, 0, length_bytes)
+}
+
+/// Writes zeroes from `offset` to `length_bytes` and makes them stable.
+fn write_zeroes(file: &File, mut offset: u64, length_bytes: u64) -> io::Result<()> {
     while offset < length_bytes {
         let left = usize::try_from(length_bytes - offset).unwrap_or(usize::MAX);
         let piece = &ZEROES[..left.min(ZEROES.len())];
@@ -554,7 +605,6 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::BLOCK_BYTES;
 
     const LENGTH: u64 = 36 * 4096;
     const NOW: Access = Access::Own(Duration::ZERO);

@@ -11,12 +11,14 @@
 //! - `copies`: the copies of the record;
 //! - `decision`: what follows, a pure function; `marking`: the marks that follow from that;
 //! - `settled`: what the record and the keeper begin with;
+//! - `growing`: a disk that becomes longer;
 //! - `advice`: what the operator is told; `error`: why a disk is not served.
 
 mod advice;
 mod copies;
 mod decision;
 mod error;
+mod growing;
 mod known;
 mod marking;
 mod replicas;
@@ -45,6 +47,8 @@ use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Wanted};
 pub use error::StartError;
+use growing::ReadyDisk;
+pub use growing::{Grow, GrowError};
 use known::Remembered;
 use replicas::Waits;
 use settled::{ReplicaFiles, SettledDisk};
@@ -82,7 +86,7 @@ pub struct Start {
 ///
 /// # Errors
 /// The first thing that stands in the way; all that was opened is closed again.
-pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError> {
+pub fn start(config: &Config, grow: Grow, given_up: &AtomicBool) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
     check_distinct(&options)?;
@@ -90,11 +94,17 @@ pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError
         .record
         .places(&config.replicas, record_files::is_file)?;
     let start = match places {
+        None if matches!(grow, Grow::To(_)) => return Err(GrowError::NoRecord.into()),
         None => without_record(config, options, given_up),
+        Some(_)
+            if options.iter().all(|options| options.read_only) && matches!(grow, Grow::To(_)) =>
+        {
+            return Err(GrowError::NoRecord.into());
+        }
         Some(places) if options.iter().all(|options| options.read_only) => {
             only_reading(config, options, &places, given_up)
         }
-        Some(places) => with_record(config, options, &places, given_up),
+        Some(places) => with_record(config, options, &places, grow, given_up),
     }?;
     replicas::describe(&start.replicas, &start.shape, config.read_only);
     Ok(start)
@@ -161,6 +171,7 @@ fn with_record(
     config: &Config,
     options: Vec<RawOptions>,
     places: &RecordPlaces,
+    grow: Grow,
     given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
     let mut files = RecordFiles::open_unless(places, Access::Own(config.lock_timeout), given_up)?;
@@ -173,6 +184,18 @@ fn with_record(
     let set = open_replicas(config, options, &opened.superblock, given_up)?;
     let ids = RunIds::new().map_err(StartError::Random)?;
     let disk = settle(config, set, &opened, ids, true)?;
+    let growth = match growing::wanted(grow, &disk) {
+        Ok(growth) => growth,
+        // Nobody waits for an answer.
+        Err(why) if grow == Grow::Found => {
+            Advice::NotGrown {
+                why: why.to_string(),
+            }
+            .tell();
+            None
+        }
+        Err(why) => return Err(why.into()),
+    };
     let keeper = disk.keeper_start(&opened.superblock);
     let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
@@ -180,6 +203,23 @@ fn with_record(
         copies::prepare(&mut files, &opened, config.record == RecordConfig::Beside);
     advice.iter().for_each(Advice::tell);
     let recorder = Recorder::new(opened, &writable, ids.run)?;
+    let ready = ReadyDisk {
+        disk,
+        keeper,
+        recorder,
+        files,
+        writable,
+    };
+    let ReadyDisk {
+        disk,
+        keeper,
+        recorder,
+        files,
+        writable,
+    } = match growth {
+        None => ready,
+        Some(growth) => ready.grow(&growth, config, ids)?,
+    };
     let record = disk.open_record(config, recorder, files, &writable, ids);
     Ok(disk.into_start(Some(record), keeper, identity))
 }
@@ -488,7 +528,10 @@ fn settle(
         Some(opening.block_bytes),
         Some(superblock.sectors),
     )?;
-    decision.advice.iter().for_each(Advice::tell);
+    // Whoever makes it longer has told what there is to tell at its old size.
+    if !opened.has_grown() {
+        decision.advice.iter().for_each(Advice::tell);
+    }
     let advice = marking::apply(&decision, &marks, count);
     advice.iter().for_each(Advice::tell);
     let policy = policy(config, decision.threshold, &shape);

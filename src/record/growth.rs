@@ -147,6 +147,14 @@ impl Growth {
 }
 
 impl Opened {
+    /// Whether [`Opened::grow`] was used.
+    #[must_use]
+    pub fn has_grown(&self) -> bool {
+        self.superblock
+            .growing
+            .is_some_and(|growing| growing.epoch == 0)
+    }
+
     /// What is being added to the disk, by [`Opened::grow`] or by a run that was cut short.
     #[must_use]
     pub fn growth(&self) -> Option<&Growth> {
@@ -166,6 +174,9 @@ impl Opened {
         let old_pages = self.superblock.layout().pages();
         assert_eq!(self.growth, None, "one after the other");
         self.growth = Some(*growth);
+        // No guest has anything there: what nobody agrees on is chosen, also by a later run, until
+        // all of it is equal (rule Y3).
+        self.superblock.cold = true;
         self.superblock.sectors = growth.to_sectors;
         self.superblock.growing = Some(Growing {
             from_sectors: growth.from_sectors,

@@ -633,7 +633,6 @@ impl Maintenance {
             match message {
                 Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
-                Message::Began(began) => self.began(began),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -651,12 +650,7 @@ impl Maintenance {
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
                 Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
                 Message::Began(began, durable) => {
-                    match began {
-                        Began::Warm => {
-                            info!("warm start: the front-end brought what was in flight")
-                        }
-                        Began::Cold => info!("cold start: nothing is known of what was in flight"),
-                    }
+                    self.began(began);
                     durable.send(());
                 }
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),

@@ -101,7 +101,7 @@ impl SettledDisk {
     }
 
     /// What the record says from the moment on at which the disk is served.
-    fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
+    pub fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
         let decision = &self.decision;
         superblock.clean = false;
         // Set by a cold start alone, and kept until everything is resolved (rule S4).
