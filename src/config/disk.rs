@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::inherited::InheritedSocket;
 use super::record::{FirstUse, RecordConfig, RecordPlaceError, named};
 use super::settings::Settings;
 use super::upkeep::{Patience, Upkeep};
@@ -115,6 +116,8 @@ pub enum FrontEnd {
     SocketPath(PathBuf),
     /// A descriptor of the parent process: a listening or a connected Unix stream socket.
     Fd(i32),
+    /// The socket a service manager passes (sd_listen_fds(3)).
+    Systemd,
 }
 
 /// One replica.
@@ -135,7 +138,10 @@ pub struct Replica {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// No socket at all.
-    #[error("no socket for the front-end; give --socket-path PATH, or --fd N for an inherited one")]
+    #[error(
+        "no socket for the front-end; give --socket-path PATH, or --fd N for an inherited one, or \
+         --fd systemd for the one of a .socket unit"
+    )]
     NoFrontEnd,
     /// Both kinds of socket.
     #[error("--socket-path and --fd exclude each other; give one of them")]
@@ -439,12 +445,16 @@ fn policy_error(error: PolicyError) -> ConfigError {
     }
 }
 
-fn front_end(socket_path: Option<PathBuf>, fd: Option<i32>) -> Result<FrontEnd, ConfigError> {
+fn front_end(
+    socket_path: Option<PathBuf>,
+    fd: Option<InheritedSocket>,
+) -> Result<FrontEnd, ConfigError> {
     match (socket_path, fd) {
         (None, None) => Err(ConfigError::NoFrontEnd),
         (Some(_), Some(_)) => Err(ConfigError::TwoFrontEnds),
-        (None, Some(fd)) if fd < 0 => Err(ConfigError::Fd(fd)),
-        (None, Some(fd)) => Ok(FrontEnd::Fd(fd)),
+        (None, Some(InheritedSocket::Fd(fd))) if fd < 0 => Err(ConfigError::Fd(fd)),
+        (None, Some(InheritedSocket::Fd(fd))) => Ok(FrontEnd::Fd(fd)),
+        (None, Some(InheritedSocket::Systemd)) => Ok(FrontEnd::Systemd),
         (Some(path), None) if path.as_os_str().is_empty() => Err(ConfigError::EmptySocketPath),
         (Some(path), None) => Ok(FrontEnd::SocketPath(path)),
     }
@@ -629,11 +639,11 @@ mod tests {
                 s.socket_path = None
             }),
             ("--socket-path and --fd exclude each other", |s| {
-                s.fd = Some(3)
+                s.fd = Some(InheritedSocket::Fd(3))
             }),
             ("--fd -1 is no descriptor", |s| {
                 s.socket_path = None;
-                s.fd = Some(-1);
+                s.fd = Some(InheritedSocket::Fd(-1));
             }),
             ("--socket-path is empty", |s| {
                 s.socket_path = Some("".into())
@@ -712,7 +722,7 @@ mod tests {
         file.record = Some(RecordMode::None);
         file.assume_clean = Some(false);
         let flags = Settings {
-            fd: Some(7),
+            fd: Some(InheritedSocket::Fd(7)),
             replica: vec![ReplicaArgument::from_path("/x".into())],
             read_only: Some(false),
             threshold: Some(1),

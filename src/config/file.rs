@@ -135,7 +135,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::values::*;
-    use super::super::{ReplicaArgument, fuzzing};
+    use super::super::{InheritedSocket, ReplicaArgument, fuzzing};
     use super::*;
 
     fn parse(text: &str) -> Result<Settings, String> {
@@ -251,7 +251,11 @@ log-level = "warn"
         assert_eq!(settings.replica.len(), 1);
         assert_eq!(settings.repair, Some(OnOff::On));
         assert_eq!(settings.events, Some(EventsTarget::Fd(3)));
-        assert_eq!(settings.fd, Some(4));
+        assert_eq!(settings.fd, Some(InheritedSocket::Fd(4)));
+        assert_eq!(
+            parse("fd = \"systemd\"").unwrap().fd,
+            Some(InheritedSocket::Systemd)
+        );
         assert_eq!(
             parse("buffer-memory = 4096").unwrap().buffer_memory,
             Some(ByteSize(4096))

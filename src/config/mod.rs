@@ -7,6 +7,7 @@
 //!
 //! - `settings`: the names, shared by the command line and the file;
 //! - `file`: the TOML file;
+//! - `inherited`: `--fd`;
 //! - `replica_argument`: `PATH,name=...,cache=...`;
 //! - `values`: the types of single values;
 //! - `record`: where the state record is kept;
@@ -17,6 +18,7 @@ mod disk;
 mod file;
 #[doc(hidden)]
 pub mod fuzzing;
+mod inherited;
 mod record;
 mod replica_argument;
 mod settings;
@@ -25,6 +27,7 @@ mod values;
 
 pub use disk::{Config, ConfigError, FrontEnd, Replica};
 pub use file::{FileError, parse_file, read_file};
+pub use inherited::{InheritedSocket, InheritedSocketError};
 pub use record::{
     FirstUse, RECORD_EXTENSION, RecordConfig, RecordPlaceError, RecordPlaces, beside_all,
 };

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use serde::Deserialize;
 
+use super::inherited::InheritedSocket;
 use super::replica_argument::ReplicaArgument;
 use super::values::{
     BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Interval, LogFormat, LogLevel,
@@ -18,16 +19,20 @@ use super::values::{
 pub struct Settings {
     /// Listen for the front-end on this Unix socket
     ///
-    /// A socket file that a killed daemon left behind is replaced; one that somebody listens on
-    /// is refused.
+    /// A socket file that a killed daemon left behind is replaced. Somebody who listens on it has
+    /// --lock-timeout to stop, so that the next daemon may be started before the last one has
+    /// ended.
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     #[arg(help_heading = "Front-end")]
     pub socket_path: Option<PathBuf>,
 
-    /// Use this inherited Unix stream socket, listening or connected
-    #[arg(long, value_name = "N", help_heading = "Front-end")]
-    #[arg(value_parser = whole_number::<i32>)]
-    pub fd: Option<i32>,
+    /// Use this inherited Unix stream socket: a descriptor number, or `systemd`
+    ///
+    /// It may be listening or connected. `systemd` is the socket that a .socket unit listens on
+    /// (LISTEN_FDS): front-ends then find it also while no daemon runs.
+    #[arg(long, value_name = "N|systemd", help_heading = "Front-end")]
+    #[arg(value_parser = str::parse::<InheritedSocket>)]
+    pub fd: Option<InheritedSocket>,
 
     /// A copy of the disk: a raw file or block device; give it once per replica, 1 to 16 times
     ///
@@ -280,7 +285,8 @@ pub struct Settings {
     /// Seconds to wait for replicas that another process has locked [default: 5, with --incoming 30]
     ///
     /// A daemon that was killed keeps its locks until its last write has landed; the source of a live
-    /// migration, until the guest has stopped there.
+    /// migration, until the guest has stopped there. As long again is waited for a process that
+    /// listens on --socket-path.
     #[arg(long, value_name = "SECONDS", help_heading = "Resources")]
     #[arg(value_parser = whole_number::<u16>)]
     pub lock_timeout: Option<u16>,

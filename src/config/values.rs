@@ -60,10 +60,6 @@ impl Whole for u32 {
     const MOST: u64 = 0xffff_ffff;
 }
 
-impl Whole for i32 {
-    const MOST: u64 = 0x7fff_ffff;
-}
-
 /// Reads a number that a flag gives. Whether it makes sense is decided with the whole.
 ///
 /// # Errors

@@ -213,6 +213,8 @@ pub struct MaintenanceCounters {
     pub record_writes: Counter,
     /// Copies of the state record that were given up.
     pub record_copies_lost: Counter,
+    /// Copies that were taken back.
+    pub record_copies_returned: Counter,
     /// Passes over the whole disk that came to its end: scrubs, and the first comparison.
     pub passes: Counter,
     /// What they met, in sectors; see [`ScrubCounts`].
@@ -346,6 +348,7 @@ impl Counters {
             record: RecordTotals {
                 writes: maintenance.record_writes.get(),
                 copies_lost: maintenance.record_copies_lost.get(),
+                copies_returned: maintenance.record_copies_returned.get(),
             },
             scrub: ScrubTotals {
                 passes: maintenance.passes.get(),
@@ -406,6 +409,8 @@ pub struct RecordTotals {
     pub writes: u64,
     /// See [`MaintenanceCounters::record_copies_lost`].
     pub copies_lost: u64,
+    /// See [`MaintenanceCounters::record_copies_returned`].
+    pub copies_returned: u64,
 }
 
 /// What passes over the whole disk have met; see [`ScrubCounts`].
@@ -521,8 +526,8 @@ impl fmt::Display for Totals {
         )?;
         writeln!(
             f,
-            "record: {} blocks written, {} copies lost",
-            self.record.writes, self.record.copies_lost
+            "record: {} blocks written, {} copies lost, {} returned",
+            self.record.writes, self.record.copies_lost, self.record.copies_returned
         )?;
         let scrub = &self.scrub;
         writeln!(

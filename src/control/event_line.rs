@@ -48,7 +48,21 @@ impl Event {
                     ..Fields::of_disk(names)
                 };
             }
+            EventData::RecordCopyReturned { copy } => {
+                return Fields {
+                    copy: Some(copy),
+                    path: Some(names.record_copy(copy).to_string_lossy()),
+                    ..Fields::of_disk(names)
+                };
+            }
+            EventData::RecordRegained => return Fields::of_disk(names),
             EventData::Keeper(report) => return keeper_fields(names, &report),
+            EventData::FirstRequest { ms_after_exec } => {
+                return Fields {
+                    ms_after_exec: Some(ms_after_exec),
+                    ..Fields::of_disk(names)
+                };
+            }
             EventData::ReportsLost { count } | EventData::EventsLost { count } => {
                 return Fields {
                     count: Some(count),
@@ -341,6 +355,8 @@ struct Fields<'a> {
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     counts: Option<PassSectors>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    ms_after_exec: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     count: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     suppressed: Option<u64>,
@@ -532,6 +548,30 @@ mod tests {
         );
         let value = written(Report::RecordLost, 0);
         assert_eq!(value["data"], json!({"reference": "disk-1"}));
+        let back = EventData::RecordCopyReturned { copy: 0 };
+        let line = Event::new(back, UNIX_EPOCH).to_line(&names());
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["event"], "QUORUM_BLK_RECORD_COPY_RETURNED");
+        assert_eq!(
+            value["data"],
+            json!({"reference": "disk-1", "copy": 0, "path": "/a.qrec"})
+        );
+        let line = Event::new(EventData::RecordRegained, UNIX_EPOCH).to_line(&names());
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["event"], "QUORUM_BLK_RECORD_REGAINED");
+        assert_eq!(value["data"], json!({"reference": "disk-1"}));
+    }
+
+    #[test]
+    fn first_request_tells_how_long_it_took() {
+        let first = EventData::FirstRequest { ms_after_exec: 34 };
+        let line = Event::new(first, UNIX_EPOCH).to_line(&names());
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["event"], "QUORUM_BLK_FIRST_REQUEST");
+        assert_eq!(
+            value["data"],
+            json!({"reference": "disk-1", "ms-after-exec": 34})
+        );
     }
 
     fn kept(report: KeeperReport) -> Value {

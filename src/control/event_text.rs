@@ -19,14 +19,30 @@ pub(super) fn log(event: &Event, names: &Names) {
         EventData::RecordCopyLost { copy, errno } => {
             let path = names.record_copy(copy).display();
             warn!(
-                "the state record cannot be written to {path} ({}); the copy is not used any \
-                 more{more}",
+                "the state record cannot be written to {path} ({}); the record is kept without \
+                 the copy until it can{more}",
                 errno_text(errno)
             );
             return;
         }
+        EventData::RecordCopyReturned { copy } => {
+            let path = names.record_copy(copy).display();
+            info!("the state record is written to {path} again{more}");
+            return;
+        }
+        EventData::RecordRegained => {
+            info!("enough copies of the state record are back: the disk can be written again");
+            return;
+        }
         EventData::Keeper(report) => {
             keeper_text::log(&report, names, &more);
+            return;
+        }
+        EventData::FirstRequest { ms_after_exec } => {
+            info!(
+                ms_after_exec,
+                "first request completed {ms_after_exec} ms after exec"
+            );
             return;
         }
         EventData::ReportsLost { count } => {

@@ -37,8 +37,21 @@ pub enum EventData {
         /// Positive errno value; `ETIMEDOUT` if a write did not end in time.
         errno: i32,
     },
+    /// A copy of the state record that was left out is used again.
+    RecordCopyReturned {
+        /// Which copy, from 0.
+        copy: u8,
+    },
+    /// Enough copies of the state record are back: what has to be remembered can be written again.
+    RecordRegained,
     /// What the keeper has to say.
     Keeper(KeeperReport),
+    /// The first request of a guest since the process began was completed: how long it was without
+    /// a disk, if it had one before.
+    FirstRequest {
+        /// The age of the process at that moment, in milliseconds.
+        ms_after_exec: u64,
+    },
     /// Reports that did not fit in the way from the workers to the control thread.
     ReportsLost {
         /// How many.
@@ -113,6 +126,9 @@ impl EventData {
             },
             Self::Keeper(report) => keeper_name(report),
             Self::RecordCopyLost { .. } => "QUORUM_BLK_RECORD_COPY_LOST",
+            Self::FirstRequest { .. } => "QUORUM_BLK_FIRST_REQUEST",
+            Self::RecordCopyReturned { .. } => "QUORUM_BLK_RECORD_COPY_RETURNED",
+            Self::RecordRegained => "QUORUM_BLK_RECORD_REGAINED",
             Self::ReportsLost { .. } => "QUORUM_BLK_REPORTS_LOST",
             Self::EventsLost { .. } => "QUORUM_BLK_EVENTS_LOST",
         }
@@ -139,14 +155,19 @@ impl EventData {
                 }
             },
             Self::Keeper(report) => keeper_key(report),
-            Self::RecordCopyLost { .. } | Self::ReportsLost { .. } | Self::EventsLost { .. } => {
-                ("", None)
-            }
+            Self::RecordCopyLost { .. }
+            | Self::FirstRequest { .. }
+            | Self::RecordCopyReturned { .. }
+            | Self::RecordRegained
+            | Self::ReportsLost { .. }
+            | Self::EventsLost { .. } => ("", None),
         };
         let copy = match *self {
-            Self::RecordCopyLost { copy, .. } => Some(copy),
+            Self::RecordCopyLost { copy, .. } | Self::RecordCopyReturned { copy } => Some(copy),
             Self::Report(_)
+            | Self::RecordRegained
             | Self::Keeper(_)
+            | Self::FirstRequest { .. }
             | Self::ReportsLost { .. }
             | Self::EventsLost { .. } => None,
         };

@@ -31,4 +31,4 @@ pub use rate_limit::RateLimiter;
 pub use report_channel::{ReportReceiver, ReportSender, report_channel};
 pub use reporter::Reporter;
 pub use sink::{EventSink, SinkError};
-pub use status::DiskStatus;
+pub use status::{DiskFacts, DiskStatus};

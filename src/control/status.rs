@@ -9,6 +9,16 @@ use serde::Serialize;
 use super::events::{Names, pass_name, state_name};
 use super::keeper_text::{counts_text, size};
 use crate::quorum::{KeeperStatus, PassStatus, ReplicaState, ScrubCounts};
+use crate::record::CopyStanding;
+
+/// What is known of a disk at a moment.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskFacts {
+    /// What the keeper says.
+    pub keeper: KeeperStatus,
+    /// What part the copies of its record play, in their order; none without a record.
+    pub record: Vec<CopyStanding>,
+}
 
 /// The disk; shown as text, or as JSON by `serde`.
 #[derive(Clone, Debug, Serialize)]
@@ -24,6 +34,8 @@ pub struct DiskStatus {
     pub unresolved_extents: u64,
     /// Sectors to be settled since a failed write (rule W7).
     pub unresolved_sectors: u64,
+    /// The copies of the state record, in order; none without a record.
+    pub record: Vec<CopyLine>,
     /// The scrub or first comparison that is under way.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pass: Option<PassLine>,
@@ -49,6 +61,17 @@ pub struct ReplicaLine {
     pub resynced_bytes: u64,
 }
 
+/// A copy of the state record.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CopyLine {
+    /// Its file.
+    pub path: String,
+    /// `in-use`; `returning`: it is being written whole; `left-out`: it is not written, and is
+    /// tried again with growing pauses.
+    pub state: &'static str,
+}
+
 /// A pass over the disk.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -68,9 +91,19 @@ pub struct PassLine {
 }
 
 impl DiskStatus {
-    /// What the keeper says, with names; `threshold` is T.
+    /// What is known, with names; `threshold` is T.
     #[must_use]
-    pub fn new(status: &KeeperStatus, names: &Names, threshold: usize) -> Self {
+    pub fn new(facts: &DiskFacts, names: &Names, threshold: usize) -> Self {
+        let status = &facts.keeper;
+        let copies = facts.record.iter().zip(0..);
+        let copy = |(standing, copy): (&CopyStanding, u8)| CopyLine {
+            path: names.record_copy(copy).display().to_string(),
+            state: match standing {
+                CopyStanding::Good => "in-use",
+                CopyStanding::Joining => "returning",
+                CopyStanding::Out => "left-out",
+            },
+        };
         let in_sync = |state| state == ReplicaState::InSync;
         let count = status.replicas.iter().filter(|r| in_sync(r.state)).count();
         let line = |replica: &crate::quorum::ReplicaStatus| ReplicaLine {
@@ -94,6 +127,7 @@ impl DiskStatus {
             dirty_extents: status.dirty_extents,
             unresolved_extents: status.unresolved_extents,
             unresolved_sectors: status.unresolved_sectors,
+            record: copies.map(copy).collect(),
             pass: status.pass.map(PassLine::new),
         }
     }
@@ -147,6 +181,10 @@ impl fmt::Display for DiskStatus {
             "extents: {} dirty, {} to be settled, and {} single sectors",
             self.dirty_extents, self.unresolved_extents, self.unresolved_sectors
         )?;
+        for copy in &self.record {
+            let state = copy.state.replace('-', " ");
+            write!(f, "\nstate record {}: {state}", copy.path)?;
+        }
         if let Some(pass) = &self.pass {
             let percent = u128::from(pass.sector) * 100 / u128::from(pass.sectors.max(1));
             write!(
@@ -172,12 +210,12 @@ mod tests {
         Names {
             disk: "disk".to_owned(),
             replicas: vec!["one".to_owned(), "two".to_owned(), "three".to_owned()],
-            record_copies: Vec::new(),
+            record_copies: ["/1.qrec", "/2.qrec", "/3.qrec"].map(Into::into).to_vec(),
             disk_sectors: 1000,
         }
     }
 
-    fn status(states: [ReplicaState; 3]) -> KeeperStatus {
+    fn status(states: [ReplicaState; 3]) -> DiskFacts {
         let replica = |(index, state): (usize, ReplicaState)| ReplicaStatus {
             replica: ReplicaId::new(index),
             state,
@@ -188,12 +226,15 @@ mod tests {
             resynced_bytes: 0,
             reopens_at: None,
         };
-        KeeperStatus {
-            replicas: states.into_iter().enumerate().map(replica).collect(),
-            dirty_extents: 3,
-            unresolved_extents: 0,
-            unresolved_sectors: 0,
-            pass: None,
+        DiskFacts {
+            keeper: KeeperStatus {
+                replicas: states.into_iter().enumerate().map(replica).collect(),
+                dirty_extents: 3,
+                unresolved_extents: 0,
+                unresolved_sectors: 0,
+                pass: None,
+            },
+            record: vec![CopyStanding::Good, CopyStanding::Joining, CopyStanding::Out],
         }
     }
 
@@ -214,9 +255,9 @@ mod tests {
     fn status_tells_what_is_left_to_do() {
         use ReplicaState::{InSync, Syncing};
         let mut status = status([InSync, InSync, Syncing]);
-        status.replicas[2].behind_extents = 2;
-        status.replicas[2].behind_bytes = 2 << 20;
-        status.pass = Some(PassStatus {
+        status.keeper.replicas[2].behind_extents = 2;
+        status.keeper.replicas[2].behind_bytes = 2 << 20;
+        status.keeper.pass = Some(PassStatus {
             kind: PassKind::Scrub,
             sector: 250,
             sectors: 1000,
@@ -229,6 +270,9 @@ mod tests {
             "  two    in-sync, lagging",
             "  three  syncing, behind in 2 extents: 2 MiB to go, 0 bytes done",
             "extents: 3 dirty",
+            "state record /1.qrec: in use",
+            "state record /2.qrec: returning",
+            "state record /3.qrec: left out",
             "scrub: at sector 250 of 1000 (25 %)",
         ];
         for line in lines {
@@ -237,5 +281,6 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&status.to_json()).unwrap();
         assert_eq!(json["replicas"][2]["behind-bytes"], 2 << 20);
         assert_eq!(json["pass"]["type"], "scrub");
+        assert_eq!(json["record"][2]["state"], "left-out");
     }
 }

@@ -55,6 +55,8 @@ pub struct ControlLoop {
     listener: Option<Listener>,
     /// The system refused to accept; try again then.
     accept_again: Option<Time>,
+    /// A worker has told of its first request: those of the others are no news.
+    first_request_told: bool,
     pending: VecDeque<Wakeup>,
 }
 
@@ -92,6 +94,7 @@ impl ControlLoop {
             reporter,
             listener,
             accept_again: None,
+            first_request_told: false,
             pending,
         })
     }
@@ -127,16 +130,43 @@ impl ControlLoop {
         Ok(true)
     }
 
+    /// Takes no more front-ends: they find nobody at the socket, and its file is gone. Those who
+    /// waited are sent away, to come back to a successor.
+    pub fn stop_listening(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            // It is not waited on while a front-end is connected.
+            let _ = self.events.remove(&listener);
+        }
+        self.accept_again = None;
+        self.pending
+            .retain(|wakeup| !matches!(wakeup, Wakeup::Connection(_)));
+    }
+
     /// Waits for something to act on. Reports are told meanwhile.
     ///
     /// # Errors
     /// If waiting itself fails, which it does not in practice.
     pub fn wait(&mut self) -> io::Result<Wakeup> {
         loop {
-            if let Some(wakeup) = self.pending.pop_front() {
+            if let Some(wakeup) = self.wait_until(None)? {
                 return Ok(wakeup);
             }
-            self.turn()?;
+        }
+    }
+
+    /// The same until a moment at most; `None` if nothing came.
+    ///
+    /// # Errors
+    /// If waiting itself fails, which it does not in practice.
+    pub fn wait_until(&mut self, until: Option<Time>) -> io::Result<Option<Wakeup>> {
+        loop {
+            if let Some(wakeup) = self.pending.pop_front() {
+                return Ok(Some(wakeup));
+            }
+            if until.is_some_and(|until| until <= self.clock.now()) {
+                return Ok(None);
+            }
+            self.turn(until)?;
         }
     }
 
@@ -147,10 +177,10 @@ impl ControlLoop {
         self.reporter.finish();
     }
 
-    /// Waits once and handles what came.
-    fn turn(&mut self) -> io::Result<()> {
+    /// Waits once, at most until then, and handles what came.
+    fn turn(&mut self, until: Option<Time>) -> io::Result<()> {
         let now = self.clock.now();
-        let deadlines = [self.reporter.deadline(), self.accept_again];
+        let deadlines = [self.reporter.deadline(), self.accept_again, until];
         let deadline = deadlines.into_iter().flatten().min();
         let mut ready = Vec::new();
         let timeout = deadline.map(|deadline| deadline.since(now));
@@ -193,6 +223,10 @@ impl ControlLoop {
         for report in reports {
             if matches!(report, EventData::Report(Report::VerifyFailed { .. })) {
                 self.pending.push_back(Wakeup::VerifyFailed);
+            }
+            let first_request = matches!(report, EventData::FirstRequest { .. });
+            if first_request && std::mem::replace(&mut self.first_request_told, true) {
+                continue;
             }
             self.reporter.offer(now, report);
         }
@@ -240,7 +274,7 @@ mod tests {
 
     fn setup() -> Setup {
         let folder = tempfile::tempdir().unwrap();
-        let listener = Listener::bind(&folder.path().join("s")).unwrap();
+        let listener = Listener::bind(&folder.path().join("s"), Duration::ZERO).unwrap();
         let events = EventsTarget::Path(folder.path().join("events"));
         let sink = EventSink::open(&events).unwrap();
         let names = Names {

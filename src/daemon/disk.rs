@@ -15,13 +15,13 @@ use super::maintenance::{self, MaintenanceError, MaintenanceSetup, STOP_LIMIT};
 use super::start::{self, Looks, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
 use crate::config::Config;
-use crate::control::{Counters, ReportSender};
+use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Ack;
 use crate::device::{
     BeganCallback, Device, DeviceOptions, DiskIdentity, Lifecycle, Mailbox, OpenDisk, OpenFailed,
     OptionsError, PublishOrder, Storage, WorkerMailbox,
 };
-use crate::quorum::{Command, KeeperConfig, KeeperStatus};
+use crate::quorum::{Command, KeeperConfig};
 use crate::replica::ExecutorConfig;
 
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
@@ -84,7 +84,7 @@ pub struct DiskSetup {
 #[derive(Debug)]
 pub enum Standing {
     /// It is open.
-    Open(Box<KeeperStatus>),
+    Open(Box<DiskFacts>),
     /// It is open, and the maintenance thread does not answer.
     Silent,
     /// It is not: the next ring that starts opens it.
@@ -403,6 +403,13 @@ impl Running {
             warn!("the maintenance thread did not end in time");
         }
     }
+}
+
+/// How long it takes at most to close a disk.
+#[must_use]
+pub fn stop_limit(config: &Config) -> Duration {
+    let workers = config.patience.io_timeout + WORKERS_STOP_MARGIN;
+    workers + STOP_LIMIT + MAINTENANCE_STOP_MARGIN
 }
 
 /// Tells maintenance how the disk begins, and waits until that is durable.

@@ -23,7 +23,21 @@ pub enum Locked {
 /// # Errors
 /// If the kernel has no memory for it, or worse.
 pub fn try_lock(file: &impl AsFd) -> io::Result<Locked> {
+    ask(file, whole_file())
+}
+
+/// Takes a lock that only keeps writers away, without waiting: all that can be had of a file that
+/// is open for reading.
+///
+/// # Errors
+/// If the kernel has no memory for it, or worse.
+pub fn try_lock_shared(file: &impl AsFd) -> io::Result<Locked> {
     let mut lock = whole_file();
+    lock.l_type = short(libc::F_RDLCK);
+    ask(file, lock)
+}
+
+fn ask(file: &impl AsFd, mut lock: libc::flock) -> io::Result<Locked> {
     match control(file, libc::F_OFD_SETLK, &mut lock) {
         Ok(()) => Ok(Locked::Yes),
         Err(error) => match error.raw_os_error() {
@@ -108,8 +122,13 @@ mod tests {
         assert_eq!(try_lock(&second).unwrap(), Locked::Held);
         drop(duplicate);
         assert_eq!(try_lock(&second).unwrap(), Locked::Yes);
+        let reader = File::open(image.path()).unwrap();
+        assert_eq!(try_lock_shared(&reader).unwrap(), Locked::Held);
         let third = open();
         unlock(&second).unwrap();
+        assert_eq!(try_lock_shared(&reader).unwrap(), Locked::Yes);
+        assert_eq!(try_lock(&third).unwrap(), Locked::Held);
+        drop(reader);
         assert_eq!(try_lock(&third).unwrap(), Locked::Yes);
     }
 }

@@ -5,6 +5,13 @@
 //! somebody listens on must not be stolen. Whether somebody does is found out by connecting.
 //! Looking, removing and binding are three steps; daemons of this kind that start at the same
 //! time in one folder take turns by a lock on that folder (no lock file is left behind).
+//!
+//! A daemon that takes over from another one waits for the locks of the replicas first and for the
+//! socket afterwards. Who has the locks knows that the old one's last write has landed (rule K2)
+//! and can serve a front-end at once; with the socket first, front-ends would wait at a daemon that
+//! may never get the disk, while the old one goes on. The old one lets go in the opposite order: it
+//! stops listening before it drains, so the socket is free long before the locks are, and the wait
+//! here is for daemons that do otherwise.
 #![allow(
     unsafe_code,
     reason = "socket options and a connect that does not wait need libc"
@@ -22,6 +29,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use tracing::info;
 
 use crate::config::FrontEnd;
 
@@ -31,6 +39,14 @@ const PATH_LEN_MAX: usize = 107;
 /// How long to wait for another daemon that starts in the same folder. Its steps take
 /// microseconds; whoever holds the lock longer is something else, and is not waited for.
 const FOLDER_LOCK_WAIT: Duration = Duration::from_secs(2);
+
+/// How often the file of a socket that is in use is looked at. Nobody sees that, unlike a look at
+/// the socket itself, and front-ends are without a disk until it is found.
+const FILE_LOOK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How often whoever listens is connected to meanwhile: a daemon that is killed leaves the file as
+/// it is. The owner takes it for a front-end that only looks.
+const SOCKET_LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// No front-end can reach us.
 #[derive(Debug, Error)]
@@ -46,12 +62,15 @@ pub enum ListenerError {
     },
     /// Somebody answers there.
     #[error(
-        "another process is listening on {}; stop it, or give another --socket-path",
-        path.display()
+        "another process is listening on {} and did not stop within {} s (--lock-timeout); \
+         stop it, or give another --socket-path",
+        path.display(), waited.as_secs()
     )]
     InUse {
         /// The socket.
         path: PathBuf,
+        /// How long its end was waited for.
+        waited: Duration,
     },
     /// Something else has that name.
     #[error(
@@ -83,6 +102,24 @@ pub enum ListenerError {
         #[source]
         source: io::Error,
     },
+    /// No service manager has passed a socket.
+    #[error(
+        "no socket was passed to this process (--fd systemd); start it by its .socket unit with \
+         systemctl, or give --socket-path PATH"
+    )]
+    NoneActivated,
+    /// A service manager has passed several sockets.
+    #[error(
+        "{count} sockets were passed to this process (--fd systemd), and a disk has one; give \
+         the .socket unit a single ListenStream="
+    )]
+    SeveralActivated {
+        /// How many.
+        count: usize,
+    },
+    /// What a service manager has passed cannot be understood.
+    #[error("the environment of --fd systemd (LISTEN_FDS, LISTEN_PID) makes no sense")]
+    Activation(#[source] io::Error),
     /// The descriptor is not one we can use.
     #[error("descriptor {fd} (--fd) {what}; give a listening or connected Unix stream socket")]
     Fd {
@@ -107,14 +144,15 @@ pub enum FrontEndSource {
 
 impl FrontEndSource {
     /// Opens what the configuration names. With a descriptor it must be called once only: it
-    /// takes the descriptor over.
+    /// takes the descriptor over. A process that listens on the socket path has `patience` to stop.
     ///
     /// # Errors
     /// If no front-end could come that way.
-    pub fn open(front_end: &FrontEnd) -> Result<Self, ListenerError> {
+    pub fn open(front_end: &FrontEnd, patience: Duration) -> Result<Self, ListenerError> {
         match front_end {
-            FrontEnd::SocketPath(path) => Listener::bind(path).map(Self::Listener),
+            FrontEnd::SocketPath(path) => Listener::bind(path, patience).map(Self::Listener),
             FrontEnd::Fd(fd) => inherited(*fd),
+            FrontEnd::Systemd => inherited(activated()?),
         }
     }
 }
@@ -136,16 +174,40 @@ struct Bound {
 }
 
 impl Listener {
-    /// Listens at `path`. A socket file that nobody listens on any more is replaced.
+    /// Listens at `path`. A socket file that nobody listens on any more is replaced; somebody who
+    /// does listen has `patience` to stop.
     ///
     /// # Errors
-    /// If somebody listens there, something else has that name, or the system refuses.
-    pub fn bind(path: &Path) -> Result<Self, ListenerError> {
+    /// If somebody goes on listening there, something else has that name, or the system refuses.
+    pub fn bind(path: &Path, patience: Duration) -> Result<Self, ListenerError> {
         if path.as_os_str().len() > PATH_LEN_MAX {
             return Err(ListenerError::PathTooLong {
                 path: path.to_owned(),
             });
         }
+        let until = Instant::now() + patience;
+        let mut told = false;
+        loop {
+            match Self::bind_now(path) {
+                Err(ListenerError::InUse { path, .. }) => {
+                    if Instant::now() >= until {
+                        let waited = patience;
+                        return Err(ListenerError::InUse { path, waited });
+                    }
+                    if !std::mem::replace(&mut told, true) {
+                        let (path, seconds) = (path.display(), patience.as_secs());
+                        info!(
+                            "another process listens on {path}: waiting up to {seconds} s for it"
+                        );
+                    }
+                    await_change(&path, until);
+                }
+                bound => return bound,
+            }
+        }
+    }
+
+    fn bind_now(path: &Path) -> Result<Self, ListenerError> {
         let refuse = |source| ListenerError::Bind {
             path: path.to_owned(),
             source,
@@ -155,9 +217,7 @@ impl Listener {
         let socket = UnixListener::bind(path).map_err(|source| {
             // Somebody else came between looking and binding.
             if source.kind() == io::ErrorKind::AddrInUse {
-                ListenerError::InUse {
-                    path: path.to_owned(),
-                }
+                in_use(path)
             } else {
                 refuse(source)
             }
@@ -239,6 +299,28 @@ fn lock_folder(path: &Path) -> Option<File> {
     }
 }
 
+/// Somebody listens there now.
+fn in_use(path: &Path) -> ListenerError {
+    ListenerError::InUse {
+        path: path.to_owned(),
+        waited: Duration::ZERO,
+    }
+}
+
+/// Waits until another look at the socket at `path` is worth it: its file has gone or is another
+/// one, or some time has passed.
+fn await_change(path: &Path, until: Instant) {
+    let identity = || {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let before = identity();
+    let until = until.min(Instant::now() + SOCKET_LOOK_INTERVAL);
+    while before.is_some() && Instant::now() < until && identity() == before {
+        thread::sleep(FILE_LOOK_INTERVAL);
+    }
+}
+
 /// Removes the socket file at `path` if nobody listens on it.
 fn remove_stale(path: &Path) -> Result<(), ListenerError> {
     let refuse = |source| ListenerError::Probe {
@@ -257,9 +339,7 @@ fn remove_stale(path: &Path) -> Result<(), ListenerError> {
     }
     match probe(path) {
         // A backlog that is full belongs to somebody; so does a socket of another type.
-        Ok(()) | Err(libc::EAGAIN | libc::EPROTOTYPE) => Err(ListenerError::InUse {
-            path: path.to_owned(),
-        }),
+        Ok(()) | Err(libc::EAGAIN | libc::EPROTOTYPE) => Err(in_use(path)),
         Err(libc::ENOENT) => Ok(()),
         Err(libc::ECONNREFUSED) => match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(ListenerError::Bind {
@@ -304,6 +384,28 @@ fn probe(path: &Path) -> Result<(), i32> {
         return Err(last_errno());
     }
     Ok(())
+}
+
+/// The descriptor that a service manager has left open for us: the only one from 3 on.
+fn activated() -> Result<RawFd, ListenerError> {
+    let mut passed = sd_notify::listen_fds().map_err(ListenerError::Activation)?;
+    match (passed.len(), passed.next()) {
+        (1, Some(fd)) => Ok(fd),
+        (0, _) | (_, None) => Err(ListenerError::NoneActivated),
+        (count, Some(_)) => Err(ListenerError::SeveralActivated { count }),
+    }
+}
+
+/// Finds out whether there is a socket at all where the service manager is to pass it. The rest is
+/// found out when the disk is open, which takes its time; this mistake is in the command line.
+///
+/// # Errors
+/// If there is none, or more than one.
+pub fn check(front_end: &FrontEnd) -> Result<(), ListenerError> {
+    match front_end {
+        FrontEnd::Systemd => activated().map(drop),
+        FrontEnd::SocketPath(_) | FrontEnd::Fd(_) => Ok(()),
+    }
 }
 
 /// Takes over descriptor `fd` of the parent.
@@ -377,14 +479,14 @@ mod tests {
     use super::*;
 
     fn inherit(fd: impl IntoRawFd) -> Result<FrontEndSource, ListenerError> {
-        FrontEndSource::open(&FrontEnd::Fd(fd.into_raw_fd()))
+        FrontEndSource::open(&FrontEnd::Fd(fd.into_raw_fd()), Duration::ZERO)
     }
 
     #[test]
     fn listener_accepts_and_removes_its_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
-        let listener = Listener::bind(&path).unwrap();
+        let listener = Listener::bind(&path, Duration::ZERO).unwrap();
         assert!(listener.accept().unwrap().is_none());
         let mut client = UnixStream::connect(&path).unwrap();
         let mut server = listener.accept().unwrap().unwrap();
@@ -401,7 +503,7 @@ mod tests {
         let path = folder.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let _listener = Listener::bind(&path).unwrap();
+        let _listener = Listener::bind(&path, Duration::ZERO).unwrap();
         UnixStream::connect(&path).unwrap();
     }
 
@@ -410,7 +512,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         let live = UnixListener::bind(&path).unwrap();
-        let error = Listener::bind(&path).unwrap_err();
+        let error = Listener::bind(&path, Duration::ZERO).unwrap_err();
         assert!(
             error
                 .to_string()
@@ -421,7 +523,7 @@ mod tests {
         let datagram = folder.path().join("d");
         let _live = UnixDatagram::bind(&datagram).unwrap();
         assert!(matches!(
-            Listener::bind(&datagram),
+            Listener::bind(&datagram, Duration::ZERO),
             Err(ListenerError::InUse { .. })
         ));
     }
@@ -437,7 +539,7 @@ mod tests {
         assert_eq!(probe(&path), Ok(()));
         assert_eq!(probe(&path), Err(libc::EAGAIN));
         assert!(matches!(
-            Listener::bind(&path),
+            Listener::bind(&path, Duration::ZERO),
             Err(ListenerError::InUse { .. })
         ));
     }
@@ -447,13 +549,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.raw");
         fs::write(&path, "data").unwrap();
-        let error = Listener::bind(&path).unwrap_err();
+        let error = Listener::bind(&path, Duration::ZERO).unwrap_err();
         assert!(matches!(error, ListenerError::NotASocket { .. }));
         assert_eq!(fs::read(&path).unwrap(), b"data");
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(
-            Listener::bind(&link),
+            Listener::bind(&link, Duration::ZERO),
             Err(ListenerError::NotASocket { .. })
         ));
     }
@@ -462,9 +564,9 @@ mod tests {
     fn listener_keeps_the_file_of_its_successor() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
-        let listener = Listener::bind(&path).unwrap();
+        let listener = Listener::bind(&path, Duration::ZERO).unwrap();
         fs::remove_file(&path).unwrap();
-        let _successor = Listener::bind(&path).unwrap();
+        let _successor = Listener::bind(&path, Duration::ZERO).unwrap();
         drop(listener);
         UnixStream::connect(&path).unwrap();
     }
@@ -472,9 +574,11 @@ mod tests {
     #[test]
     fn listener_paths_that_cannot_be_are_refused() {
         let long = PathBuf::from(format!("/tmp/{}", "x".repeat(120)));
-        let error = Listener::bind(&long).unwrap_err().to_string();
+        let error = Listener::bind(&long, Duration::ZERO)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("125 bytes, 107 are possible"), "{error}");
-        let missing = Listener::bind(Path::new("/nonexistent/s"));
+        let missing = Listener::bind(Path::new("/nonexistent/s"), Duration::ZERO);
         assert!(matches!(missing, Err(ListenerError::Bind { .. })));
     }
 
@@ -487,7 +591,7 @@ mod tests {
             let threads: Vec<_> = (0..4)
                 .map(|_| {
                     let path = path.clone();
-                    thread::spawn(move || Listener::bind(&path))
+                    thread::spawn(move || Listener::bind(&path, Duration::ZERO))
                 })
                 .collect();
             let results: Vec<_> = threads
@@ -522,7 +626,7 @@ mod tests {
     fn inherited_descriptors_of_other_kinds_are_refused() {
         let refused =
             |result: Result<FrontEndSource, ListenerError>| result.unwrap_err().to_string();
-        let closed = FrontEndSource::open(&FrontEnd::Fd(9998));
+        let closed = FrontEndSource::open(&FrontEnd::Fd(9998), Duration::ZERO);
         assert!(refused(closed).contains("descriptor 9998 (--fd) is not open"));
         let file = tempfile::tempfile().unwrap();
         assert!(refused(inherit(file)).contains("is not a socket"));
@@ -530,5 +634,49 @@ mod tests {
         assert!(refused(inherit(datagram)).contains("another type"));
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(refused(inherit(tcp)).contains("another family"));
+    }
+
+    #[test]
+    fn listener_takes_the_socket_of_one_that_stops() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let before = Listener::bind(&path, Duration::ZERO).unwrap();
+        let waiting = thread::spawn({
+            let path = path.clone();
+            move || Listener::bind(&path, Duration::from_secs(60))
+        });
+        // It has looked when somebody has connected.
+        while before.accept().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        drop(before);
+        let after = waiting.join().unwrap().unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(after.accept().unwrap().is_some());
+    }
+
+    #[test]
+    fn listener_takes_the_socket_of_one_that_dies_and_leaves_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let before = UnixListener::bind(&path).unwrap();
+        let waiting = thread::spawn({
+            let path = path.clone();
+            move || Listener::bind(&path, Duration::from_secs(60))
+        });
+        before.accept().unwrap();
+        drop(before);
+        assert!(waiting.join().unwrap().is_ok());
+    }
+
+    #[test]
+    fn listener_gives_up_on_one_that_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let _before = UnixListener::bind(&path).unwrap();
+        let begin = Instant::now();
+        let error = Listener::bind(&path, Duration::from_secs(1)).unwrap_err();
+        assert!(begin.elapsed() >= Duration::from_secs(1));
+        assert!(error.to_string().contains("did not stop within 1 s"));
     }
 }

@@ -4,23 +4,28 @@
 //! - [`listener`]: where front-ends come from;
 //! - [`signals`]: signals as something to read;
 //! - [`event_loop`]: waiting for many descriptors;
-//! - [`control_loop`]: what the control thread waits for;
+//! - [`control_loop`]: what the control thread waits for; `ending`: how long the end may take;
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
+//! - `service_manager`: what systemd is told; `process_age`: since when we run;
 //! - `start`: what is found out and decided before anything is served;
 //! - `disk`, `worker`: the replicas, and the threads that serve them.
 
 pub mod clock;
 pub mod control_loop;
+mod copy_warden;
 mod disk;
+mod ending;
 pub mod event_loop;
 pub mod file_lock;
 pub mod fingerprints;
 pub mod first_use;
 pub mod listener;
 mod maintenance;
+mod process_age;
 pub mod record_files;
+mod service_manager;
 pub mod signals;
 mod start;
 mod warden;
@@ -28,6 +33,7 @@ mod worker;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tracing::{info, warn};
@@ -74,6 +80,9 @@ pub enum DaemonError {
     Control(#[source] io::Error),
 }
 
+/// What opening a disk may take beside waiting for locks, for the service manager's patience.
+const START_MARGIN: Duration = Duration::from_secs(90);
+
 /// The descriptor that tells that a connection has ended.
 const TOKEN_CONNECTION: event_loop::Token = 0;
 
@@ -86,7 +95,9 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
+    listener::check(&config.front_end)?;
     let signals = Signals::block()?;
+    service_manager::starting(start_limit(&config));
     let clock = Clock::start();
     let sink = config.events.as_ref().map(EventSink::open).transpose()?;
     let (sender, receiver) = report_channel(REPORTS_MAX).map_err(DaemonError::Control)?;
@@ -111,8 +122,9 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         disk_sectors: disk.looks().sectors,
     };
     let reporter = Reporter::new(names.clone(), sink);
-    // Last: whoever waits for the socket to appear may connect at once.
-    let control = FrontEndSource::open(&config.front_end)
+    // Last, and with the locks of the replicas in hand: see `listener`. Whoever waits for the socket
+    // to appear may connect at once.
+    let control = FrontEndSource::open(&config.front_end, config.lock_timeout)
         .map_err(DaemonError::from)
         .and_then(|source| {
             ControlLoop::new(clock, signals, receiver, reporter, source)
@@ -127,6 +139,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         }
     };
     say_ready(&config);
+    service_manager::ready();
     let show = Show {
         counters: &counters,
         names: &names,
@@ -136,8 +149,16 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let scrub = Command::Scrub {
         repair: config.upkeep.scrub_repairs,
     };
-    let end = serve(&mut control, &disk, &device, &show, scrub);
+    let mut connection = None;
+    let end = serve(&mut control, &disk, &device, &show, scrub, &mut connection);
     info!("stopping");
+    service_manager::stopping(ending::limit(&config));
+    // First, so that a successor can take the socket, and front-ends that come back find it there.
+    control.stop_listening();
+    if let Some(handle) = connection {
+        let until = clock.now().after(ending::drain_limit(&config));
+        ending::drain(&mut control, handle, until, || show.all(&disk));
+    }
     show.status(&disk);
     // The last connection has ended: nobody opens it any more.
     device.lifecycle().gate().close();
@@ -146,16 +167,17 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     end
 }
 
-/// One connection after the other, until the process is to end.
+/// One connection after the other, until the process is to end. Leaves the connection that is there
+/// then in `connection`.
 fn serve(
     control: &mut ControlLoop,
     disk: &Disk,
     device: &Arc<Device>,
     show: &Show<'_>,
     scrub: Command,
+    connection: &mut Option<ConnectionHandle>,
 ) -> Result<(), DaemonError> {
-    let mut connection: Option<ConnectionHandle> = None;
-    let end = loop {
+    loop {
         match control.wait().map_err(DaemonError::Control)? {
             Wakeup::Connection(stream) => {
                 match Connection::serve(stream, Arc::clone(device)) {
@@ -163,7 +185,8 @@ fn serve(
                         control
                             .add(&handle.ended(), TOKEN_CONNECTION)
                             .map_err(DaemonError::Control)?;
-                        connection = Some(handle);
+                        *connection = Some(handle);
+                        service_manager::connected(true);
                     }
                     // Out of descriptors or threads for the moment: the next one may be luckier.
                     Err(error) => {
@@ -181,6 +204,7 @@ fn serve(
                         .map_err(DaemonError::Control)?;
                     // The connection has said in the log how it ended.
                     let _ = handle.join();
+                    service_manager::connected(false);
                     if !control.accept_next().map_err(DaemonError::Control)? {
                         break Ok(());
                     }
@@ -193,18 +217,15 @@ fn serve(
                     warn!("no scrub is begun: the disk is closed and waits for the guest");
                 }
             }
-            Wakeup::ShowCounters => {
-                show.status(disk);
-                show.counters();
-            }
+            Wakeup::ShowCounters => show.all(disk),
         }
-    };
-    if let Some(handle) = connection {
-        // What was fetched is completed and shown to the guest first.
-        handle.shutdown();
-        let _ = handle.join();
     }
-    end
+}
+
+/// How long the start may take where nothing is wrong: locks of the record, of the replicas and the
+/// socket are waited for in turn, beside what storage takes.
+fn start_limit(config: &Config) -> Duration {
+    3 * config.lock_timeout + START_MARGIN
 }
 
 /// Says what a disk without a record cannot do. An operator must not learn it from a guest that
@@ -223,6 +244,7 @@ fn say_ready(config: &Config) {
     let place = match &config.front_end {
         FrontEnd::SocketPath(path) => format!("socket {}", path.display()),
         FrontEnd::Fd(fd) => format!("descriptor {fd}"),
+        FrontEnd::Systemd => "the socket of its .socket unit".to_owned(),
     };
     info!(
         serial = config.serial,
@@ -246,6 +268,11 @@ struct Show<'a> {
 }
 
 impl Show<'_> {
+    fn all(&self, disk: &Disk) {
+        self.status(disk);
+        self.counters();
+    }
+
     fn status(&self, disk: &Disk) {
         let status = match disk.status() {
             Standing::Open(status) => status,

@@ -2,133 +2,47 @@
 //! The files of the record's copies: where they are, their locks, their creation (rules R1, R2,
 //! S1). What is in them is for [`crate::record`].
 //!
-//! A copy that is missing or cannot be opened is no error here: whether enough of them are left is
-//! decided with what they hold. A copy that somebody else has locked is one: the disk is served
-//! already, and nothing of it may be touched.
+//! A copy that is missing, cannot be opened or does not answer is no error here: whether enough of
+//! them are left is decided with what they hold. A copy that somebody else has locked is one: the
+//! disk is served already, and nothing of it may be touched.
+//!
+//! Storage may hang. Every copy is opened, locked and read into memory by a thread of its own,
+//! which is waited for with a limit; one copy after the other, so that of two daemons that want
+//! the same record one gets all of it.
+//!
+//! - `file`: one copy; `image`: what is in it; `error`: why they cannot be used.
+
+mod error;
+pub(super) mod file;
+mod image;
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use thiserror::Error;
-use tracing::{info, warn};
+use tracing::info;
 
-use super::file_lock::{self, Locked};
+use super::file_lock;
 use crate::config::RecordPlaces;
-use crate::record::{BLOCK_BYTES, Block, CopySource, Found, ReadBlock};
+use crate::io::{Unfinished, within};
+use crate::record::{CopySource, Found};
+pub use error::RecordFileError;
+use file::{FileNumber, OpenCopy, Opening};
+pub use image::RecordImage;
 
 /// Pause between two looks at a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 
+/// How long storage may take to answer where nobody said how long.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
 /// Links that are followed from a path to a device that is not there.
 const LINKS_MAX: usize = 40;
-
-/// How much is written at once when a copy is made.
-static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
-
-/// The files of the record cannot be used.
-#[derive(Debug, Error)]
-pub enum RecordFileError {
-    /// Somebody else has the record.
-    #[error(
-        "the state record {} is locked by another process: the disk is served already; stop that \
-         daemon first (one that was killed keeps its locks until its last write has landed, see \
-         --lock-timeout)",
-        path.display()
-    )]
-    InUse {
-        /// The copy.
-        path: PathBuf,
-    },
-    /// A lock could not be asked for.
-    #[error("cannot lock the state record {}", path.display())]
-    Lock {
-        /// The copy.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Two paths, one file.
-    #[error(
-        "{} and {} are one file and cannot be two copies of the state record; remove the link",
-        first.display(),
-        second.display()
-    )]
-    SameFile {
-        /// A path.
-        first: PathBuf,
-        /// The other.
-        second: PathBuf,
-    },
-    /// The record is not where it should be, but somewhere else.
-    #[error(
-        "there is no state record at {}, but one at {}: replicas were given in another order, or \
-         have other names, when the disk was last served; give them as before, or say where the \
-         record is with record=PATH",
-        expected.display(),
-        found.display()
-    )]
-    Elsewhere {
-        /// The first place where it should be.
-        expected: PathBuf,
-        /// Where there is one.
-        found: PathBuf,
-    },
-    /// Somebody made a copy between our look and our turn to make it.
-    #[error(
-        "the state record {} was made by another process meanwhile: the disk was served since this \
-         start began; start again",
-        path.display()
-    )]
-    Appeared {
-        /// The copy.
-        path: PathBuf,
-    },
-    /// A copy could not be made.
-    #[error(
-        "cannot create the state record {} ({length_bytes} bytes); its folder must exist, be \
-         writable and have room",
-        path.display()
-    )]
-    Create {
-        /// The copy.
-        path: PathBuf,
-        /// How long it is.
-        length_bytes: u64,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A copy could not be made longer.
-    #[error(
-        "cannot make the state record {} {length_bytes} bytes long; its file system must have room",
-        path.display()
-    )]
-    Lengthen {
-        /// The copy.
-        path: PathBuf,
-        /// How long it was to be.
-        length_bytes: u64,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A copy could not be removed.
-    #[error("cannot remove the state record {}", path.display())]
-    Remove {
-        /// The copy.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
 
 /// What the copies are opened for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -148,7 +62,7 @@ pub struct RecordFile {
 
 #[derive(Debug)]
 enum State {
-    Open(File),
+    Open(OpenCopy),
     Missing,
     Unusable(String),
 }
@@ -161,20 +75,6 @@ pub struct RecordFiles {
     access: Access,
 }
 
-/// A copy to be read block by block.
-#[derive(Debug)]
-pub struct BlockReader<'a>(&'a File);
-
-impl ReadBlock for BlockReader<'_> {
-    fn read_block(&mut self, block: u64, into: &mut Block) -> Result<(), i32> {
-        let block_bytes = u64::try_from(into.len()).expect("a block is small");
-        let offset = block.checked_mul(block_bytes).ok_or(libc::EIO)?;
-        // The end of the file inside a block has no errno of its own.
-        let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
-        self.0.read_exact_at(into, offset).map_err(errno)
-    }
-}
-
 impl RecordFiles {
     /// Opens what is there and, for [`Access::Own`], locks it. Nothing is created.
     ///
@@ -182,26 +82,34 @@ impl RecordFiles {
     /// If a copy is locked by somebody else, two of them are one file, or none is where it should
     /// be but one where it would be with the replicas in another order.
     pub fn open(places: &RecordPlaces, access: Access) -> Result<Self, RecordFileError> {
-        Self::open_unless(places, access, &AtomicBool::new(false))
+        Self::open_within(places, access, ANSWER_LIMIT, &AtomicBool::new(false))
     }
 
-    /// Like [`RecordFiles::open`], but does not wait for a lock any more once `given_up` is set.
+    /// Like [`RecordFiles::open`]; a copy that takes longer than `answer` to be opened and read
+    /// counts as one that cannot be used, and a lock is not waited for any more once `given_up` is
+    /// set.
     ///
     /// # Errors
     /// The same.
-    pub fn open_unless(
+    pub fn open_within(
         places: &RecordPlaces,
         access: Access,
+        answer: Duration,
         given_up: &AtomicBool,
     ) -> Result<Self, RecordFileError> {
         let begin = Instant::now();
         let mut files: Vec<RecordFile> = Vec::with_capacity(places.copies.len());
         for path in &places.copies {
-            let file = RecordFile::open(path, access, begin, given_up, &files)?;
+            let file = RecordFile::open(path, access, begin, answer, given_up, &files)?;
             files.push(file);
         }
-        let mut elsewhere = places.elsewhere.clone();
-        elsewhere.retain(|path| path.exists());
+        let listed = places.elsewhere.clone();
+        let there = within("record", answer, move || {
+            let there = |path: &PathBuf| path.exists();
+            listed.into_iter().filter(there).collect::<Vec<_>>()
+        });
+        // Where that hangs it cannot be told; a record that is where it should be is enough.
+        let elsewhere = there.unwrap_or_default();
         let none = files
             .iter()
             .all(|file| matches!(file.state, State::Missing));
@@ -216,6 +124,39 @@ impl RecordFiles {
             elsewhere,
             access,
         })
+    }
+
+    /// Reads all copies that are open again, each for no longer than `answer`: what is in them may
+    /// have changed where nothing locks them.
+    pub fn read_again(&mut self, answer: Duration) {
+        for file in &mut self.files {
+            let State::Open(open) = &mut file.state else {
+                continue;
+            };
+            let again = open.file.try_clone().map(|same| {
+                within("record", answer, move || {
+                    file::drop_cache(&same);
+                    RecordImage::read(&same)
+                })
+            });
+            match again {
+                Ok(Ok(Ok(image))) => open.image = image,
+                Ok(Err(Unfinished::Late)) => file.state = no_answer(answer),
+                Ok(Ok(Err(error)) | Err(Unfinished::NoThread(error))) | Err(error) => {
+                    file.state = State::Unusable(error.to_string());
+                }
+            }
+        }
+    }
+
+    /// Whether nobody else can change the copies that are open.
+    #[must_use]
+    pub fn are_locked(&self) -> bool {
+        let open = |file: &RecordFile| match &file.state {
+            State::Open(open) => open.locked,
+            State::Missing | State::Unusable(_) => true,
+        };
+        self.files.iter().all(open)
     }
 
     /// The copies, in their order.
@@ -240,7 +181,7 @@ impl RecordFiles {
 
     /// What there is to read, for [`crate::record::open`].
     #[must_use]
-    pub fn sources(&self) -> Vec<CopySource<BlockReader<'_>>> {
+    pub fn sources(&self) -> Vec<CopySource<&RecordImage>> {
         self.files.iter().map(RecordFile::source).collect()
     }
 
@@ -264,31 +205,38 @@ impl RecordFiles {
             length_bytes,
             source,
         };
-        if !matches!(file.state, State::Open(_)) {
+        if !file.is_writable() {
             // What was not there must not be there now: somebody else's record may be in it.
             let fresh = matches!(file.state, State::Missing);
-            let open = open_new(&file.path, fresh).map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => RecordFileError::Appeared {
-                    path: file.path.clone(),
-                },
-                _ => refuse(&file.path, source),
+            let path = file.path.clone();
+            let open = file::make(&path, fresh).map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => RecordFileError::Appeared { path },
+                io::ErrorKind::WouldBlock => RecordFileError::InUse { path },
+                _ => refuse(&path, source),
             })?;
-            lock(&open, &file.path)?;
             file.state = State::Open(open);
         }
-        let State::Open(open) = &file.state else {
+        let State::Open(open) = &mut file.state else {
             unreachable!("it was opened above")
         };
-        let written = fill(open, length_bytes).and_then(|()| sync_folder(&file.path));
-        written.map_err(|source| {
-            let refusal = refuse(&file.path, source);
-            file.state = State::Unusable("it could not be written when it was made".to_owned());
-            refusal
-        })
+        let written = file::fill(&open.file, &file.path, length_bytes)
+            .and_then(|()| RecordImage::read(&open.file));
+        match written {
+            Ok(image) => {
+                open.image = image;
+                Ok(())
+            }
+            Err(source) => {
+                let refusal = refuse(&file.path, source);
+                let why = "it could not be written when it was made";
+                file.state = State::Unusable(why.to_owned());
+                Err(refusal)
+            }
+        }
     }
 
     /// Makes the file of copy `copy` at least `length_bytes` long, with zeroes that are written as
-    /// when it is created. What is in it stays. Nothing for one that is not open.
+    /// when it is created. What is in it stays. Nothing for one that cannot be written.
     ///
     /// # Errors
     /// If that cannot be done; the file may be a part of that longer.
@@ -300,19 +248,17 @@ impl RecordFiles {
             self.access != Access::Look,
             "nothing is written when only looking"
         );
-        let file = &self.files[copy];
-        let State::Open(open) = &file.state else {
+        let file = &mut self.files[copy];
+        let writable = file.is_writable();
+        let State::Open(open) = &mut file.state else {
             return Ok(());
         };
-        let lengthened = open.metadata().and_then(|metadata| {
-            // A part of a block is of a lengthening that was cut short.
-            let block_bytes = u64::try_from(BLOCK_BYTES).expect("a block is small");
-            let whole = metadata.len() - metadata.len() % block_bytes;
-            if whole < length_bytes {
-                write_zeroes(open, whole, length_bytes)?;
-            }
-            Ok(())
-        });
+        if !writable || open.image.file_bytes() >= length_bytes {
+            return Ok(());
+        }
+        let lengthened = file::lengthen(&open.file, length_bytes)
+            .and_then(|()| RecordImage::read(&open.file))
+            .map(|image| open.image = image);
         lengthened.map_err(|source| RecordFileError::Lengthen {
             path: file.path.clone(),
             length_bytes,
@@ -339,7 +285,7 @@ impl RecordFiles {
             }
             let path = file.path;
             fs::remove_file(&path)
-                .and_then(|()| sync_folder(&path))
+                .and_then(|()| file::sync_folder(&path))
                 .map_err(|source| RecordFileError::Remove {
                     path: path.clone(),
                     source,
@@ -349,12 +295,12 @@ impl RecordFiles {
         Ok(removed)
     }
 
-    /// The copies in their order: where each of them is, and its open file, if it is usable. The
-    /// locks last as long as the files are open.
+    /// The copies in their order: where each of them is, and its open file, if it can be written.
+    /// The locks last as long as the files are open.
     pub fn into_files(self) -> impl Iterator<Item = (PathBuf, Option<File>)> {
         self.files.into_iter().map(|file| match file.state {
-            State::Open(open) => (file.path, Some(open)),
-            State::Missing | State::Unusable(_) => (file.path, None),
+            State::Open(open) if open.read_only.is_none() => (file.path, Some(open.file)),
+            State::Open(_) | State::Missing | State::Unusable(_) => (file.path, None),
         })
     }
 
@@ -362,7 +308,7 @@ impl RecordFiles {
     #[must_use]
     pub fn are_in_use(&self) -> bool {
         let in_use = |file: &RecordFile| match &file.state {
-            State::Open(open) => file_lock::is_locked(open).unwrap_or(false),
+            State::Open(open) => file_lock::is_locked(&open.file).unwrap_or(false),
             State::Missing | State::Unusable(_) => false,
         };
         self.files.iter().any(in_use)
@@ -376,23 +322,52 @@ impl RecordFile {
         &self.path
     }
 
-    /// The open file, for writing with the ring: every write to it is stable when it is complete
-    /// (O_DSYNC). `None` if the copy is missing or unusable.
+    /// The open file: every write to it is stable when it is complete (O_DSYNC). `None` if the
+    /// copy is missing or unusable.
     #[must_use]
     pub fn file(&self) -> Option<&File> {
         match &self.state {
-            State::Open(file) => Some(file),
+            State::Open(open) => Some(&open.file),
             State::Missing | State::Unusable(_) => None,
         }
     }
 
-    fn source(&self) -> CopySource<BlockReader<'_>> {
+    /// How long the file was when it was read; `None` if the copy is missing or unusable.
+    #[must_use]
+    pub fn length_bytes(&self) -> Option<u64> {
+        match &self.state {
+            State::Open(open) => Some(open.image.file_bytes()),
+            State::Missing | State::Unusable(_) => None,
+        }
+    }
+
+    /// Why the copy can be read and not written, if so.
+    #[must_use]
+    pub fn read_only(&self) -> Option<&str> {
+        match &self.state {
+            State::Open(open) => open.read_only.as_deref(),
+            State::Missing | State::Unusable(_) => None,
+        }
+    }
+
+    fn is_writable(&self) -> bool {
+        matches!(&self.state, State::Open(open) if open.read_only.is_none())
+    }
+
+    fn number(&self) -> Option<FileNumber> {
+        match &self.state {
+            State::Open(open) => Some(open.number),
+            State::Missing | State::Unusable(_) => None,
+        }
+    }
+
+    fn source(&self) -> CopySource<&RecordImage> {
         CopySource {
             name: self.path.display().to_string(),
             found: match &self.state {
                 // Nothing can have been in it: there was no room for it when it was made.
-                State::Open(open) if is_empty(open) => Found::Missing,
-                State::Open(open) => Found::Present(BlockReader(open)),
+                State::Open(open) if open.image.file_bytes() == 0 => Found::Missing,
+                State::Open(open) => Found::Present(&open.image),
                 State::Missing => Found::Missing,
                 State::Unusable(why) => Found::Unreadable(why.clone()),
             },
@@ -403,47 +378,56 @@ impl RecordFile {
         path: &Path,
         access: Access,
         begin: Instant,
+        answer: Duration,
         given_up: &AtomicBool,
-        others: &[RecordFile],
+        others: &[Self],
     ) -> Result<Self, RecordFileError> {
-        let state = match access {
-            Access::Look => match open_existing(path, false) {
-                Ok(file) => State::Open(file),
-                Err(error) => unusable(&error),
-            },
-            Access::Own(timeout) => loop {
-                let file = match open_existing(path, true) {
-                    Ok(file) => file,
-                    Err(error) => break unusable(&error),
-                };
-                // Before the lock: our own lock on the other name would look like somebody else's.
-                refuse_same_file(path, &file, others)?;
-                match lock(&file, path) {
-                    Ok(()) if leads_to(path, &file) => break State::Open(file),
-                    // It was removed or replaced before we had the lock.
-                    Ok(()) => {}
-                    Err(RecordFileError::InUse { .. })
-                        if begin.elapsed() < timeout && !given_up.load(Ordering::Relaxed) =>
-                    {
-                        if begin.elapsed() < LOCK_RETRY {
-                            info!(
-                                "the state record {} is locked by another process; waiting up to \
-                                 {} s for it",
-                                path.display(),
-                                timeout.as_secs()
-                            );
-                        }
-                        thread::sleep(LOCK_RETRY);
-                    }
-                    Err(error) => return Err(error),
-                }
-            },
+        let (owned, patience) = match access {
+            Access::Own(patience) => (true, patience),
+            Access::Look => (false, Duration::ZERO),
         };
-        if access == Access::Look
-            && let State::Open(file) = &state
-        {
-            refuse_same_file(path, file, others)?;
-        }
+        let state = loop {
+            let of = path.to_owned();
+            let numbers: Vec<_> = others.iter().map(Self::number).collect();
+            let opening = within("record", answer, move || file::open(&of, owned, &numbers));
+            match opening {
+                Ok(Opening::Done(open)) => break State::Open(open),
+                Ok(Opening::Failed(error)) => break unusable(&error),
+                Ok(Opening::Moved) => {}
+                Ok(Opening::Held)
+                    if begin.elapsed() < patience && !given_up.load(Ordering::Relaxed) =>
+                {
+                    if begin.elapsed() < LOCK_RETRY {
+                        info!(
+                            "the state record {} is locked by another process; waiting up to {} s \
+                             for it",
+                            path.display(),
+                            patience.as_secs()
+                        );
+                    }
+                    thread::sleep(LOCK_RETRY);
+                }
+                Ok(Opening::Held) => {
+                    return Err(RecordFileError::InUse {
+                        path: path.to_owned(),
+                    });
+                }
+                Ok(Opening::Same(other)) => {
+                    return Err(RecordFileError::SameFile {
+                        first: others[other].path.clone(),
+                        second: path.to_owned(),
+                    });
+                }
+                Ok(Opening::NoLock(source)) => {
+                    return Err(RecordFileError::Lock {
+                        path: path.to_owned(),
+                        source,
+                    });
+                }
+                Err(Unfinished::Late) => break no_answer(answer),
+                Err(Unfinished::NoThread(error)) => break unusable(&error),
+            }
+        };
         Ok(Self {
             path: path.to_owned(),
             state,
@@ -464,16 +448,25 @@ impl fmt::Display for RecordFile {
 
 /// Whether a replica is a file rather than a device, which decides where copies of the record
 /// are. The answer must stay the same while a replica is missing: a path that leads into `/dev`
-/// and nowhere is one of a device.
+/// and nowhere is one of a device. So must it where the storage does not answer.
 #[must_use]
 pub fn is_file(path: &Path) -> bool {
-    match fs::metadata(path) {
-        Ok(metadata) => !metadata.file_type().is_block_device(),
-        Err(_) => {
+    let of = path.to_owned();
+    let kind = within("record", ANSWER_LIMIT, move || {
+        fs::metadata(&of).map(|metadata| !metadata.file_type().is_block_device())
+    });
+    match kind {
+        Ok(Ok(is_file)) => is_file,
+        Ok(Err(_)) | Err(_) => {
             let end = link_end(path);
             !end.starts_with("/dev") || end.starts_with("/dev/shm")
         }
     }
+}
+
+/// Whether there is a replica beside which the copy at `path` is. May hang.
+pub(super) fn has_replica(path: &Path) -> bool {
+    path.with_extension("").exists()
 }
 
 /// Where a path leads, whether there is anything or not.
@@ -488,8 +481,8 @@ fn link_end(path: &Path) -> PathBuf {
     end
 }
 
-fn is_empty(file: &File) -> bool {
-    file.metadata().is_ok_and(|metadata| metadata.len() == 0)
+fn no_answer(limit: Duration) -> State {
+    State::Unusable(format!("it does not answer within {} s", limit.as_secs()))
 }
 
 fn unusable(error: &io::Error) -> State {
@@ -499,296 +492,5 @@ fn unusable(error: &io::Error) -> State {
     }
 }
 
-fn open_existing(path: &Path, writes: bool) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(writes);
-    // Not blocking: the path may lead to a fifo that nobody has open.
-    options.custom_flags(libc::O_DSYNC | libc::O_NONBLOCK);
-    checked(options.open(path)?)
-}
-
-fn open_new(path: &Path, fresh: bool) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(0o600);
-    options.create(true).create_new(fresh);
-    options.custom_flags(libc::O_DSYNC | libc::O_NONBLOCK);
-    checked(options.open(path)?)
-}
-
-/// Refuses what cannot hold a copy, and drops clean cached pages: the record is read from the
-/// medium, as replicas are (rule F4).
-fn checked(file: File) -> io::Result<File> {
-    if !file.metadata()?.is_file() {
-        let text = "it is not a regular file";
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-    }
-    if let Err(error) = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed) {
-        // A hint; a file system without a page cache has none to drop.
-        tracing::debug!("cached pages of the state record are not dropped: {error}");
-    }
-    Ok(file)
-}
-
-fn lock(file: &File, path: &Path) -> Result<(), RecordFileError> {
-    match file_lock::try_lock(file) {
-        Ok(Locked::Yes) => Ok(()),
-        Ok(Locked::Held) => Err(RecordFileError::InUse {
-            path: path.to_owned(),
-        }),
-        Ok(Locked::NotSupported) => {
-            warn!(
-                "the file system of the state record {} has no locks: nothing keeps a second \
-                 daemon away from it",
-                path.display()
-            );
-            Ok(())
-        }
-        Err(source) => Err(RecordFileError::Lock {
-            path: path.to_owned(),
-            source,
-        }),
-    }
-}
-
-fn refuse_same_file(
-    path: &Path,
-    file: &File,
-    others: &[RecordFile],
-) -> Result<(), RecordFileError> {
-    let number = |file: &File| file.metadata().map(|data| (data.dev(), data.ino())).ok();
-    let own = number(file);
-    let same = |other: &&RecordFile| own.is_some() && other.file().and_then(number) == own;
-    match others.iter().find(same) {
-        None => Ok(()),
-        Some(other) => Err(RecordFileError::SameFile {
-            first: other.path.clone(),
-            second: path.to_owned(),
-        }),
-    }
-}
-
-/// Whether the path still leads to what is open.
-fn leads_to(path: &Path, file: &File) -> bool {
-    match (fs::metadata(path), file.metadata()) {
-        (Ok(there), Ok(open)) => (there.dev(), there.ino()) == (open.dev(), open.ino()),
-        _ => false,
-    }
-}
-
-/// Writes zeroes: an allocation without them would be turned into a written one, with an update
-/// of the file system's journal, by the first write to each block.
-fn fill(file: &File, length_bytes: u64) -> io::Result<()> {
-    file.set_len(0)?;
-    write_zeroes(file, 0, length_bytes)
-}
-
-/// Writes zeroes from `offset` to `length_bytes` and makes them stable.
-fn write_zeroes(file: &File, mut offset: u64, length_bytes: u64) -> io::Result<()> {
-    while offset < length_bytes {
-        let left = usize::try_from(length_bytes - offset).unwrap_or(usize::MAX);
-        let piece = &ZEROES[..left.min(ZEROES.len())];
-        file.write_all_at(piece, offset)?;
-        offset += u64::try_from(piece.len()).expect("a piece is small");
-    }
-    file.sync_all()
-}
-
-/// Makes the names in the folder of `path` stable.
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    File::open(folder)?.sync_all()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LENGTH: u64 = 36 * 4096;
-    const NOW: Access = Access::Own(Duration::ZERO);
-
-    struct Folder(tempfile::TempDir);
-
-    impl Folder {
-        fn new() -> Self {
-            Self(tempfile::tempdir().unwrap())
-        }
-
-        fn path(&self, name: &str) -> PathBuf {
-            self.0.path().join(name)
-        }
-
-        fn places(&self, copies: &[&str], elsewhere: &[&str]) -> RecordPlaces {
-            let paths = |names: &[&str]| names.iter().map(|name| self.path(name)).collect();
-            RecordPlaces {
-                copies: paths(copies),
-                elsewhere: paths(elsewhere),
-            }
-        }
-    }
-
-    #[test]
-    fn copies_are_created_whole_and_found_again() {
-        let folder = Folder::new();
-        let places = folder.places(&["a", "b", "c"], &[]);
-        let mut files = RecordFiles::open(&places, NOW).unwrap();
-        assert!(files.is_absent());
-        for copy in [0, 2] {
-            files.create(copy, LENGTH).unwrap();
-        }
-        for name in ["a", "c"] {
-            let metadata = fs::metadata(folder.path(name)).unwrap();
-            assert_eq!(metadata.len(), LENGTH);
-            assert!(metadata.blocks() * 512 >= LENGTH, "all of it is allocated");
-            assert_eq!(metadata.mode() & 0o777, 0o600);
-        }
-        let block = [7; BLOCK_BYTES];
-        let file = files.files()[2].file().unwrap();
-        file.write_all_at(&block, 4096).unwrap();
-        drop(files);
-        let files = RecordFiles::open(&places, NOW).unwrap();
-        assert!(!files.is_absent());
-        let mut sources = files.sources();
-        assert!(matches!(sources[1].found, Found::Missing));
-        let Found::Present(reader) = &mut sources[2].found else {
-            panic!("the copy is not found")
-        };
-        let mut read = [0; BLOCK_BYTES];
-        assert_eq!(reader.read_block(1, &mut read), Ok(()));
-        assert_eq!(read, block);
-        assert_eq!(reader.read_block(36, &mut read), Err(libc::EIO));
-        assert_eq!(reader.read_block(u64::MAX, &mut read), Err(libc::EIO));
-    }
-
-    #[test]
-    fn copy_that_is_created_again_forgets_what_was_in_it() {
-        let folder = Folder::new();
-        fs::write(folder.path("a"), vec![9; 100_000]).unwrap();
-        let mut files = RecordFiles::open(&folder.places(&["a"], &[]), NOW).unwrap();
-        files.create(0, 8192).unwrap();
-        assert_eq!(fs::read(folder.path("a")).unwrap(), vec![0; 8192]);
-    }
-
-    #[test]
-    fn copy_that_somebody_made_meanwhile_is_left_alone() {
-        let folder = Folder::new();
-        let places = folder.places(&["a"], &[]);
-        let mut late = RecordFiles::open(&places, NOW).unwrap();
-        fs::write(folder.path("a"), b"record").unwrap();
-        let refused = late.create(0, LENGTH).unwrap_err();
-        assert!(matches!(refused, RecordFileError::Appeared { .. }));
-        assert!(late.remove().unwrap().is_empty());
-        assert_eq!(fs::read(folder.path("a")).unwrap(), b"record");
-    }
-
-    #[test]
-    fn empty_file_holds_no_copy() {
-        let folder = Folder::new();
-        fs::write(folder.path("a"), b"").unwrap();
-        let mut files = RecordFiles::open(&folder.places(&["a"], &[]), NOW).unwrap();
-        assert!(matches!(files.sources()[0].found, Found::Missing));
-        files.create(0, 8192).unwrap();
-        assert!(matches!(files.sources()[0].found, Found::Present(_)));
-    }
-
-    #[test]
-    fn copies_are_locked_until_dropped_and_can_be_looked_at_meanwhile() {
-        let folder = Folder::new();
-        let places = folder.places(&["a"], &[]);
-        let mut files = RecordFiles::open(&places, NOW).unwrap();
-        files.create(0, LENGTH).unwrap();
-        let refused = RecordFiles::open(&places, NOW).unwrap_err().to_string();
-        assert!(refused.contains("the disk is served already"), "{refused}");
-        let look = RecordFiles::open(&places, Access::Look).unwrap();
-        assert!(look.are_in_use());
-        assert!(matches!(look.sources()[0].found, Found::Present(_)));
-        let waiting = thread::spawn({
-            let places = places.clone();
-            move || RecordFiles::open(&places, Access::Own(Duration::from_secs(20))).map(drop)
-        });
-        thread::sleep(Duration::from_millis(50));
-        drop(files);
-        waiting.join().unwrap().unwrap();
-        assert!(!look.are_in_use());
-    }
-
-    #[test]
-    fn record_that_waited_for_a_lock_is_opened_where_it_is_now() {
-        let folder = Folder::new();
-        let places = folder.places(&["a"], &[]);
-        let mut files = RecordFiles::open(&places, NOW).unwrap();
-        files.create(0, LENGTH).unwrap();
-        let waiting = thread::spawn({
-            let places = places.clone();
-            move || RecordFiles::open(&places, Access::Own(Duration::from_secs(20)))
-        });
-        thread::sleep(Duration::from_millis(50));
-        assert_eq!(files.remove().unwrap(), [folder.path("a")]);
-        assert!(waiting.join().unwrap().unwrap().is_absent());
-    }
-
-    #[test]
-    fn what_cannot_hold_a_copy_is_unusable_and_stays_as_it_is() {
-        let folder = Folder::new();
-        fs::create_dir(folder.path("a")).unwrap();
-        rustix::fs::mkfifoat(
-            rustix::fs::CWD,
-            folder.path("b"),
-            rustix::fs::Mode::from_raw_mode(0o600),
-        )
-        .unwrap();
-        let places = folder.places(&["a", "b", "none/c"], &[]);
-        let mut files = RecordFiles::open(&places, NOW).unwrap();
-        assert!(!files.is_absent());
-        let texts: Vec<String> = files.files().iter().map(ToString::to_string).collect();
-        assert!(texts[0].contains("directory"), "{texts:?}");
-        assert!(
-            texts[1].ends_with("(it is not a regular file)"),
-            "{texts:?}"
-        );
-        assert!(texts[2].ends_with("c (missing)"), "{texts:?}");
-        let refused = files.create(2, LENGTH).unwrap_err().to_string();
-        assert!(refused.contains("its folder must exist"), "{refused}");
-    }
-
-    #[test]
-    fn two_names_of_one_file_are_refused() {
-        let folder = Folder::new();
-        fs::write(folder.path("a"), b"x").unwrap();
-        fs::hard_link(folder.path("a"), folder.path("b")).unwrap();
-        for access in [NOW, Access::Look] {
-            let refused = RecordFiles::open(&folder.places(&["a", "b"], &[]), access);
-            assert!(matches!(refused, Err(RecordFileError::SameFile { .. })));
-        }
-    }
-
-    #[test]
-    fn record_in_another_place_is_not_taken_for_none() {
-        let folder = Folder::new();
-        fs::write(folder.path("d"), b"x").unwrap();
-        let refused = RecordFiles::open(&folder.places(&["a", "b", "c"], &["d"]), NOW);
-        assert!(matches!(refused, Err(RecordFileError::Elsewhere { .. })));
-        fs::write(folder.path("b"), b"x").unwrap();
-        let files = RecordFiles::open(&folder.places(&["a", "b", "c"], &["d"]), NOW).unwrap();
-        assert_eq!(files.elsewhere(), [folder.path("d")]);
-    }
-
-    #[test]
-    fn files_and_devices_are_told_apart_also_when_missing() {
-        let folder = Folder::new();
-        fs::write(folder.path("a"), b"x").unwrap();
-        std::os::unix::fs::symlink("/dev/nonexistent", folder.path("link")).unwrap();
-        let cases = [
-            (folder.path("a"), true),
-            (folder.path("missing"), true),
-            (folder.path("link"), false),
-            ("/dev/nonexistent".into(), false),
-            ("/dev/shm/nonexistent".into(), true),
-        ];
-        for (path, expected) in cases {
-            assert_eq!(is_file(&path), expected, "{}", path.display());
-        }
-    }
-}
+mod tests;

@@ -36,6 +36,7 @@ use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
 use crate::device::DiskIdentity;
+use crate::io::within;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{
     DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
@@ -89,7 +90,11 @@ pub struct Start {
 pub fn start(config: &Config, grow: Grow, given_up: &AtomicBool) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
-    check_distinct(&options)?;
+    let set = options.clone();
+    let look = move || check_distinct(&set);
+    if let Ok(distinct) = within("opener", config.patience.io_timeout, look) {
+        distinct?;
+    }
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
@@ -147,13 +152,15 @@ fn only_reading(
     given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
     // Whoever writes the record has the replicas for himself: it does not change from here on.
-    let files = RecordFiles::open(places, Access::Look)?;
+    let answer = config.patience.io_timeout;
+    let mut files = RecordFiles::open_within(places, Access::Look, answer, given_up)?;
     let Some(opened) = read(config, &files)? else {
         Advice::ReadOnlyWithoutRecord.tell();
         return without_record(config, options, given_up);
     };
     let set = open_replicas(config, options, &opened.superblock, given_up)?;
     // What was read before the replicas were locked may be old already.
+    files.read_again(answer);
     let Some(opened) = read(config, &files)? else {
         return Err(gone(places));
     };
@@ -174,14 +181,21 @@ fn with_record(
     grow: Grow,
     given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
-    let mut files = RecordFiles::open_unless(places, Access::Own(config.lock_timeout), given_up)?;
-    let Some(opened) = read(config, &files)? else {
+    let answer = config.patience.io_timeout;
+    let mut files =
+        RecordFiles::open_within(places, Access::Own(config.lock_timeout), answer, given_up)?;
+    let Some(mut opened) = read(config, &files)? else {
         return first_time(config, options, files, given_up);
     };
     if config.first_use != FirstUse::Verify {
         Advice::FirstUseIgnored.tell();
     }
     let set = open_replicas(config, options, &opened.superblock, given_up)?;
+    if !files.are_locked() {
+        // Whoever had the replicas until now may have written to the record since it was read.
+        files.read_again(answer);
+        opened = read(config, &files)?.ok_or_else(|| gone(places))?;
+    }
     let ids = RunIds::new().map_err(StartError::Random)?;
     let disk = settle(config, set, &opened, ids, true)?;
     let growth = match growing::wanted(grow, &disk) {

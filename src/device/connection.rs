@@ -206,11 +206,13 @@ fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, Con
     backend.context().set_line(line);
 
     let options = device.options();
-    let mut session = Session::new(MessageLimits {
+    let limits = MessageLimits {
         queues: options.queues,
         queue_size: options.queue_size,
-    });
+    };
+    let mut session = Session::new(limits, device.line().clone());
     let relayed = shim::relay(stream, &private, &mut session);
+    device.line().clear();
     // Before the back-end is waited for: it may be waiting for locks. What has failed before that
     // is the reason of the end, and not a consequence.
     let failure = backend.context().failure();

@@ -9,6 +9,7 @@
 //! - [`mailbox`]: how the threads of a connection tell workers what to do.
 //! - [`vring`], [`backend`]: the crate's view of rings and device, turned into commands.
 //! - [`message`], [`shim`]: what a front-end may send.
+//! - [`front_end_line`]: what we may tell a front-end.
 //! - [`disk`], [`lifecycle`], [`connection`]: the served device; when the disk behind it is open;
 //!   one front-end from connect to disconnect.
 
@@ -17,6 +18,7 @@ pub mod chain;
 pub mod config_space;
 pub mod connection;
 pub mod disk;
+pub mod front_end_line;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod lifecycle;
@@ -33,6 +35,7 @@ pub mod vring;
 pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
 pub use disk::{Began, BeganCallback, Device, DiskIdentity};
+pub use front_end_line::Told;
 pub use lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};

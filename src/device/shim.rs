@@ -6,13 +6,14 @@
 //! crate cannot do is answered there.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::front_end_line::FrontEndLine;
 use super::message::{Message, MessageLimits, Refusal, Request, TransportError};
 
 /// Most regions of guest memory: the number of slots the crate answers GET_MAX_MEM_SLOTS with.
@@ -48,19 +49,19 @@ pub struct Session {
     limits: MessageLimits,
     /// Regions of guest memory; each holds a descriptor and a mapping of ours.
     regions: usize,
-    /// The socket on which we may ask the front-end for something. QEMU takes its closing for a
-    /// failure, so a copy is kept until the connection ends.
-    back_end_requests: Option<OwnedFd>,
+    /// The socket on which we may tell the front-end something.
+    line: FrontEndLine,
 }
 
 impl Session {
-    /// A connection on which nothing was said.
+    /// A connection on which nothing was said; `line` is for the socket on which the front-end may
+    /// be told something.
     #[must_use]
-    pub fn new(limits: MessageLimits) -> Self {
+    pub fn new(limits: MessageLimits, line: FrontEndLine) -> Self {
         Self {
             limits,
             regions: 0,
-            back_end_requests: None,
+            line,
         }
     }
 
@@ -73,7 +74,7 @@ impl Session {
             Request::SetBackendReqFd => {
                 let copy = message.descriptors[0].try_clone();
                 let copy = copy.map_err(|source| Refusal::Exhausted { source })?;
-                self.back_end_requests = Some(copy);
+                self.line.set(copy);
             }
             Request::SetMemTable => self.regions = message.descriptors.len(),
             Request::AddMemReg if self.regions >= MEMORY_REGIONS_MAX => {
@@ -176,14 +177,19 @@ fn front_end_failed(error: TransportError) -> RelayEnd {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
     use super::*;
 
     #[test]
     fn memory_regions_are_counted() {
-        let mut session = Session::new(MessageLimits {
-            queues: 1,
-            queue_size: 128,
-        });
+        let mut session = Session::new(
+            MessageLimits {
+                queues: 1,
+                queue_size: 128,
+            },
+            FrontEndLine::default(),
+        );
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         let region = |code, fds: usize| Message {

@@ -258,7 +258,7 @@ impl DeviceVring {
             size: ring.size?,
             rings: ring.rings?,
             features: self.context.features.load(Ordering::Relaxed),
-            options: Arc::clone(device.options()),
+            options: device.options(),
             order: device.order(),
             kick: ring.kick.clone()?,
             call: ring.call.clone(),

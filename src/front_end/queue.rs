@@ -53,7 +53,7 @@ pub struct Queue {
     epoll: Epoll,
     /// The connection, to learn of its end while waiting: epoll knows it only as long as it is
     /// open here.
-    _socket: OwnedFd,
+    socket: OwnedFd,
     /// By the head of the descriptor chain.
     in_flight: Vec<Option<InFlight>>,
     done: VecDeque<Completion>,
@@ -77,10 +77,7 @@ pub(super) struct Parts {
 impl Queue {
     pub(super) fn new(parts: Parts) -> Result<Self, FrontEndError> {
         let epoll = Epoll::new().map_err(failed("create an epoll instance"))?;
-        let closed = EpollEvent::new(EventSet::READ_HANG_UP | EventSet::HANG_UP, CLOSED);
-        epoll
-            .ctl(ControlOperation::Add, parts.socket.as_raw_fd(), closed)
-            .map_err(failed("watch the connection"))?;
+        watch_connection(&epoll, &parts.socket)?;
         let size = usize::from(parts.ring.size());
         let mut queue = Self {
             index: parts.index,
@@ -93,7 +90,7 @@ impl Queue {
             kick: new_event()?,
             call: None,
             epoll,
-            _socket: parts.socket,
+            socket: parts.socket,
             in_flight: (0..size).map(|_| None).collect(),
             done: VecDeque::new(),
             next_token: 0,
@@ -382,6 +379,17 @@ impl Queue {
         Ok(())
     }
 
+    /// The connection of a back-end that came after another.
+    pub(super) fn replace_socket(&mut self, socket: OwnedFd) -> Result<(), FrontEndError> {
+        watch_connection(&self.epoll, &socket)?;
+        let none = EpollEvent::default();
+        self.epoll
+            .ctl(ControlOperation::Delete, self.socket.as_raw_fd(), none)
+            .map_err(failed("forget the connection"))?;
+        self.socket = socket;
+        Ok(())
+    }
+
     fn run_ok(&mut self, request: &Request) -> Result<Completion, FrontEndError> {
         let completion = self.run(request)?;
         if completion.status == Status::Ok {
@@ -591,6 +599,14 @@ impl Queue {
 /// Marks of what is watched while waiting.
 const CLOSED: u64 = 0;
 const CALL: u64 = 1;
+
+/// Has `epoll` tell of the end of the connection.
+fn watch_connection(epoll: &Epoll, socket: &OwnedFd) -> Result<(), FrontEndError> {
+    let closed = EpollEvent::new(EventSet::READ_HANG_UP | EventSet::HANG_UP, CLOSED);
+    epoll
+        .ctl(ControlOperation::Add, socket.as_raw_fd(), closed)
+        .map_err(failed("watch the connection"))
+}
 
 fn new_event() -> Result<EventFd, FrontEndError> {
     EventFd::new(EFD_NONBLOCK).map_err(failed("create an event descriptor"))

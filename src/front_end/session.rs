@@ -157,6 +157,43 @@ impl FrontEnd {
         self.resume(self.options.wrong_base.unwrap_or(self.options.first_index))
     }
 
+    /// Connects again after the back-end has gone, and starts the rings where they are: with the
+    /// memory, the requests and the in-flight buffer of before. Requests the old back-end did not
+    /// complete are the new one's. Where it fails it may be called again.
+    ///
+    /// SET_VRING_BASE says what VMMs say: QEMU the used index, cloud-hypervisor the available one.
+    /// Neither kicks.
+    ///
+    /// # Errors
+    /// If nobody listens yet, or the back-end refuses, offers less than before, or ends.
+    pub fn reconnect(&mut self, socket: &Path) -> Result<(), FrontEndError> {
+        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+        let acked = self.acked();
+        let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+        self.watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+        self.protocol = Frontend::from_stream(cloned()?, u64::from(self.options.queues));
+        for queue in &mut self.queues {
+            queue.replace_socket(OwnedFd::from(cloned()?))?;
+        }
+        self.socket = stream;
+        self.requests = None;
+        self.memory_told = false;
+        self.exchange_features()?;
+        if self.offered & acked != acked {
+            let feature = "a feature that the driver uses";
+            return Err(FrontEndError::Missing { feature });
+        }
+        let rings = self.queues.iter().map(Queue::ring);
+        let bases = match self.options.manners {
+            Manners::Qemu => rings.map(Ring::used_index).collect::<Result<Vec<_>, _>>()?,
+            Manners::CloudHypervisor => rings.map(Ring::avail_index).collect(),
+        };
+        self.resume_at(&bases)
+    }
+
     /// Starts the device again with other options of the rings, on the same connection and
     /// memory: what an operating system does after the firmware. The memory is not told again.
     ///
@@ -173,16 +210,21 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses a message.
     pub fn resume(&mut self, base: u16) -> Result<(), FrontEndError> {
+        self.resume_at(&vec![base; self.queues.len()])
+    }
+
+    /// The same with a base for each ring.
+    fn resume_at(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         let wanted = self.acked() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.send("SET_FEATURES", |protocol| protocol.set_features(wanted))?;
         self.share_inflight()?;
         match self.options.manners {
-            Manners::Qemu => self.start_like_qemu(base),
-            Manners::CloudHypervisor => self.start_like_cloud_hypervisor(base),
+            Manners::Qemu => self.start_like_qemu(bases),
+            Manners::CloudHypervisor => self.start_like_cloud_hypervisor(bases),
         }
     }
 
-    fn start_like_qemu(&mut self, base: u16) -> Result<(), FrontEndError> {
+    fn start_like_qemu(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         for index in 0..self.queues.len() {
             self.tell_call(index)?;
         }
@@ -192,7 +234,7 @@ impl FrontEnd {
         self.ask_replies(true);
         self.tell_memory()?;
         self.ask_replies(false);
-        for index in 0..self.queues.len() {
+        for (index, &base) in bases.iter().enumerate() {
             self.tell_size(index)?;
             self.tell_base(index, base)?;
             self.tell_addresses(index)?;
@@ -204,12 +246,12 @@ impl FrontEnd {
         Ok(())
     }
 
-    fn start_like_cloud_hypervisor(&mut self, base: u16) -> Result<(), FrontEndError> {
+    fn start_like_cloud_hypervisor(&mut self, bases: &[u16]) -> Result<(), FrontEndError> {
         self.tell_memory()?;
         for index in 0..self.queues.len() {
             self.tell_size(index)?;
         }
-        for index in 0..self.queues.len() {
+        for (index, &base) in bases.iter().enumerate() {
             self.tell_addresses(index)?;
             self.tell_base(index, base)?;
             self.tell_call(index)?;

@@ -74,6 +74,23 @@ impl<T: Copy> BlockWriter<T> {
         })
     }
 
+    /// Puts another file, or none, into place `file`. Returns the one that was there, which the
+    /// kernel may keep open for a while, see [`Ring::exchange_file`].
+    ///
+    /// # Errors
+    /// [`RingError::Exchange`]: nothing has changed; the new file is dropped.
+    ///
+    /// # Panics
+    /// If there is no such place.
+    pub fn exchange(&mut self, file: usize, new: Option<File>) -> Result<Option<File>, RingError> {
+        let index = u32::try_from(file).expect("a few files");
+        let fd = new.as_ref().map(File::as_fd);
+        let flags = fd.map_or(squeue::Flags::empty(), detour::submission_flags);
+        self.ring.exchange_file(index, fd)?;
+        self.flags[file] = flags;
+        Ok(std::mem::replace(&mut self.files[file], new))
+    }
+
     /// Queues the write of `bytes` as block `block` of the file in place `file`.
     ///
     /// # Panics
@@ -171,6 +188,26 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+
+    #[test]
+    fn files_are_exchanged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("late");
+        std::fs::write(&path, [0; WRITER_BLOCK_BYTES]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut writer = BlockWriter::new(vec![None]).unwrap();
+        assert!(writer.exchange(0, Some(file)).unwrap().is_none());
+        writer.write(0, 0, Arc::new([9; WRITER_BLOCK_BYTES]), ());
+        writer.submit().unwrap();
+        let mut written = Vec::new();
+        while written.is_empty() {
+            writer.wait_limit().unwrap();
+            writer.reap(&mut written).unwrap();
+        }
+        assert_eq!(written[0].errno, None);
+        assert!(writer.exchange(0, None).unwrap().is_some());
+        assert_eq!(std::fs::read(path).unwrap(), [9; WRITER_BLOCK_BYTES]);
+    }
 
     #[test]
     fn blocks_reach_theirfiles_and_errors_are_told() {

@@ -35,6 +35,8 @@ pub struct Activity {
     begun: AtomicU64,
     /// The last run that each replica has completed.
     flushed: Box<[AtomicU64]>,
+    /// The last run that made durable on T replicas whatever had ended before it began.
+    covered: AtomicU64,
 }
 
 impl Activity {
@@ -47,6 +49,7 @@ impl Activity {
             stamps: zeroes(extents),
             begun: AtomicU64::new(0),
             flushed: zeroes(replicas),
+            covered: AtomicU64::new(0),
         }
     }
 
@@ -78,6 +81,17 @@ impl Activity {
         self.flushed[replica.index()].fetch_max(run, Ordering::AcqRel);
     }
 
+    /// Whatever had ended before run `run` began is durable on T replicas (invariant I5).
+    pub fn covered(&self, run: u64) {
+        self.covered.fetch_max(run, Ordering::AcqRel);
+    }
+
+    /// Whether the activity of `stamp` ended before a run began that made it durable on T replicas.
+    #[must_use]
+    pub fn is_covered(&self, stamp: Stamp) -> bool {
+        self.covered.load(Ordering::Acquire) > stamp.run()
+    }
+
     /// Whether `replica` has completed a flush that began after the activity of `stamp`.
     #[must_use]
     pub fn is_flushed(&self, replica: ReplicaId, stamp: Stamp) -> bool {
@@ -102,6 +116,10 @@ mod tests {
         activity.flushed(r, 2);
         assert!(activity.is_flushed(r, stamp));
         assert!(!activity.is_flushed(ReplicaId::new(0), stamp));
+        activity.covered(1);
+        assert!(!activity.is_covered(stamp));
+        activity.covered(2);
+        assert!(activity.is_covered(stamp));
         let later = Time::from_nanos(12_500_000_000);
         assert_eq!(stamp.age_ns(later), 5_500_000_000);
     }

@@ -237,6 +237,22 @@ pub enum Status {
     IoError,
 }
 
+/// How a flush run ended (rule F2, invariant I5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FlushEnd {
+    /// Whatever had been acknowledged before it began is durable on T replicas, and it is remembered
+    /// who lacks it.
+    Durable,
+    /// Enough replicas were flushed, but fewer than T of them are current in this extent: it has to
+    /// be brought into order first (rule V6), then another run.
+    Lacking {
+        /// The first such extent.
+        extent: u64,
+    },
+    /// Too few replicas were flushed, or it cannot be remembered who was not.
+    Failed,
+}
+
 /// What one lane tells another, by way of [`Action::Wake`] and [`Event::Wake`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wakeup {
@@ -248,8 +264,8 @@ pub enum Wakeup {
     FlushDone {
         /// Number of the run.
         run: u64,
-        /// Whether the rule for success held (rule F2).
-        ok: bool,
+        /// How it ended.
+        end: FlushEnd,
     },
     /// More marks are durable, or none will be any more.
     Durable,

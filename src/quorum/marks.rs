@@ -71,6 +71,8 @@ struct Map {
     durable: Box<[AtomicU64]>,
     /// Wanted bits that are set.
     count: AtomicU64,
+    /// Number of the last mark of this map that was asked for.
+    asked: AtomicU64,
     /// Not zero: bits of the page have changed since the record took them.
     touched: Box<[AtomicU64]>,
 }
@@ -83,6 +85,7 @@ impl Map {
             wanted: zeroes(words),
             durable: zeroes(words),
             count: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
             touched: zeroes(words.div_ceil(PAGE_WORDS)),
         }
     }
@@ -194,7 +197,24 @@ impl Marks {
     fn request(&self, map: &Map, word: usize) -> u64 {
         // In this order: whoever sees the number finds the page touched and the bit set.
         map.touched[word / PAGE_WORDS].store(1, Ordering::Release);
-        self.requested.fetch_add(1, Ordering::AcqRel) + 1
+        let number = self.requested.fetch_add(1, Ordering::AcqRel) + 1;
+        map.asked.fetch_max(number, Ordering::AcqRel);
+        number
+    }
+
+    /// For whoever depends on clears, which are lazy otherwise: all bits that are clear now are so
+    /// in the record when [`Marks::is_settled`] holds for the number that is returned, unless
+    /// [`Marks::last_asked`] is higher then. `None`: nothing is recorded.
+    #[must_use]
+    pub fn ask_clears(&self) -> Option<u64> {
+        let next = || self.requested.fetch_add(1, Ordering::AcqRel) + 1;
+        self.recorded.then(next)
+    }
+
+    /// Number of the last mark of this map that was asked for.
+    #[must_use]
+    pub fn last_asked(&self, bitmap: Bitmap) -> u64 {
+        self.map(bitmap).asked.load(Ordering::Acquire)
     }
 
     /// Clears a bit. Returns whether it was set.

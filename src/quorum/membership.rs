@@ -322,21 +322,25 @@ impl Membership {
         result
     }
 
-    /// Whether a flush of the replicas in `done` makes T copies of every dirty extent durable
-    /// (invariant I5): somebody may be flushed and behind.
+    /// The first dirty extent among those that `counts` in which fewer than T of `done` are current:
+    /// somebody may be flushed and behind (invariant I5). Without a walk over the extents if T of
+    /// them are behind nowhere. An extent in which everybody is behind has nothing that a flush could
+    /// make durable; it answers requests with errors until a copy is named.
     #[must_use]
-    pub fn is_flush_enough(&self, done: ReplicaSet) -> bool {
-        if done.count() < self.threshold {
-            return false;
-        }
+    pub fn first_lacking(&self, done: ReplicaSet, counts: impl Fn(u64) -> bool) -> Option<u64> {
         let whole = done.iter().filter(|&r| self.behind_extents(r) == 0);
         if whole.count() >= self.threshold {
-            return true;
+            return None;
         }
-        let mut dirty = self.marks.iter(Bitmap::Dirty);
-        dirty.all(|extent| {
+        let holders = |extent: u64, of: ReplicaSet| {
             let holds = |replica: &ReplicaId| !self.is_behind(extent, *replica);
-            done.iter().filter(holds).count() >= self.threshold
+            of.iter().filter(holds).count()
+        };
+        let mut dirty = self.marks.iter(Bitmap::Dirty);
+        dirty.find(|&extent| {
+            holders(extent, done) < self.threshold
+                && holders(extent, self.replicas) > 0
+                && counts(extent)
         })
     }
 

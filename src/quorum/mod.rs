@@ -32,8 +32,9 @@ mod vote;
 pub use activity::Activity;
 pub use buffers::{Buffers, Purpose};
 pub use event::{
-    Action, BadCause, BehindCause, BufferId, During, Event, KickCause, LaneId, LockTicket, OpId,
-    Operation, OperationKind, Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
+    Action, BadCause, BehindCause, BufferId, During, Event, FlushEnd, KickCause, LaneId,
+    LockTicket, OpId, Operation, OperationKind, Outcome, Report, Request, RequestId, Status, Tag,
+    Wakeup,
 };
 pub use keeper::{
     Change, Command, Keeper, KeeperAction, KeeperConfig, KeeperEvent, KeeperReport, KeeperStart,

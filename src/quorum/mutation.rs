@@ -36,6 +36,8 @@ pub enum Mutation {
     FailedWriteNotUnresolved,
     /// F2: a flush succeeds although a replica without it stays current.
     FailedFlushNotMarked,
+    /// I5: a flush succeeds although fewer than T of the replicas flushed are current in an extent.
+    FlushOfCopiesBehind,
     /// W2: a write does not wait until its extent is dirty for good.
     WriteBeforeIntent,
     /// W4: a write is acknowledged before the behind marks of the others are durable.

@@ -218,12 +218,18 @@ impl Shared {
             .store(u32::from(suspects.bits()), Ordering::Release);
     }
 
-    /// No mark will become durable any more (rule R1). Every lane is owed a wakeup.
+    /// No mark becomes durable until [`Shared::regain_record`] (rule R1). Every lane is owed a
+    /// wakeup.
     pub fn lose_record(&self) {
         self.record_lost.store(1, Ordering::Release);
     }
 
-    /// Whether marks cannot become durable any more.
+    /// Marks become durable again: enough copies of the record are back.
+    pub fn regain_record(&self) {
+        self.record_lost.store(0, Ordering::Release);
+    }
+
+    /// Whether marks cannot become durable at the moment.
     #[must_use]
     pub fn is_record_lost(&self) -> bool {
         self.record_lost.load(Ordering::Acquire) != 0
@@ -247,6 +253,15 @@ impl Shared {
             lanes &= lanes - 1;
             Some(LaneId(u8::try_from(lane).expect("below 64")))
         })
+    }
+
+    /// The first extent of which a flush of the replicas in `done` leaves fewer than T durable copies
+    /// of what was written there since the last flush that was told to have succeeded (invariant I5).
+    #[must_use]
+    pub fn lacking_flush(&self, done: ReplicaSet) -> Option<u64> {
+        let activity = &self.activity;
+        let counts = |extent| !activity.is_covered(activity.last(extent));
+        self.membership.first_lacking(done, counts)
     }
 
     /// Marks the extent clean if rule W8 allows it: it was not written to since `idle_ns`, nobody

@@ -5,18 +5,51 @@
 //! After an unclean start it holds whole extents, all that were dirty; they are resolved as a whole.
 //! While the disk is served, the ranges of writes that failed come and go.
 
+use std::collections::BTreeMap;
+
 use super::sync::{AtomicU64, AtomicUsize, Mutex, Ordering};
 use crate::units::SectorRange;
+
+/// Ranges of writes that failed, at most. One more, and its whole extent is in U instead: a bit.
+const RANGES_MAX: usize = 1024;
 
 /// Sectors to be resolved. Empty nearly always; then a look costs two loads.
 pub struct Unresolved {
     /// Ranges outside of `extents`.
     count: AtomicUsize,
-    ranges: Mutex<Vec<SectorRange>>,
+    /// They do not overlap; each lies in one extent.
+    ranges: Mutex<Ranges>,
     /// Whole extents, a bit each.
     extents: Box<[AtomicU64]>,
     extent_count: AtomicU64,
     extent_shift: u32,
+}
+
+/// Ends of ranges by their starts.
+#[derive(Default)]
+struct Ranges(BTreeMap<u64, u64>);
+
+impl Ranges {
+    /// The first range with a sector in `start..end`.
+    fn first_in(&self, start: u64, end: u64) -> Option<(u64, u64)> {
+        let before = self.0.range(..=start).next_back();
+        let before = before.filter(|&(_, &known_end)| known_end > start);
+        let found = before.or_else(|| self.0.range(start..end).next());
+        found.map(|(&known, &known_end)| (known, known_end))
+    }
+
+    /// Takes `start..end` out of the ranges.
+    fn cut(&mut self, start: u64, end: u64) {
+        while let Some((known, known_end)) = self.first_in(start, end) {
+            self.0.remove(&known);
+            if known < start {
+                self.0.insert(known, start);
+            }
+            if known_end > end {
+                self.0.insert(end, known_end);
+            }
+        }
+    }
 }
 
 impl Unresolved {
@@ -26,7 +59,7 @@ impl Unresolved {
         let words = usize::try_from(extents.div_ceil(64)).expect("at most 2^20 extents");
         Self {
             count: AtomicUsize::new(0),
-            ranges: Mutex::new(Vec::new()),
+            ranges: Mutex::new(Ranges::default()),
             extents: (0..words).map(|_| AtomicU64::new(0)).collect(),
             extent_count: AtomicU64::new(0),
             extent_shift,
@@ -85,24 +118,26 @@ impl Unresolved {
     /// The first extent from `first` on that has a sector in U.
     #[must_use]
     pub fn next(&self, first: u64) -> Option<u64> {
-        let whole = self.next_extent(first);
-        if self.count.load(Ordering::Acquire) == 0 {
-            return whole;
-        }
-        let ranges = self.ranges.lock().expect("no panic under this lock");
-        // A range lies in one extent.
-        let partly = ranges
-            .iter()
-            .map(|range| range.start() >> self.extent_shift);
-        partly.filter(|&extent| extent >= first).chain(whole).min()
+        let partly = (self.count.load(Ordering::Acquire) != 0)
+            .then(|| {
+                let ranges = self.ranges.lock().expect("no panic under this lock");
+                ranges.first_in(first << self.extent_shift, u64::MAX)
+            })
+            .flatten();
+        let partly = partly.map(|(start, _)| start >> self.extent_shift);
+        partly.into_iter().chain(self.next_extent(first)).min()
     }
 
     /// A range in `extent` that was put into U as such.
     #[must_use]
     pub fn part_of(&self, extent: u64) -> Option<SectorRange> {
+        let (start, end) = (
+            extent << self.extent_shift,
+            (extent + 1) << self.extent_shift,
+        );
         let ranges = self.ranges.lock().expect("no panic under this lock");
-        let inside = |range: &&SectorRange| range.start() >> self.extent_shift == extent;
-        ranges.iter().find(inside).copied()
+        let (start, end) = ranges.first_in(start, end)?;
+        SectorRange::new(start, u32::try_from(end - start).ok()?)
     }
 
     /// The extent is equal and durable on all current copies. The caller holds its lock.
@@ -114,26 +149,37 @@ impl Unresolved {
         self.remove(range);
     }
 
-    /// Puts `range` into U. The caller holds its exclusive lock.
+    /// Puts `range`, which lies in one extent, into U. The caller holds its exclusive lock.
     pub fn insert(&self, range: SectorRange) {
         let mut ranges = self.ranges.lock().expect("no panic under this lock");
-        if !ranges.iter().any(|known| known.contains(range)) {
-            ranges.push(range);
+        let (mut start, mut end) = (range.start(), range.end());
+        while let Some((known, known_end)) = ranges.first_in(start, end) {
+            ranges.0.remove(&known);
+            (start, end) = (start.min(known), end.max(known_end));
         }
-        self.count.store(ranges.len(), Ordering::Release);
+        ranges.0.insert(start, end);
+        if ranges.0.len() > RANGES_MAX {
+            let extent = start >> self.extent_shift;
+            self.insert_extent(extent);
+            let first = extent << self.extent_shift;
+            ranges.cut(first, first + (1 << self.extent_shift));
+        }
+        self.count.store(ranges.0.len(), Ordering::Release);
     }
 
     /// Whether a sector of `range`, which lies in one extent, is in U.
     #[must_use]
     pub fn touches(&self, range: SectorRange) -> bool {
-        if self.holds_extent(range.start() >> self.extent_shift) {
-            return true;
-        }
+        // In this order: what is no range any more may have become a whole extent.
+        self.touches_range(range) || self.holds_extent(range.start() >> self.extent_shift)
+    }
+
+    fn touches_range(&self, range: SectorRange) -> bool {
         if self.count.load(Ordering::Acquire) == 0 {
             return false;
         }
         let ranges = self.ranges.lock().expect("no panic under this lock");
-        ranges.iter().any(|known| known.overlaps(range))
+        ranges.first_in(range.start(), range.end()).is_some()
     }
 
     /// Takes the sectors of `range` out of U, unless their whole extent is in it: they are equal on
@@ -143,31 +189,15 @@ impl Unresolved {
             return;
         }
         let mut ranges = self.ranges.lock().expect("no panic under this lock");
-        let mut kept = Vec::with_capacity(ranges.len() + 1);
-        for known in ranges.iter() {
-            let before = range.start().saturating_sub(known.start());
-            let after = known.end().saturating_sub(range.end());
-            if !known.overlaps(range) {
-                kept.push(*known);
-                continue;
-            }
-            let part = |start: u64, count: u64| {
-                u32::try_from(count)
-                    .ok()
-                    .and_then(|count| SectorRange::new(start, count))
-            };
-            kept.extend(part(known.start(), before));
-            kept.extend(part(range.end(), after));
-        }
-        self.count.store(kept.len(), Ordering::Release);
-        *ranges = kept;
+        ranges.cut(range.start(), range.end());
+        self.count.store(ranges.0.len(), Ordering::Release);
     }
 
-    /// Sectors in U outside of whole extents, each counted once per range that holds it.
+    /// Sectors in U outside of whole extents.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         let ranges = self.ranges.lock().expect("no panic under this lock");
-        ranges.iter().map(|range| u64::from(range.count())).sum()
+        ranges.0.iter().map(|(start, end)| end - start).sum()
     }
 }
 
@@ -200,8 +230,26 @@ mod tests {
                     ),
                 }
             }
-            assert_eq!(unresolved.sectors() == 0, model.is_empty());
+            assert_eq!(unresolved.sectors(), model.len() as u64);
         }
+    }
+
+    #[test]
+    fn ranges_beyond_the_most_put_their_extents_into_u() {
+        // 16 extents of 1024 sectors, every other sector.
+        let unresolved = Unresolved::new(16, 10);
+        let sector = |sector: u64| SectorRange::new(sector, 1).unwrap();
+        for number in 0..6000 {
+            unresolved.insert(sector(2 * number));
+        }
+        let ranges = unresolved.ranges.lock().unwrap().0.len();
+        assert!(ranges <= RANGES_MAX, "{ranges} ranges");
+        assert!((0..6000).all(|number| unresolved.touches(sector(2 * number))));
+        assert_eq!(unresolved.extents(), 10, "the first two fit");
+        assert!(!unresolved.touches(sector(1)));
+        assert!(unresolved.touches(sector(4097)), "it is whole by now");
+        assert_eq!(unresolved.part_of(0), Some(sector(0)));
+        assert_eq!(unresolved.part_of(5), None);
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl PageSet {
 
 /// Part a copy plays.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Standing {
+pub enum Standing {
     /// It takes part in the epoch.
     Good,
     /// It is being written whole, and will take part when an epoch with it begins.

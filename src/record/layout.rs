@@ -31,6 +31,10 @@ const BITMAPS: usize = 1 + REPLICAS_MAX;
 /// Blocks before the first page.
 const SUPERBLOCKS: u64 = 2;
 
+/// Bytes of the longest copy.
+pub const LENGTH_BYTES_MAX: u64 =
+    (SUPERBLOCKS + 2 * (PAGES_MAX * BITMAPS) as u64) * BLOCK_BYTES as u64;
+
 /// One of the two places a block has. Writes alternate between them, so that a torn write leaves
 /// the other one as it was (rule R4).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

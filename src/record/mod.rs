@@ -32,10 +32,11 @@ mod superblock;
 #[cfg(test)]
 mod tests;
 
+pub use copies::Standing as CopyStanding;
 pub use error::{FormatError, Refusal};
 pub use growth::{Growth, GrowthError};
 pub use history::{EPOCHS_REMEMBERED, EpochEntry, EpochId, History};
-pub use layout::{BLOCK_BYTES, Block, COPIES_MAX, Layout, PAGES_MAX, Slot};
+pub use layout::{BLOCK_BYTES, Block, COPIES_MAX, LENGTH_BYTES_MAX, Layout, PAGES_MAX, Slot};
 pub use member::{Fingerprint, Member, MemberState};
 #[cfg(test)]
 pub use mutation::RecordMutation;
@@ -43,7 +44,7 @@ pub use opened::{CopyState, Note, Opened};
 pub use opening::{CopySource, Expected, Found, OpenOptions, ReadBlock, open};
 pub use page::PageImage;
 pub use recorder::{
-    ChangeId, RECORD_CLEAR_DELAY, RECORD_HANG_LIMIT, RECORD_WRITE_LIMIT, RecordAction, RecordEvent,
-    Recorder, RecorderError, WriteId,
+    ChangeId, RECORD_CLEAR_DELAY, RECORD_HANG_LIMIT, RECORD_JOIN_PAUSE, RECORD_WRITE_LIMIT,
+    RecordAction, RecordEvent, Recorder, RecorderError, WriteId,
 };
 pub use superblock::{DiskUuid, FORMAT_VERSION, Growing, Superblock, VERIFIED};

@@ -39,6 +39,10 @@ pub const RECORD_HANG_LIMIT: Duration = Duration::from_secs(30);
 /// Clears that nothing follows are written after this time.
 pub const RECORD_CLEAR_DELAY: Duration = Duration::from_secs(1);
 
+/// How long new pages wait for the last writes to a copy that returns. Without that pause a copy
+/// would never get ready under load; with a longer one a copy that hangs would hold up the guest.
+pub const RECORD_JOIN_PAUSE: Duration = Duration::from_millis(500);
+
 /// Blocks kept for the next images.
 const SPARE_BLOCKS_MAX: usize = 64;
 
@@ -90,6 +94,13 @@ pub enum RecordAction {
         copy: u8,
         /// What the system said; none if a write took too long.
         errno: Option<i32>,
+        /// It took part. If not it was on its way back, and nothing has changed.
+        took_part: bool,
+    },
+    /// A copy that was left out has been written whole: it takes part again.
+    Returned {
+        /// Place of the copy in the configuration.
+        copy: u8,
     },
     /// Too few copies are left: no new mark will become durable (rule R1).
     Lost,
@@ -117,6 +128,17 @@ pub enum RecorderError {
     /// A write to the copy that began before it was excluded has not ended.
     #[error("a write to the copy of the state record is still under way: try again later")]
     Busy,
+    /// There is something in the place of the copy that is no state record, or a damaged one.
+    #[error(
+        "what is in the place of {copy} cannot be used ({why}): if nothing else is in it, remove \
+         it, and the copy is made anew"
+    )]
+    Unusable {
+        /// Name of the copy.
+        copy: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// What is in the place of the copy must not be overwritten.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -184,6 +206,8 @@ pub struct Recorder {
     /// Marks that were in the images so far.
     collected: u64,
     clears_since: Option<Time>,
+    /// Nothing new is begun before this, see [`RECORD_JOIN_PAUSE`].
+    paused_until: Option<Time>,
     touched: Vec<PageName>,
     spare: Vec<Arc<Block>>,
     /// A rule that this build breaks on purpose.
@@ -259,6 +283,7 @@ impl Recorder {
             write_last: 0,
             collected: 0,
             clears_since: None,
+            paused_until: None,
             touched: Vec::new(),
             spare: Vec::new(),
             #[cfg(test)]
@@ -282,6 +307,11 @@ impl Recorder {
     #[must_use]
     pub fn is_lost(&self) -> bool {
         self.lost
+    }
+
+    /// What part the copies play, in their order.
+    pub fn standings(&self) -> impl Iterator<Item = Standing> {
+        self.copies.iter().map(|copy| copy.standing)
     }
 
     /// Whether the copy in this place takes part.
@@ -348,7 +378,8 @@ impl Recorder {
             .clears_since
             .filter(|_| self.job.is_none() && !self.lost);
         let clears = clears.map(|since| since.after(RECORD_CLEAR_DELAY));
-        late.into_iter().chain(clears).min()
+        let paused = self.paused_until.filter(|_| !self.lost);
+        late.into_iter().chain(clears).chain(paused).min()
     }
 
     /// Takes an event in and appends what is to be done.

@@ -24,6 +24,9 @@ use crate::units::{ReplicaId, SECTOR_BYTES};
 /// Who has the record for longer serves the disk.
 const IN_USE_DOUBT: Duration = Duration::from_millis(300);
 
+/// How long storage may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
 /// A state record for people and programs.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -166,8 +169,8 @@ impl View {
             copies: paths.to_vec(),
             elsewhere: Vec::new(),
         };
-        let files = RecordFiles::open(&places, Access::Look)?;
-        wait_for_end(&files);
+        let mut files = RecordFiles::open(&places, Access::Look)?;
+        wait_for_end(&mut files);
         let mut sources = files.sources();
         // Files that were not named are as good as missing, for a record that has more copies.
         let copies = sources.iter_mut().filter_map(copies_of).max();
@@ -188,13 +191,13 @@ impl View {
 
     /// The record of a disk.
     pub fn of_disk(config: &Config, places: &RecordPlaces) -> Result<Self, RecordCliError> {
-        let files = RecordFiles::open(places, Access::Look)?;
+        let mut files = RecordFiles::open(places, Access::Look)?;
         if files.is_absent() {
             return Err(RecordCliError::Absent {
                 places: names(places),
             });
         }
-        wait_for_end(&files);
+        wait_for_end(&mut files);
         let expected = Expected {
             replicas: u8::try_from(config.replicas.len()).ok(),
             ..Expected::default()
@@ -257,11 +260,15 @@ impl View {
 
 /// A daemon that has just ended may have its locks for a moment longer: it would be a pity to say
 /// that it serves.
-fn wait_for_end(files: &RecordFiles) {
+fn wait_for_end(files: &mut RecordFiles) {
     let begin = Instant::now();
+    if !files.are_in_use() {
+        return;
+    }
     while files.are_in_use() && begin.elapsed() < IN_USE_DOUBT {
         thread::sleep(Duration::from_millis(10));
     }
+    files.read_again(ANSWER_LIMIT);
 }
 
 /// Opens as a start would. If that is refused although the record can be read, the refusal comes

@@ -4,14 +4,12 @@
 //! Opening takes as long as the storage does, for ever if it hangs: it belongs on a thread that
 //! nobody waits for. [`open_each`] and [`open_within`] see to that themselves.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::io::{Unfinished, within};
 use crate::replica::fault::{OpenError, OpenFault};
 use crate::replica::raw::{Format, RawOptions, RawReplica, identify};
 use crate::replica::set::{SetError, SetNote, check_member};
@@ -69,7 +67,7 @@ pub fn open_each(
 ) -> Result<Vec<Result<Arc<Replica>, OpenError>>, OpenError> {
     let set = options.to_vec();
     // Where a look hangs those that can be opened are still compared with each other.
-    if let Ok(distinct) = within(limit, move || check_distinct(&set)) {
+    if let Ok(distinct) = within("opener", limit, move || check_distinct(&set)) {
         distinct?;
     }
     let mut open: Vec<Arc<Replica>> = Vec::with_capacity(options.len());
@@ -103,7 +101,7 @@ pub fn open_within(
         .map(|(name, identity)| (name.to_owned(), identity.clone()))
         .collect();
     let of = options.clone();
-    let opened = within(limit, move || {
+    let opened = within("opener", limit, move || {
         let others = others.iter().map(|(name, identity)| (&**name, identity));
         RawReplica::open_beside(&of, others)
     });
@@ -121,34 +119,6 @@ pub fn open_within(
         name: options.name.clone(),
         path: options.path.clone(),
         fault,
-    })
-}
-
-/// Why something was not done.
-enum Unfinished {
-    /// It takes too long.
-    Late,
-    /// There was nobody to do it.
-    NoThread(io::Error),
-}
-
-/// Does something that may hang on a thread of its own, and waits for it no longer than `limit`.
-/// What it ends with after that is dropped.
-fn within<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Unfinished> {
-    let (sender, receiver) = sync_channel(1);
-    let opener = thread::Builder::new().name("opener".to_owned());
-    opener
-        .spawn(move || {
-            // Nobody waits any more if it took too long.
-            let _ = sender.send(work());
-        })
-        .map_err(Unfinished::NoThread)?;
-    receiver.recv_timeout(limit).map_err(|error| match error {
-        RecvTimeoutError::Timeout => Unfinished::Late,
-        RecvTimeoutError::Disconnected => unreachable!("opening does not panic"),
     })
 }
 

@@ -48,6 +48,33 @@ impl Process {
         Self::spawn(folder, command)
     }
 
+    /// Like [`Process::start`] as systemd starts the service of a `.socket` unit: `count` times the
+    /// socket from descriptor 3 on, if there is one, and `notify` to tell the state to.
+    pub fn start_as_service(
+        folder: &Path,
+        socket: Option<(OwnedFd, u32)>,
+        notify: Option<&Path>,
+        arguments: &[OsString],
+    ) -> Self {
+        let mut command = Command::new("sh");
+        let sockets = socket.as_ref().map_or(0, |(_, count)| *count);
+        let opened: String = (3..3 + sockets).map(|fd| format!(" {fd}<&0")).collect();
+        let line =
+            format!("LISTEN_PID=$$; export LISTEN_PID; exec \"$0\" \"$@\"{opened} 0</dev/null");
+        command
+            .args(["-c", &line])
+            .arg(env!("CARGO_BIN_EXE_quorum-blk"))
+            .args(arguments)
+            .env("LISTEN_FDS", sockets.to_string());
+        if let Some((socket, _)) = socket {
+            command.stdin(socket);
+        }
+        if let Some(notify) = notify {
+            command.env("NOTIFY_SOCKET", notify);
+        }
+        Self::spawn(folder, command)
+    }
+
     fn spawn(folder: &Path, mut command: Command) -> Self {
         let log = folder.join("daemon.log");
         let file = OpenOptions::new().create(true).append(true).open(&log);

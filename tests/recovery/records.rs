@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Copies of the state record that fail while the disk is served (rule R1): one is left out, and
-//! without most of them nothing is written that could not be remembered.
+//! Copies of the state record that fail while the disk is served (rule R1): one is left out and
+//! comes back by itself, and without most of them nothing is written that could not be remembered.
 
 use std::fs::{self, File};
 use std::time::Duration;
 
 use quorum_blk::front_end::Status;
+use serde_json::Value;
 
 use crate::common::{FaultyFile, Random};
 use crate::guest::Guest;
@@ -100,4 +101,119 @@ fn without_most_copies_of_the_record_nothing_is_written_that_cannot_be_remembere
     site.await_equal();
     site.stop();
     drop(copies);
+}
+
+/// The states of the copies, as the status tells them.
+fn copy_states(site: &mut Site) -> Vec<String> {
+    let status = site.status();
+    let lines = status.lines().filter(|line| line.contains("state record"));
+    let state = |line: &str| line.rsplit(": ").next().unwrap_or_default().to_owned();
+    lines.map(state).collect()
+}
+
+#[test]
+fn a_copy_that_failed_is_back_when_it_can_be_written_again() {
+    let (copies, mut site) = with_faulty_records(1);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 8);
+    assert_eq!(copy_states(&mut site), ["in use", "in use", "in use"]);
+    copies[0].tell("eio write on");
+    guest.write(&mut model, 2048, 8);
+    site.await_event("QUORUM_BLK_RECORD_COPY_LOST", |data| data["copy"] == 0);
+    assert_eq!(copy_states(&mut site)[0], "left out");
+    // It is tried again and still fails; that is no news.
+    site.await_log("cannot be used yet");
+    assert_eq!(site.events("QUORUM_BLK_RECORD_COPY_LOST").len(), 1);
+    copies[0].tell("eio write off");
+    site.await_event("QUORUM_BLK_RECORD_COPY_RETURNED", |data| data["copy"] == 0);
+    assert_eq!(copy_states(&mut site), ["in use", "in use", "in use"]);
+    guest.write(&mut model, 4096, 8);
+    drop(guest);
+    site.kill();
+    // It counts again: with one of the others gone there is still a majority.
+    fs::remove_file(site.images[1].with_extension("record")).expect("a copy");
+    site.start();
+    let mut guest = Guest::connect(&site);
+    guest.check_all(&mut model, true);
+    drop(guest);
+    site.await_equal();
+    site.assert_no_failure();
+    site.stop();
+    drop(copies);
+}
+
+#[test]
+fn a_copy_that_vanished_is_made_anew() {
+    let (mut copies, mut site) = with_faulty_records(1);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 8);
+    let copy = copies.remove(0);
+    let place = copy.path.clone();
+    // Dead, and not mounted any more: what is left is the name.
+    drop(copy);
+    fs::remove_file(&place).expect("the mount point");
+    guest.write(&mut model, 2048, 8);
+    site.await_event("QUORUM_BLK_RECORD_COPY_LOST", |data| data["copy"] == 0);
+    site.await_event("QUORUM_BLK_RECORD_COPY_RETURNED", |data| data["copy"] == 0);
+    let lengths = [&place, &site.images[1].with_extension("record")]
+        .map(|path| fs::metadata(path).expect("a copy").len());
+    assert_eq!(lengths[0], lengths[1]);
+    guest.check_all(&mut model, false);
+    drop(guest);
+    site.stop();
+}
+
+#[test]
+fn a_copy_on_which_writes_hang_holds_up_nobody_when_it_is_tried_again() {
+    let (copies, mut site) = with_faulty_records(1);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 8);
+    copies[0].tell("eio write on");
+    guest.write(&mut model, 2048, 8);
+    site.await_event("QUORUM_BLK_RECORD_COPY_LOST", |data| data["copy"] == 0);
+    copies[0].tell("hang write");
+    copies[0].tell("eio write off");
+    copies[0].wait_until("held", 1);
+    for sector in (4096..SECTORS).step_by(2048) {
+        let taken = guest.write(&mut model, sector, 8);
+        assert!(taken < Duration::from_secs(2), "{taken:?}");
+    }
+    copies[0].tell("resume");
+    site.await_event("QUORUM_BLK_RECORD_COPY_RETURNED", |data| data["copy"] == 0);
+    drop(guest);
+    site.stop();
+    drop(copies);
+}
+
+#[test]
+fn a_record_of_one_copy_that_failed_once_is_not_lost_for_good() {
+    let mut site = Site::bare(&[]);
+    let record = site.images[0].with_extension("record");
+    File::create(&record).expect("an empty file");
+    let copy = FaultyFile::new(&record);
+    site.paths[0].as_mut_os_string().push(",record=");
+    site.paths[0].as_mut_os_string().push(&copy.path);
+    site.start_with(&["--assume-clean"]);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 8);
+    copy.tell("eio write on");
+    assert_eq!(guest.status_of_write(8000, 8), Status::IoError);
+    site.await_event("QUORUM_BLK_RECORD_LOST", |_| true);
+    copy.tell("eio write off");
+    site.await_event("QUORUM_BLK_RECORD_REGAINED", |_: &Value| true);
+    guest.write(&mut model, 8000, 8);
+    guest.write(&mut model, 12_000, 8);
+    drop(guest);
+    site.kill();
+    site.start();
+    let mut guest = Guest::connect(&site);
+    guest.check_all(&mut model, true);
+    drop(guest);
+    site.await_equal();
+    site.stop();
+    drop(copy);
 }

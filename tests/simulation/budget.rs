@@ -324,6 +324,13 @@ impl Budget {
         self.note_lost(index(sector));
     }
 
+    /// Takes note of sectors of which too many copies are bad as it is.
+    pub fn look_at(&mut self, range: SectorRange) {
+        for s in sectors(range) {
+            self.note_lost(s);
+        }
+    }
+
     fn note_lost(&mut self, sector: usize) {
         if self.bad(sector).count_ones() > self.spare {
             self.lost_at[sector] = self.step;

@@ -137,6 +137,12 @@ impl Cache {
         self.entries[index(sector)].is_empty()
     }
 
+    /// What the sector may hold after a loss of power.
+    pub fn survivors(&self, sector: u64) -> impl Iterator<Item = u64> + '_ {
+        let unflushed = self.entries[index(sector)].iter().map(|entry| entry.value);
+        std::iter::once(self.stable[index(sector)]).chain(unflushed)
+    }
+
     /// Sectors whose write had ended by step `step` and is not durable.
     pub fn unflushed(&self, step: u64) -> impl Iterator<Item = u64> + '_ {
         let old = move |&&sector: &&u64| {

@@ -4,7 +4,9 @@
 use crate::budget::index;
 use crate::content::written;
 use crate::guest::{GuestRequest, Kind};
-use crate::quorum::{BadCause, BufferId, CrashTie, KickCause, ReadPattern, Report, Status, Tag};
+use crate::quorum::{
+    BadCause, Bitmap, BufferId, CrashTie, KickCause, ReadPattern, Report, Status, Tag,
+};
 use crate::trace::{Verdict, violation};
 use crate::units::{ReplicaId, SectorRange};
 use crate::world::World;
@@ -85,10 +87,12 @@ impl World {
         self.profile.excess > 0 && (0..policy.replicas).filter(bad).count() > spare
     }
 
-    /// The same, at any time: what was chosen then may have been written to all copies since, and is
-    /// what they all hold until the guest writes there.
+    /// The same, at any time since the last write of the sector that was acknowledged and flushed: what
+    /// was chosen then may have been written to all copies since, and is what they all hold until the
+    /// guest writes there.
     fn was_explained(&self, sector: u64) -> bool {
-        self.profile.excess > 0 && self.budget.was_lost(sector, 1)
+        let since = self.model.sound_since(sector).max(1);
+        self.profile.excess > 0 && self.budget.was_lost(sector, since)
     }
 
     /// I2: T current copies hold the write, everybody else is behind.
@@ -119,7 +123,9 @@ impl World {
             let what = "acknowledged before it is remembered who lacks the write";
             return violation("I2", format!("{}: {what}", request.range));
         }
-        self.model.acknowledged(request.range, request.version);
+        self.budget.look_at(request.range);
+        self.model
+            .acknowledged(request.range, request.version, self.step);
         Ok(())
     }
 
@@ -156,6 +162,7 @@ impl World {
         self.tally.count("flushes");
         self.check_durable(request)?;
         if let Some(settled) = self.guests.take_covered(lane, tag) {
+            self.check_covered(&settled)?;
             self.model.flushed(&settled);
         }
         Ok(())
@@ -173,6 +180,38 @@ impl World {
                         format!("sector {sector} is not durable on {id:?}, which is current");
                     return violation("I5", format!("a flush is acknowledged and {what}"));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// I5, word for word: of every sector the version that was acknowledged when the flush was sent, or
+    /// a later one, would survive a loss of power on T replicas, and it is remembered for good who
+    /// lacks it. Copies that a silent fault made wrong are the budget's affair.
+    fn check_covered(&self, settled: &[u64]) -> Verdict {
+        if self.profile.excess > 0 {
+            return Ok(());
+        }
+        let marks = self.shared.membership.marks();
+        for (sector, &version) in (0..).zip(settled).filter(|&(_, &version)| version > 0) {
+            let extent = self.shape.geometry.extent_of(sector);
+            let mut holders = 0;
+            for (replica, disk) in self.disks.iter().enumerate() {
+                let held = self.budget.is_tainted(sector, replica)
+                    || disk
+                        .survivors(sector)
+                        .all(|value| self.model.is_not_older(sector, value, version));
+                let behind = Bitmap::Behind(ReplicaId::new(replica));
+                if !held && !marks.is_durable(behind, extent) {
+                    let what = format!("replica {replica} may lose version {version} of {sector}");
+                    return violation("I5", format!("{what}, and that is not remembered"));
+                }
+                holders += usize::from(held);
+            }
+            if holders < self.shape.policy.threshold {
+                let what = format!("version {version} of sector {sector}");
+                let what = format!("{what} is durable on {holders} replicas only");
+                return violation("I5", format!("a flush is acknowledged and {what}"));
             }
         }
         Ok(())

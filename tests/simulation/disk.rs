@@ -107,6 +107,13 @@ impl Disk {
             .is_none_or(|cache| cache.is_durable(sector))
     }
 
+    /// What the sector may hold after a loss of power now.
+    pub fn survivors(&self, sector: u64) -> impl Iterator<Item = u64> + '_ {
+        let cached = self.cache.iter().flat_map(move |c| c.survivors(sector));
+        let certain = self.cache.is_none().then(|| self.value(sector));
+        cached.chain(certain)
+    }
+
     /// Sectors whose last writes had ended by step `step` and are not durable.
     pub fn unflushed(&self, step: u64) -> impl Iterator<Item = u64> + '_ {
         let cache = self.cache.iter();

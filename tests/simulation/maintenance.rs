@@ -289,7 +289,8 @@ impl World {
                     self.life.crash_at = 0;
                 }
             }
-            RecordAction::Regained => {}
+            RecordAction::Returned { .. } => {}
+            RecordAction::Regained => self.shared.regain_record(),
         }
         Ok(())
     }

@@ -41,6 +41,8 @@ struct Sector {
     failed: Vec<(u64, u64)>,
     /// Versions after the durable one.
     sent: Vec<u64>,
+    /// When the last write was acknowledged that was flushed since.
+    sound_since: u64,
 }
 
 /// What a read must not fall behind, per sector of its range.
@@ -52,6 +54,8 @@ pub struct Model {
     /// Failed writes that are known not to have happened, and since when.
     dead: BTreeMap<(u64, u64), u64>,
     newest: u64,
+    /// The step in which each version was acknowledged, 0 if it was not.
+    acknowledged_at: Vec<u64>,
     /// Versions up to this one are of before the last crash.
     before_crash: u64,
     /// Versions up to this one are of before the last loss of power.
@@ -70,12 +74,14 @@ impl Model {
                 zeroes: vec![0],
                 failed: Vec::new(),
                 sent: Vec::new(),
+                sound_since: 0,
             })
             .collect();
         Self {
             sectors,
             dead: BTreeMap::new(),
             newest: 0,
+            acknowledged_at: vec![0],
             before_crash: 0,
             before_loss: 0,
             volatile,
@@ -85,6 +91,7 @@ impl Model {
     /// A new write of `range`, of zeroes or not.
     pub fn next_version(&mut self, range: SectorRange, zero: bool) -> u64 {
         self.newest += 1;
+        self.acknowledged_at.push(0);
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.sent.push(self.newest);
@@ -106,16 +113,29 @@ impl Model {
         floors
     }
 
-    pub fn acknowledged(&mut self, range: SectorRange, version: u64) {
+    pub fn acknowledged(&mut self, range: SectorRange, version: u64, step: u64) {
+        let known = &mut self.acknowledged_at;
+        known[index(version)] = step;
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.floor = sector.floor.max(version);
             sector.settled = sector.settled.max(version);
             sector.failed.retain(|(failed, _)| *failed > version);
             if !self.volatile {
-                sector.survives(version);
+                sector.survives(version, known);
             }
         }
+    }
+
+    /// The step in which the last write of the sector was acknowledged that was flushed since: all
+    /// that is older was overwritten for good.
+    pub fn sound_since(&self, sector: u64) -> u64 {
+        self.sectors[index(sector)].sound_since
+    }
+
+    /// Whether the content is that of this version, or of a later one.
+    pub fn is_not_older(&self, sector: u64, value: u64, version: u64) -> bool {
+        self.legal(sector, value, version, u64::MAX).is_some()
     }
 
     pub fn failed(&mut self, range: SectorRange, version: u64, step: u64) {
@@ -136,7 +156,7 @@ impl Model {
     /// Such a flush was acknowledged.
     pub fn flushed(&mut self, settled: &[u64]) {
         for (sector, &version) in self.sectors.iter_mut().zip(settled) {
-            sector.survives(version);
+            sector.survives(version, &self.acknowledged_at);
         }
     }
 
@@ -232,7 +252,7 @@ impl Model {
                     !died && failed > version
                 });
                 known.floor = known.floor.max(version);
-                known.settle(version, durable);
+                known.settle(version, durable, &self.acknowledged_at);
             }
             return Ok(());
         }
@@ -250,7 +270,7 @@ impl Model {
                 !died && failed > version
             });
             if resolved {
-                known.settle(version, durable);
+                known.settle(version, durable, &self.acknowledged_at);
             }
         }
         Ok(())
@@ -259,14 +279,15 @@ impl Model {
 
 impl Sector {
     /// The version is there to stay, also if the power goes if it is `durable`.
-    fn settle(&mut self, version: u64, durable: bool) {
+    fn settle(&mut self, version: u64, durable: bool, acknowledged_at: &[u64]) {
         self.settled = self.settled.max(version);
         if durable {
-            self.survives(version);
+            self.survives(version, acknowledged_at);
         }
     }
 
-    fn survives(&mut self, version: u64) {
+    fn survives(&mut self, version: u64, acknowledged_at: &[u64]) {
+        self.sound_since = self.sound_since.max(acknowledged_at[index(version)]);
         self.durable = self.durable.max(version);
         let durable = self.durable;
         self.sent.retain(|&sent| sent > durable);

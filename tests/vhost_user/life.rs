@@ -265,6 +265,7 @@ fn live_socket_is_not_stolen() {
     let other = Setup::new().start();
     let mut arguments = other.serve_arguments();
     arguments.extend(["--socket-path".into(), disk.socket.clone().into()]);
+    arguments.push("--lock-timeout=1".into());
     // Its replicas must be free, so that the socket is all there is to complain about.
     let mut other = other;
     other.stop();

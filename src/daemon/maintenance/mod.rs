@@ -7,10 +7,12 @@
 //! durable). What one of them asks for may be news for another; so actions are collected, and
 //! carried out in turns until there are none.
 //!
+//! - [`copies`]: copies of the record that are left out and come back.
 //! - [`roster`]: which replicas are open, and how they leave all workers and come back to them.
 //! - [`stop`]: the clean end (rule R8).
 //! - [`ties`]: what a warm or a cold start decides (rules S4, Y3).
 
+mod copies;
 mod roster;
 mod stop;
 mod ties;
@@ -31,8 +33,8 @@ use super::event_loop::{EventLoop, Token};
 use super::warden::{self, WardenSetup};
 use super::worker::{AbortOnPanic, Message, park_for_ever};
 use crate::control::events::EventData;
-use crate::control::{Counters, ReportSender};
-use crate::device::Began;
+use crate::control::{Counters, DiskFacts, ReportSender};
+use crate::device::mailbox::Ack;
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
@@ -42,6 +44,7 @@ use crate::quorum::{
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
 use crate::units::{ReplicaId, Time};
+use copies::Copies;
 use roster::Roster;
 pub use stop::STOP_LIMIT;
 use stop::Stop;
@@ -65,6 +68,8 @@ pub struct OpenRecord {
     pub files: Vec<Option<File>>,
     /// Where they are.
     pub paths: Vec<PathBuf>,
+    /// Beside replicas: none is made where the replica is missing.
+    pub beside: bool,
 }
 
 /// What the thread is made of.
@@ -168,6 +173,7 @@ struct Record {
     /// Writes under way, by copy.
     under_way: Vec<u32>,
     paths: Vec<PathBuf>,
+    copies: Copies,
     /// The change that was last found durable.
     durable: Option<ChangeId>,
     /// It says, or is to say, that U is of a cold start.
@@ -190,6 +196,8 @@ struct Maintenance {
     next_guest_look: Time,
     stop: Stop,
     ties: Ties,
+    /// Who waits until the way the disk begins is durable.
+    began_owed: Vec<Ack<()>>,
     /// Something was in U when this run began, and is, as far as was said.
     unresolved: bool,
     // What is to be carried out, and reused.
@@ -216,8 +224,9 @@ impl Maintenance {
         let record = setup
             .record
             .map(|open| -> Result<Record, MaintenanceError> {
-                let copies = open.files.iter();
-                let files = copies
+                let copies = Copies::new(&open, mailbox).map_err(MaintenanceError::Thread)?;
+                let files = open.files.iter();
+                let files = files
                     .map(|file| file.as_ref().map(File::try_clone).transpose())
                     .collect::<Result<Vec<_>, _>>()
                     .map_err(MaintenanceError::Wait)?;
@@ -232,6 +241,7 @@ impl Maintenance {
                     under_way: vec![0; files.len()],
                     files,
                     paths: open.paths,
+                    copies,
                     durable: None,
                 })
             })
@@ -268,6 +278,7 @@ impl Maintenance {
             next_guest_look: setup.clock.now(),
             stop: Stop::default(),
             ties,
+            began_owed: Vec::new(),
             unresolved,
             lane_actions: Vec::new(),
             keeper_actions: Vec::new(),
@@ -347,6 +358,7 @@ impl Maintenance {
         }
         self.outcomes = outcomes;
         self.move_record()?;
+        self.move_copies()?;
         self.pass_time();
         self.carry_out();
         self.move_replicas();
@@ -553,7 +565,11 @@ impl Maintenance {
                 RecordAction::Changed(change) => {
                     record.durable = record.durable.max(Some(change));
                 }
-                RecordAction::Excluded { copy, errno } => {
+                RecordAction::Excluded {
+                    copy,
+                    errno,
+                    took_part,
+                } => {
                     let path = record.paths[usize::from(copy)].display();
                     let why = match errno {
                         Some(errno) => std::io::Error::from_raw_os_error(errno).to_string(),
@@ -565,16 +581,26 @@ impl Maintenance {
                     } else {
                         debug!("the copy {path} of the state record is left out: {why}");
                     }
-                    self.counters.maintenance().record_copies_lost.add(1);
-                    let errno = errno.unwrap_or(libc::ETIMEDOUT);
-                    self.reports.send(EventData::RecordCopyLost { copy, errno });
+                    if took_part {
+                        self.counters.maintenance().record_copies_lost.add(1);
+                        let errno = errno.unwrap_or(libc::ETIMEDOUT);
+                        self.reports.send(EventData::RecordCopyLost { copy, errno });
+                    }
+                }
+                RecordAction::Returned { copy } => {
+                    self.counters.maintenance().record_copies_returned.add(1);
+                    self.reports.send(EventData::RecordCopyReturned { copy });
                 }
                 RecordAction::Lost => {
                     self.shared.lose_record();
                     self.reports.send(EventData::Report(Report::RecordLost));
                     self.wake_waiting();
                 }
-                RecordAction::Regained => {}
+                RecordAction::Regained => {
+                    self.shared.regain_record();
+                    self.reports.send(EventData::RecordRegained);
+                    self.wake_waiting();
+                }
             }
         }
     }
@@ -633,6 +659,7 @@ impl Maintenance {
             match message {
                 Message::Wake(Wakeup::TiesDecided) => self.note_ties_decided(),
                 Message::Wake(wakeup) => self.tell_lane(Event::Wake(wakeup)),
+                Message::Began(began, ack) => self.began(began, ack),
                 // Many at once need one look.
                 Message::Record => record = true,
                 Message::Kicked { replica, why } => {
@@ -648,11 +675,13 @@ impl Maintenance {
                 Message::Attached { replica } => self.roster.joined(replica),
                 Message::Opened { replica, reopened } => self.opened(replica, reopened),
                 Message::Command(command) => self.tell_keeper(KeeperEvent::Command(command)),
-                Message::Status(ask) => ask.send(self.keeper.status(&self.shared)),
-                Message::Began(began, durable) => {
-                    self.began(began);
-                    durable.send(());
-                }
+                Message::CopyBack { copy, back } => self
+                    .copy_back(copy, back)
+                    .expect("the ring works as long as the thread"),
+                Message::Status(ask) => ask.send(DiskFacts {
+                    keeper: self.keeper.status(&self.shared),
+                    record: self.standings(),
+                }),
                 Message::Close { workers_ended } => self.begin_stop(workers_ended),
                 Message::Queue(_)
                 | Message::Detach(_)

@@ -201,6 +201,7 @@ impl Maintenance {
         });
         let mut copies = Vec::new();
         if let Some(record) = &mut self.record {
+            record.copies.end();
             let files = record.files.iter_mut().zip(&record.under_way);
             copies.extend(
                 files.filter_map(|(file, under_way)| file.take().filter(|_| *under_way == 0)),

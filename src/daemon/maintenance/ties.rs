@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use super::{Event, KeeperEvent, Maintenance, RecordEvent};
 use crate::device::Began;
+use crate::device::mailbox::Ack;
 use crate::quorum::{CrashTie, Wakeup};
 use crate::record::ChangeId;
 use crate::units::Time;
@@ -65,10 +66,19 @@ impl Ties {
 
 impl Maintenance {
     /// A front-end has begun the first ring of this run.
-    pub(super) fn began(&mut self, began: Began) {
-        if self.ties != Ties::Awaiting {
-            return;
+    /// The first ring begins; `ack` is owed when what follows from that is durable.
+    pub(super) fn began(&mut self, began: Began, ack: Ack<()>) {
+        if self.ties == Ties::Awaiting {
+            self.begin_as(began);
         }
+        if matches!(self.ties, Ties::Recording(_)) {
+            self.began_owed.push(ack);
+        } else {
+            ack.send(());
+        }
+    }
+
+    fn begin_as(&mut self, began: Began) {
         match began {
             Began::Warm => {
                 info!(
@@ -100,6 +110,9 @@ impl Maintenance {
         info!("the front-end knows of nothing that was in flight when the last run ended");
         self.shared.begin_cold();
         self.ties_decided();
+        for ack in self.began_owed.drain(..) {
+            ack.send(());
+        }
     }
 
     /// Everybody who waits for the decision goes on.

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The copies of the record at a start: which of them are written from now on.
 
-use std::path::Path;
-
 use super::advice::Advice;
-use crate::daemon::record_files::RecordFiles;
+use crate::daemon::record_files::{RecordFiles, has_replica};
 use crate::record::{CopyState, Note, Opened};
 
 /// Makes copies that are missing or empty anew, and says of each whether it can be written. Nothing
@@ -25,14 +23,23 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<b
             let text = error.to_string();
             advice.push(Advice::Copy { text });
         }
-        let length = files.files()[copy].file().map(|file| file.metadata());
-        let whole = matches!(&length, Some(Ok(metadata)) if metadata.len() >= length_bytes);
+        let file = &files.files()[copy];
+        let whole = file.length_bytes() >= Some(length_bytes);
         let usable = match opened.state(copy) {
+            CopyState::Current | CopyState::Stale if file.read_only().is_some() => {
+                let why = file.read_only().unwrap_or_default();
+                let text = format!(
+                    "{name} of the state record can be read and not written ({why}): what it says \
+                     counts, and the record is kept without it until it can"
+                );
+                advice.push(Advice::Copy { text });
+                false
+            }
             CopyState::Current | CopyState::Stale if whole => true,
             CopyState::Current | CopyState::Stale => {
                 let text = format!(
-                    "{name} of the state record is shorter than it was made and is not written any \
-                     more: remove it and start again, and it is made anew"
+                    "{name} of the state record is shorter than it was made, and the record is \
+                     kept without it: remove it, and it is made anew"
                 );
                 advice.push(Advice::Copy { text });
                 false
@@ -71,11 +78,6 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<b
     (writable, advice)
 }
 
-/// Whether there is a replica beside which the copy at `path` is.
-fn has_replica(path: &Path) -> bool {
-    path.with_extension("").exists()
-}
-
 fn of_note(note: &Note) -> Option<Advice> {
     let text = match note {
         Note::NotUsed { copy, state } => match state {
@@ -85,8 +87,9 @@ fn of_note(note: &Note) -> Option<Advice> {
             // Told when it is known what is done about it.
             CopyState::Blank | CopyState::Missing | CopyState::Current => return None,
             CopyState::Unreadable(why) => format!(
-                "{copy} of the state record cannot be used ({why}), and is not written any more: \
-                 if nothing else is in it, remove it and start again, and it is made anew"
+                "{copy} of the state record cannot be used ({why}), and the record is kept without \
+                 it until it can; if it is damaged and nothing else is in it, remove it, and it is \
+                 made anew"
             ),
         },
         Note::PageLost(name) => format!(

@@ -145,6 +145,7 @@ impl ReadyDisk {
                 warn!("{error}");
             }
         }
+        self.files.read_again(config.patience.io_timeout);
         let opened = read(config, &self.files)?;
         let mut opened = opened.expect("its epoch has just begun");
         opened.grow(growth, &mut self.files.sources());

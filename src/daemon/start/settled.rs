@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Start;
 use super::decision::Decision;
 use super::known;
-use crate::config::Config;
+use crate::config::{Config, RecordConfig};
 use crate::daemon::fingerprints;
 use crate::daemon::first_use::RunIds;
 use crate::daemon::maintenance::OpenRecord;
@@ -58,6 +58,7 @@ impl SettledDisk {
             recorder,
             files,
             paths,
+            beside: config.record == RecordConfig::Beside,
         }
     }
 

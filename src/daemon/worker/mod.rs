@@ -24,18 +24,20 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::clock::Clock;
+use super::copy_warden::CopyBack;
 use super::event_loop::{EventLoop, Token};
+use super::process_age::process_age;
 use super::warden::Reopened;
-use crate::control::ReportSender;
 use crate::control::counters::{RequestKind as Kind, WorkerCounters};
 use crate::control::events::EventData;
+use crate::control::{DiskFacts, ReportSender};
 use crate::device::mailbox::{Ack, Mailbox, QueueCommand};
 use crate::device::queue::Answer;
 use crate::device::{Began, BlockStatus, Fetched, GuestMemory};
 use crate::io::RingError;
 use crate::quorum::{
-    Action, BufferId, Buffers, Command, Event, KeeperStatus, KickCause, Lane, LaneCounters, LaneId,
-    Purpose, Report, Request, RequestId, Shared, Status, Tag, Wakeup,
+    Action, BufferId, Buffers, Command, Event, KickCause, Lane, LaneCounters, LaneId, Purpose,
+    Report, Request, RequestId, Shared, Status, Tag, Wakeup,
 };
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, ReplicaSet, Time};
@@ -101,10 +103,17 @@ pub enum Message {
         /// `None`: not yet.
         reopened: Option<Reopened>,
     },
+    /// To maintenance, from the warden of a copy of the record: the copy can be used again.
+    CopyBack {
+        /// Place of the copy in the configuration.
+        copy: u8,
+        /// The copy.
+        back: CopyBack,
+    },
     /// To maintenance: what the operator wants.
     Command(Command),
     /// To maintenance: how is the disk?
-    Status(Ack<KeeperStatus>),
+    Status(Ack<DiskFacts>),
     /// To a worker: end when nothing is in flight any more.
     Shutdown,
     /// To maintenance: how the disk begins to be used, once. To be acknowledged when what follows
@@ -257,6 +266,8 @@ struct Worker {
     /// before something has happened.
     blocked: bool,
     shutting_down: bool,
+    /// No request of a guest has been completed yet.
+    fresh: bool,
     // Reused from batch to batch.
     actions: Vec<Action>,
     outcomes: Vec<(crate::quorum::OpId, crate::quorum::Outcome)>,
@@ -298,6 +309,7 @@ impl Worker {
             stalled: None,
             blocked: false,
             shutting_down: false,
+            fresh: true,
             actions: Vec::with_capacity(256),
             outcomes: Vec::with_capacity(256),
             messages: Vec::with_capacity(64),
@@ -668,6 +680,9 @@ impl Worker {
             }
         }
         any |= !published.is_empty();
+        if self.fresh && !published.is_empty() {
+            self.tell_first_request();
+        }
         for guest in published.drain(..) {
             let mut part = self.guests.last_part(guest);
             while let Some(slot) = part {
@@ -691,6 +706,17 @@ impl Worker {
         self.replied = replied;
         self.queues.drain_stopped(&self.events);
         any
+    }
+
+    /// The guest can see the first request completed by this worker. Which worker was the first of
+    /// all is found out where reports go.
+    #[cold]
+    fn tell_first_request(&mut self) {
+        self.fresh = false;
+        if let Some(age) = process_age() {
+            let ms_after_exec = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+            self.reports.send(EventData::FirstRequest { ms_after_exec });
+        }
     }
 
     /// Passes on what ring and lane have counted since the last batch.

@@ -196,6 +196,7 @@ impl Worker {
                 | Message::Attached { .. }
                 | Message::Vanished { .. }
                 | Message::Opened { .. }
+                | Message::CopyBack { .. }
                 | Message::Command(_)
                 | Message::Status(_)
                 | Message::Began(..)

@@ -15,7 +15,7 @@ use super::rate::Backoff;
 use super::{KeeperAction, KeeperConfig, KeeperReport, KeeperStart, Refusal, StateCause};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, Time};
 
-/// From one look to the next whether the behind marks of a replica that was replaced are durable.
+/// From one look to the next whether behind marks, or their clearing, are durable.
 const MARKS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How far the return of a replica that is Missing has come.
@@ -47,6 +47,17 @@ struct Member {
     /// It should leave, but is needed.
     leaving: Option<KickCause>,
     resync: Resync,
+    /// It lacks nothing; it is InSync once the record says so as well.
+    caught_up: Option<CaughtUp>,
+}
+
+/// A replica that is Syncing lacks nothing any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct CaughtUp {
+    /// Its behind marks are clear in the record once the marks up to this number are durable.
+    number: u64,
+    /// When to look again.
+    look_at: Time,
 }
 
 /// See the module.
@@ -95,6 +106,7 @@ impl Members {
                 detached: true,
                 leaving: None,
                 resync: Resync::default(),
+                caught_up: None,
             }
         };
         let suspects = start.suspects.intersection(membership.replicas());
@@ -157,7 +169,10 @@ impl Members {
                 Some(Reopening::At(time)) => member.detached.then_some(time),
                 Some(Reopening::Marking { look_at, .. }) => Some(look_at),
                 Some(Reopening::Asked) => None,
-                None => syncing.then_some(member.resync.tell_at()),
+                None => match member.caught_up {
+                    Some(caught_up) => Some(caught_up.look_at),
+                    None => syncing.then_some(member.resync.tell_at()),
+                },
             }
         });
         times.min()
@@ -284,6 +299,7 @@ impl Members {
         member.leaving = wish.filter(|_| !spared);
         member.detached = false;
         member.resync = Resync::default();
+        member.caught_up = None;
         if turn.now.since(member.up_since) >= member.backoff.most() {
             member.backoff.reset();
         }
@@ -457,6 +473,9 @@ impl Members {
             return;
         }
         if !lacks {
+            if !self.is_caught_up(turn, replica) {
+                return;
+            }
             let resync = std::mem::take(&mut self.of(replica).resync);
             self.change(turn, replica, Change::CaughtUp, StateCause::CaughtUp);
             if let Some(report) = resync.done(replica) {
@@ -464,8 +483,33 @@ impl Members {
             }
             return;
         }
+        self.of(replica).caught_up = None;
         if let Some(report) = self.of(replica).resync.told(turn, replica) {
             turn.actions.push(KeeperAction::Report(report));
         }
+    }
+
+    /// Whether the record, too, knows that the replica lacks nothing (CONSISTENCY section 10: InSync
+    /// is durable). Clears are lazy; this one is waited for.
+    fn is_caught_up(&mut self, turn: &mut Turn<'_>, replica: ReplicaId) -> bool {
+        let marks = turn.shared.membership.marks();
+        let look_at = turn.now.after(MARKS_INTERVAL);
+        let behind = Bitmap::Behind(replica);
+        let member = self.of(replica);
+        // It may have fallen behind and caught up again since.
+        let asked = member.caught_up.map(|caught_up| caught_up.number);
+        match asked.filter(|&number| marks.last_asked(behind) < number) {
+            Some(number) if marks.is_settled(number) => member.caught_up = None,
+            Some(number) => member.caught_up = Some(CaughtUp { number, look_at }),
+            None => {
+                member.caught_up = marks
+                    .ask_clears()
+                    .map(|number| CaughtUp { number, look_at });
+                if member.caught_up.is_some() {
+                    turn.actions.push(KeeperAction::Record);
+                }
+            }
+        }
+        member.caught_up.is_none()
     }
 }

@@ -3,11 +3,11 @@
 
 use super::super::Buffers;
 use super::super::event::{
-    Action, During, KickCause, OperationKind, Outcome, Report, Status, Tag, Wakeup,
+    Action, During, FlushEnd, KickCause, OperationKind, Outcome, Report, Status, Tag, Wakeup,
 };
 use super::super::flush_gate::Join;
 use super::super::mutation::broken;
-use super::reconcile::Waiter;
+use super::reconcile::{ATTEMPTS_MAX, Waiter};
 use super::{Activity, ETIMEDOUT, Lane, SlotId, Turn, errno_of};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange, Time};
 
@@ -26,6 +26,8 @@ pub(super) enum FlushFor {
 pub(super) struct FlushRequest {
     whom: FlushFor,
     run: u64,
+    /// How often in a row an extent was brought into order for it in vain.
+    attempts: u8,
 }
 
 /// One flush of every replica, in parallel.
@@ -41,7 +43,7 @@ pub(super) struct FlushRun {
     /// All that matter have answered; marks may still be waited for.
     ended: bool,
     /// What is to be told once the marks are durable.
-    verdict: Option<bool>,
+    verdict: Option<FlushEnd>,
     told: bool,
 }
 
@@ -60,6 +62,18 @@ impl FlushRun {
     }
 }
 
+impl<B> Turn<'_, B> {
+    /// No part of the disk is known to be durable on enough replicas.
+    fn report_flush_failure(&mut self) {
+        let sectors = u32::try_from(self.shared.geometry.sectors()).unwrap_or(u32::MAX);
+        let range = SectorRange::new(0, sectors).expect("a disk is not empty");
+        self.actions.push(Action::Report(Report::Failure {
+            range,
+            during: During::Flush,
+        }));
+    }
+}
+
 impl Lane {
     fn run_mut(&mut self, slot: SlotId) -> &mut FlushRun {
         match self.activities.get_mut(slot) {
@@ -71,9 +85,11 @@ impl Lane {
     /// Waits for a run that begins from now on.
     pub(super) fn flush_for<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, whom: FlushFor) {
         let run = self.flush_join(turn);
-        let slot = self
-            .activities
-            .insert(Activity::FlushRequest(FlushRequest { whom, run }));
+        let slot = self.activities.insert(Activity::FlushRequest(FlushRequest {
+            whom,
+            run,
+            attempts: 0,
+        }));
         self.flushes.push(slot);
     }
 
@@ -84,22 +100,51 @@ impl Lane {
         run
     }
 
-    /// A flush request that waited for replicas to come back.
-    pub(super) fn flush_again<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        let joined = self.flush_join(turn);
+    fn flush_request_mut(&mut self, slot: SlotId) -> &mut FlushRequest {
         match self.activities.get_mut(slot) {
-            Some(Activity::FlushRequest(request)) => request.run = joined,
+            Some(Activity::FlushRequest(request)) => request,
             _ => unreachable!("a flush request lives until it is published"),
         }
+    }
+
+    /// How often in a row an extent was brought into order for a flush request in vain.
+    pub(super) fn flush_attempts(&mut self, slot: SlotId) -> &mut u8 {
+        &mut self.flush_request_mut(slot).attempts
+    }
+
+    /// A flush request that waited for replicas to come back, or for an extent to be brought into
+    /// order. All of these first, then another run.
+    pub(super) fn flush_again<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let up = turn.shared.membership.up();
+        if let Some(extent) = turn.shared.lacking_flush(up)
+            && self.flush_await(turn, slot, extent)
+        {
+            return;
+        }
+        let joined = self.flush_join(turn);
+        self.flush_request_mut(slot).run = joined;
         self.flushes.push(slot);
+    }
+
+    /// Fewer than T replicas can make durable what was written in `extent`: if others can be brought
+    /// up to date, that is waited for (rule V6).
+    fn flush_await<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        extent: u64,
+    ) -> bool {
+        let can = *self.flush_attempts(slot) < ATTEMPTS_MAX
+            && self.can_reconcile(turn, extent, turn.shared.policy.threshold);
+        if can {
+            self.reconcile_for(turn, extent, Waiter::Flush(slot));
+        }
+        can
     }
 
     /// A flush request that waits for replicas to come back is to fail.
     pub(super) fn flush_refuse<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        let whom = match self.activities.get_mut(slot) {
-            Some(Activity::FlushRequest(request)) => request.whom,
-            _ => unreachable!("a flush request lives until it is published"),
-        };
+        let whom = self.flush_request_mut(slot).whom;
         if let FlushFor::Request(tag) = whom {
             self.reply(turn, slot, tag, Status::IoError, None);
         }
@@ -187,13 +232,10 @@ impl Lane {
     pub(super) fn flush_decide<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let members = &shared.membership;
-        let run = self.run_mut(slot);
-        if run.ended {
+        if self.run_mut(slot).ended {
             return;
         }
-        let done = run.done;
-        // Somebody may be flushed and behind: then the others are not left out for being slow.
-        let enough = members.is_flush_enough(done);
+        let enough = self.flush_is_enough(turn, slot);
         let run = self.run_mut(slot);
         let mut awaited = run.pending.intersection(members.up());
         if enough {
@@ -206,6 +248,13 @@ impl Lane {
             run.deadline = Some(turn.now.after(shared.policy.flush_grace));
             self.arm(turn.now);
         }
+    }
+
+    /// Whether the flushes that have succeeded will do. Somebody may be flushed and behind: then the
+    /// others are not left out for being slow (invariant I5).
+    fn flush_is_enough<B: Buffers>(&mut self, turn: &Turn<'_, B>, slot: SlotId) -> bool {
+        let done = self.run_mut(slot).done;
+        done.count() >= turn.shared.policy.threshold && turn.shared.lacking_flush(done).is_none()
     }
 
     /// Rule F3: a flush error counts at the moment it is seen, and no other flush will report it
@@ -230,6 +279,12 @@ impl Lane {
     }
 
     pub(super) fn flush_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        if !self.flush_is_enough(turn, slot) {
+            // Somebody has fallen behind meanwhile, and who is late is needed.
+            self.run_mut(slot).deadline = None;
+            self.disarm();
+            return;
+        }
         // Rule F2: it had its time.
         let late = self.run_mut(slot).pending;
         let up = turn.shared.membership.up();
@@ -243,7 +298,7 @@ impl Lane {
     }
 
     /// The run ends: whoever did not succeed is behind in all that is dirty (rule F2), and that is
-    /// durable before anybody is told.
+    /// durable before anybody is told that it succeeded.
     fn flush_end<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let run = self.run_mut(slot);
@@ -267,35 +322,44 @@ impl Lane {
             ok &= marked.complete;
             wait = wait.max(marked.wait);
         }
-        self.run_mut(slot).verdict = Some(ok);
+        // After the marks: a replica that was flushed and kicked since does not count any more.
+        let lacking = shared
+            .lacking_flush(done)
+            .filter(|_| !broken!(shared, FlushOfCopiesBehind));
+        let end = match lacking {
+            _ if !ok => FlushEnd::Failed,
+            Some(extent) => FlushEnd::Lacking { extent },
+            None => FlushEnd::Durable,
+        };
+        self.run_mut(slot).verdict = Some(end);
         match wait {
             // What becomes dirty from here on is nothing that this run covers.
-            Some(wait) if ok && !broken!(shared, AcknowledgeBeforeBehind) => {
+            Some(wait) if end == FlushEnd::Durable && !broken!(shared, AcknowledgeBeforeBehind) => {
                 self.wait_durable(turn, slot, wait);
             }
-            Some(_) | None => self.flush_tell(turn, slot, ok),
+            Some(_) | None => self.flush_tell(turn, slot, end),
         }
     }
 
     /// Marks that the run waited for are durable, or never will be.
     pub(super) fn flush_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        let ok = self.run_mut(slot).verdict.expect("it has ended");
-        let ok = ok && !turn.shared.is_record_lost();
-        self.flush_tell(turn, slot, ok);
+        let mut end = self.run_mut(slot).verdict.expect("it has ended");
+        if turn.shared.is_record_lost() {
+            end = FlushEnd::Failed;
+        }
+        self.flush_tell(turn, slot, end);
         self.flush_wind_up(slot);
     }
 
-    fn flush_tell<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, ok: bool) {
-        if !ok {
-            let sectors = u32::try_from(turn.shared.geometry.sectors()).unwrap_or(u32::MAX);
-            let range = SectorRange::new(0, sectors).expect("a disk is not empty");
-            turn.report(Report::Failure {
-                range,
-                during: During::Flush,
-            });
+    fn flush_tell<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, end: FlushEnd) {
+        let run = self.run_mut(slot);
+        run.told = true;
+        match end {
+            FlushEnd::Durable => turn.shared.activity.covered(run.run),
+            FlushEnd::Failed => turn.report_flush_failure(),
+            FlushEnd::Lacking { .. } => {}
         }
-        self.run_mut(slot).told = true;
-        self.flush_publish(turn, ok);
+        self.flush_publish(turn, end);
     }
 
     /// A replica went: it is not waited for any more.
@@ -309,18 +373,18 @@ impl Lane {
     }
 
     /// Tells everybody who waits for the run that ended, and has the next one begun.
-    fn flush_publish<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, ok: bool) {
+    fn flush_publish<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, end: FlushEnd) {
         let finished = turn.shared.flushes.finish(self.id);
         let run = finished.run;
         for lane in finished.sharers.iter() {
             if lane != self.id {
                 turn.actions.push(Action::Wake {
                     lane,
-                    wakeup: Wakeup::FlushDone { run, ok },
+                    wakeup: Wakeup::FlushDone { run, end },
                 });
             }
         }
-        self.flush_answer(turn, run, ok);
+        self.flush_answer(turn, run, end);
         match finished.next {
             Some(lane) if lane == self.id => self.run_due = true,
             Some(lane) => turn.actions.push(Action::Wake {
@@ -332,8 +396,12 @@ impl Lane {
     }
 
     /// Tells those of this lane whom run `run` covers.
-    pub(super) fn flush_answer<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, run: u64, ok: bool) {
-        let pause = !ok && self.shall_pause(turn, turn.shared.policy.threshold);
+    pub(super) fn flush_answer<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        run: u64,
+        end: FlushEnd,
+    ) {
         // Whoever is told may want to be covered by another run: those are behind the others.
         let mut left = self.flushes.len();
         let mut at = 0;
@@ -350,11 +418,7 @@ impl Lane {
             let whom = request.whom;
             self.flushes.remove(at);
             match whom {
-                FlushFor::Request(_) if pause => self.paused.push(Waiter::Flush(slot)),
-                FlushFor::Request(tag) => {
-                    let status = if ok { Status::Ok } else { Status::IoError };
-                    self.reply(turn, slot, tag, status, None);
-                }
+                FlushFor::Request(tag) => self.flush_reply(turn, slot, tag, end),
                 FlushFor::Reconcile(whom) => {
                     self.activities.remove(slot);
                     self.reconcile_flushed(turn, whom);
@@ -365,6 +429,33 @@ impl Lane {
                 }
             }
         }
+    }
+
+    /// Replies to a flush request whose run has ended, unless it has to wait for another one.
+    fn flush_reply<B: Buffers>(
+        &mut self,
+        turn: &mut Turn<'_, B>,
+        slot: SlotId,
+        tag: Tag,
+        end: FlushEnd,
+    ) {
+        if end == FlushEnd::Durable {
+            self.reply(turn, slot, tag, Status::Ok, None);
+            return;
+        }
+        if let FlushEnd::Lacking { extent } = end
+            && self.flush_await(turn, slot, extent)
+        {
+            return;
+        }
+        if self.shall_pause(turn, turn.shared.policy.threshold) {
+            self.paused.push(Waiter::Flush(slot));
+            return;
+        }
+        if let FlushEnd::Lacking { .. } = end {
+            turn.report_flush_failure();
+        }
+        self.reply(turn, slot, tag, Status::IoError, None);
     }
 
     fn flush_wind_up(&mut self, slot: SlotId) {

@@ -374,7 +374,7 @@ impl Lane {
             Event::Deferred { request } => self.deferred(turn, SlotId::unpack(request.0)),
             Event::Wake(Wakeup::Granted(ticket)) => self.granted.push_back(ticket),
             Event::Wake(Wakeup::FlushStart) => self.run_due = true,
-            Event::Wake(Wakeup::FlushDone { run, ok }) => self.flush_answer(turn, run, ok),
+            Event::Wake(Wakeup::FlushDone { run, end }) => self.flush_answer(turn, run, end),
             // What they wait for is looked at below.
             Event::Wake(Wakeup::Durable) => {}
             Event::Wake(Wakeup::MembersChanged) => self.members_changed = true,

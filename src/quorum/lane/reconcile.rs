@@ -24,7 +24,7 @@ use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SectorRange};
 
 /// Attempts to bring an extent into order for a request that lacks current copies, half a second
 /// apart: longer than a replica takes to be opened again after a hiccup.
-const ATTEMPTS_MAX: u8 = 20;
+pub(super) const ATTEMPTS_MAX: u8 = 20;
 
 /// Extents of a lane that are worked on at once. More wait with their locks held.
 const RECONCILES_MAX: usize = 32;
@@ -393,12 +393,17 @@ impl Lane {
     ) {
         let needed = turn.shared.policy.threshold;
         let lacks = turn.shared.membership.current(extent).count() < needed;
+        let flush = matches!(waiter, Waiter::Flush(_));
         let attempts = match &mut waiter {
             Waiter::Read { attempts, .. } => attempts,
             Waiter::Write(slot) => self.write_attempts(*slot),
-            Waiter::Flush(_) => unreachable!("waits for no extent"),
+            Waiter::Flush(slot) => self.flush_attempts(*slot),
         };
         *attempts += 1;
+        if flush && !lacks {
+            // There may be more extents, and each has its chance.
+            *attempts = 0;
+        }
         if lacks && *attempts < ATTEMPTS_MAX && self.can_reconcile(turn, extent, needed) {
             self.retries.push(waiter);
         } else {

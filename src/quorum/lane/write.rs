@@ -28,9 +28,11 @@ pub(super) enum Content {
 
 /// ```text
 /// Locking -> Intent -> Writing -> Marking -> Replied
-///    ^         |D*, B*            |B*
-///    +- Suspended (too few current copies: a resync or a replica's return is waited for)
+///    ^         |D*, B*    |       |B*
+///    +- Suspended <-------+
 /// ```
+/// Suspended: too few copies are current, before anything was written or in the end; a resync or a
+/// replica's return is waited for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Locking,
@@ -56,11 +58,15 @@ pub(super) struct Write {
     published: bool,
     /// Replicas that have not answered.
     pending: ReplicaSet,
+    /// Those of them that nobody waits for and that may still be written to.
+    strays: ReplicaSet,
     /// Replicas that hold the write.
     done: ReplicaSet,
     failed: ReplicaSet,
     errnos: [i32; REPLICAS_MAX],
     repeats: u8,
+    /// Something was written for it, at some time.
+    touched: bool,
     /// Its extent was resynced for it; it is not done a second time.
     reconciled: bool,
     /// How often that was done in vain.
@@ -145,10 +151,12 @@ impl Lane {
             locked: true,
             published: false,
             pending: ReplicaSet::EMPTY,
+            strays: ReplicaSet::EMPTY,
             done: ReplicaSet::EMPTY,
             failed: ReplicaSet::EMPTY,
             errnos: [0; REPLICAS_MAX],
             repeats: 0,
+            touched: false,
             reconciled: false,
             attempts: 0,
             started: turn.now,
@@ -187,12 +195,18 @@ impl Lane {
                 let write = self.write_mut(slot);
                 write.phase = Phase::Writing;
                 write.started = turn.now;
+                // What an earlier attempt came to proves nothing after a suspension.
+                write.done = ReplicaSet::EMPTY;
+                write.failed = ReplicaSet::EMPTY;
+                write.repeats = 0;
+                write.touched = true;
                 self.write_submit(turn, slot, targets);
             }
         }
     }
 
-    /// Rules W1, V6: before any replica is touched.
+    /// Rules W1, V6: fewer than T copies are current, before any replica is touched, or because some
+    /// went while they were written.
     fn write_without_quorum<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let shared = turn.shared;
         let write = self.write_mut(slot);
@@ -214,7 +228,11 @@ impl Lane {
     fn write_suspend<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let write = self.write_mut(slot);
         write.phase = Phase::Suspended;
-        let (range, ticket) = (write.range, LockTicket(slot.pack()));
+        if write.grace_until.take().is_some() {
+            self.disarm();
+        }
+        self.write_leave_strays(turn, slot);
+        let (range, ticket) = (self.write_mut(slot).range, LockTicket(slot.pack()));
         turn.shared
             .order
             .suspend(range, self.id, ticket, &mut self.woken);
@@ -247,7 +265,7 @@ impl Lane {
     /// The write was suspended and is not to be done any more.
     pub(super) fn write_abandon<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let write = self.write_mut(slot);
-        assert!(write.phase == Phase::Suspended, "nothing was written");
+        assert!(write.phase == Phase::Suspended, "nobody waits for it");
         write.locked = false;
         let (range, ticket) = (write.range, LockTicket(slot.pack()));
         turn.shared
@@ -321,13 +339,15 @@ impl Lane {
             "one answer from each replica written to"
         );
         write.pending.remove(replica);
-        if write.phase == Phase::Replied {
-            let range = write.range;
+        let (range, stray) = (write.range, write.strays.contains(replica));
+        if stray {
+            write.strays.remove(replica);
             let extent = turn.shared.geometry.extent_of(range.start());
             turn.shared.membership.end_stray(extent, replica);
         }
-        let write = self.write_mut(slot);
         match errno_of(outcome) {
+            // Written before a suspension, maybe, and since then by others.
+            _ if stray => {}
             None => write.done.insert(replica),
             Some(errno) => {
                 write.failed.insert(replica);
@@ -365,7 +385,7 @@ impl Lane {
         }
         let up = shared.membership.up();
         let write = self.write_mut(slot);
-        let awaited = write.pending.intersection(up);
+        let awaited = write.pending.minus(write.strays).intersection(up);
         if !awaited.is_empty() && write.phase == Phase::Writing {
             if write.done.count() < threshold {
                 return;
@@ -412,7 +432,12 @@ impl Lane {
         if !broken!(shared, FailedWriteNotUnresolved) {
             shared.unresolved.insert(range);
         }
-        self.write_fail(turn, slot);
+        if shared.membership.current(extent).count() < shared.policy.threshold {
+            // Rule V6: replicas went, and this waits for them or for others like any request.
+            self.write_without_quorum(turn, slot);
+        } else {
+            self.write_fail(turn, slot);
+        }
     }
 
     /// T copies hold the write and everybody else is behind there.
@@ -468,22 +493,33 @@ impl Lane {
 
     fn write_reply<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, status: Status) {
         let write = self.write_mut(slot);
-        let (tag, range, pending) = (write.tag, write.range, write.pending);
+        let (tag, range, touched) = (write.tag, write.range, write.touched);
         write.phase = Phase::Replied;
         if write.grace_until.take().is_some() {
             self.disarm();
         }
         let extent = turn.shared.geometry.extent_of(range.start());
-        turn.shared.activity.note(extent, turn.now);
-        for replica in pending.iter() {
-            turn.shared.membership.leave_stray(extent, replica);
+        if touched {
+            turn.shared.activity.note(extent, turn.now);
         }
+        self.write_leave_strays(turn, slot);
         self.reply(turn, slot, tag, status, None);
         if broken!(turn.shared, LockReleasedBeforePublication) {
             let write = self.write_mut(slot);
             if std::mem::take(&mut write.locked) {
                 self.unlock(turn, slot, range);
             }
+        }
+    }
+
+    /// Operations that are still out when the lock is lost, or the reply given, may land at any time.
+    fn write_leave_strays<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let write = self.write_mut(slot);
+        let new = write.pending.minus(write.strays);
+        write.strays = write.pending;
+        let extent = turn.shared.geometry.extent_of(write.range.start());
+        for replica in new.iter() {
+            turn.shared.membership.leave_stray(extent, replica);
         }
     }
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is done next, and what follows when it is done.
 
-use super::{Job, RECORD_CLEAR_DELAY, RecordAction, Recorder, SPARE_BLOCKS_MAX, Stage};
+use super::{
+    Job, RECORD_CLEAR_DELAY, RECORD_JOIN_PAUSE, RecordAction, Recorder, SPARE_BLOCKS_MAX, Stage,
+};
 use crate::quorum::{Marks, PAGE_WORDS};
 use crate::record::copies::{Copy, PageSet, Standing};
 use crate::record::history::History;
@@ -144,9 +146,8 @@ impl Recorder {
         marks: &Marks,
         actions: &mut Vec<RecordAction>,
     ) -> bool {
-        let nearly_joined = |c: &Copy| c.standing == Standing::Joining && c.missing.is_empty();
-        if self.copies.iter().any(nearly_joined) {
-            // Its last writes end soon or it is late. With new pages it would never get ready.
+        self.paused_until = self.join_pause().filter(|until| now < *until);
+        if self.paused_until.is_some() {
             return false;
         }
         let touched = marks.is_touched();
@@ -166,6 +167,15 @@ impl Recorder {
         self.clears_since = None;
         self.begin_pages(marks, actions);
         true
+    }
+
+    /// Until when nothing new is begun for the sake of a copy that returns and whose last writes
+    /// are under way.
+    fn join_pause(&self) -> Option<Time> {
+        let nearly = |c: &&Copy| c.standing == Standing::Joining && c.missing.is_empty();
+        let nearly = self.copies.iter().filter(nearly);
+        let since = nearly.filter_map(Copy::busy_since).max()?;
+        Some(since.after(RECORD_JOIN_PAUSE))
     }
 
     pub(super) fn begin_change(&mut self) {

@@ -21,8 +21,8 @@ impl Recorder {
     /// afterwards.
     ///
     /// # Errors
-    /// If the copy is in use, an old write to it has not ended, or what is there belongs to
-    /// another disk or to a life this record knows nothing of.
+    /// If the copy is in use, an old write to it has not ended, or what is there is damaged,
+    /// belongs to another disk or to a life this record knows nothing of.
     pub fn readmit<R: ReadBlock>(
         &mut self,
         copy: u8,
@@ -43,12 +43,14 @@ impl Recorder {
         // Even what cannot be used must be older than what is written over it.
         let mut superblock_slot = Slot::A;
         let (mut epoch, mut sequence) = (0, 0);
-        if let Ok(heads) = read_heads(name, reader)? {
+        let heads = read_heads(name, reader)?.map_err(|why| RecorderError::Unusable {
+            copy: name.to_owned(),
+            why,
+        })?;
+        if let Some(newest) = heads.newest() {
             superblock_slot = heads.next_slot();
-            if let Some(newest) = heads.newest() {
-                check_return(name, newest, &self.wanted)?;
-                (epoch, sequence) = (newest.epoch(), newest.sequence);
-            }
+            check_return(name, newest, &self.wanted)?;
+            (epoch, sequence) = (newest.epoch(), newest.sequence);
         }
         let survey = survey(reader, &self.wanted);
         let pages = survey.sequences.iter().copied().max();
@@ -129,7 +131,12 @@ impl Recorder {
         }
         self.copies[place].leave();
         let copy = u8::try_from(place).expect("at most 5 copies");
-        actions.push(RecordAction::Excluded { copy, errno });
+        let took_part = standing == Standing::Good;
+        actions.push(RecordAction::Excluded {
+            copy,
+            errno,
+            took_part,
+        });
         if standing == Standing::Joining || self.lost {
             return;
         }
@@ -198,9 +205,10 @@ impl Recorder {
         if joined == 0 || !possible {
             return false;
         }
-        for copy in &mut self.copies {
+        for (copy, place) in self.copies.iter_mut().zip(0..) {
             if copy.has_joined() {
                 copy.standing = Standing::Good;
+                actions.push(RecordAction::Returned { copy: place });
             }
         }
         let content = self.wanted.clone();

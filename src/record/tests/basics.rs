@@ -94,7 +94,8 @@ fn failed_copy_is_left_out_and_the_epoch_rises_first() {
             a,
             RecordAction::Excluded {
                 copy: 2,
-                errno: Some(5)
+                errno: Some(5),
+                took_part: true,
             }
         )
     };
@@ -137,7 +138,8 @@ fn late_copy_is_left_out_after_the_limit() {
             a,
             RecordAction::Excluded {
                 copy: 0,
-                errno: None
+                errno: None,
+                took_part: true,
             }
         )
     };
@@ -271,4 +273,56 @@ fn change_of_members_raises_the_epoch() {
         open_all(&machine.files).unwrap().superblock.verify_cursor,
         8
     );
+}
+
+#[test]
+fn copy_that_hangs_on_its_return_holds_nothing_up_for_long() {
+    let mut machine = Machine::create(3, 100);
+    machine.set(d(), 2);
+    let _ = machine.marks.ask(d(), 1);
+    machine.poll();
+    machine.finish(0, Some(5));
+    machine.run();
+    machine.readmit(0).unwrap();
+    machine.poll();
+    let number = machine.marks.ask(d(), 3).unwrap();
+    machine.poll();
+    machine.run_without(&[0]);
+    assert!(!machine.marks.is_settled(number), "it may be ready soon");
+    let until = machine.recorder.deadline().unwrap();
+    assert_eq!(until, machine.now.after(RECORD_JOIN_PAUSE));
+    machine.now = until;
+    machine.tell(RecordEvent::Tick);
+    machine.run_without(&[0]);
+    assert!(machine.marks.is_settled(number));
+    // Much later it is given up, and that changes nothing.
+    let epoch = machine.recorder.superblock().epoch();
+    machine.now = machine.recorder.deadline().unwrap();
+    machine.tell(RecordEvent::Tick);
+    let given_up = |a: &RecordAction| {
+        matches!(
+            a,
+            RecordAction::Excluded {
+                copy: 0,
+                errno: None,
+                took_part: false,
+            }
+        )
+    };
+    assert!(says(&machine, given_up));
+    machine.run();
+    assert_eq!(machine.recorder.superblock().epoch(), epoch);
+    assert_eq!(machine.recorder.deadline(), None);
+}
+
+#[test]
+fn damaged_copy_is_not_written_over_on_its_return() {
+    let mut machine = Machine::create(3, 100);
+    let _ = machine.marks.ask(d(), 1);
+    machine.poll();
+    machine.finish(0, Some(5));
+    machine.run();
+    machine.files[0][..8192].fill(7);
+    let refused = machine.readmit(0);
+    assert!(matches!(refused, Err(RecorderError::Unusable { .. })));
 }
