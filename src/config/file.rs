@@ -184,6 +184,8 @@ workers = 2
 buffer-memory = "32M"
 lock-timeout = 0
 incoming = true
+grow = "found"
+control = "control.sock"
 events = "events.jsonl"
 log-format = "json"
 log-level = "warn"
@@ -236,6 +238,8 @@ log-level = "warn"
             buffer_memory: Some(ByteSize(32 << 20)),
             lock_timeout: Some(0),
             incoming: Some(true),
+            grow: Some(GrowMode::Found),
+            control: Some("control.sock".into()),
             events: Some(EventsTarget::Path("events.jsonl".into())),
             log_format: Some(LogFormat::Json),
             log_level: Some(LogLevel::Warn),

@@ -37,6 +37,8 @@ pub enum Grow {
     /// It stays.
     #[default]
     No,
+    /// It stays, but may be found longer than it was: to become so was tried.
+    Kept,
     /// It becomes what the shortest of the replicas that are up has.
     Found,
     /// It becomes so many sectors, and regular files are made longer for that.
@@ -98,7 +100,7 @@ pub struct ReadyDisk {
 pub fn wanted(grow: Grow, disk: &SettledDisk) -> Result<Option<Growth>, GrowError> {
     let geometry = &disk.shared.geometry;
     let to = match grow {
-        Grow::No => return Ok(None),
+        Grow::No | Grow::Kept => return Ok(None),
         Grow::To(sectors) => sectors,
         Grow::Found => {
             let up = disk.set.replicas.iter().flatten();
