@@ -34,6 +34,7 @@ use super::fingerprints;
 use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
+use super::warden::Left;
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
 use crate::device::DiskIdentity;
 use crate::io::within;
@@ -42,7 +43,7 @@ use crate::record::{
     DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
 };
 use crate::replica::{
-    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct, check_set,
+    Format, RawOptions, RawReplica, Replica, SetShape, check_distinct, check_set,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
@@ -69,8 +70,8 @@ pub struct Start {
     pub replicas: Vec<Option<Arc<Replica>>>,
     /// How each of them is opened again.
     pub options: Vec<RawOptions>,
-    /// What each of those that are not up must be like to be the one that left, if that is known.
-    pub left: Vec<Option<Fingerprint>>,
+    /// What each of those that are not up must be like to be the one that left.
+    pub left: Vec<Left>,
     /// The disk that they make.
     pub shape: SetShape,
     /// Its record, locked, with its opening change prepared. `None`: nothing is remembered.
@@ -134,7 +135,7 @@ fn without_record(
     let shared = Shared::new(geometry, policy(config, config.threshold, &shape))?;
     Ok(Start {
         shared: Arc::new(shared),
-        left: vec![None; replicas.len()],
+        left: vec![Left::default(); replicas.len()],
         replicas,
         options,
         shape,
@@ -267,7 +268,7 @@ fn first_time(
     first_use::mark(config.first_use, replicas.len(), &marks);
     let disk = SettledDisk {
         set: ReplicaFiles {
-            left: vec![None; replicas.len()],
+            left: vec![Left::default(); replicas.len()],
             replicas,
             options,
             shape,
@@ -554,7 +555,10 @@ fn settle(
         shared.resolve_dirty();
     }
     // Without a record nobody could remember that the start was cold.
-    if recorded && shared.unresolved.extents() > 0 {
+    if opened.has_grown() {
+        // All that is unresolved is new: no guest has anything there.
+        shared.begin_cold();
+    } else if recorded && shared.unresolved.extents() > 0 {
         shared.await_front_end(superblock.cold);
     }
     for replica in decision.absent.iter() {

@@ -2,8 +2,8 @@
 //! The clean end: everything flushed, no extent dirty, and the record says so (rule R8).
 //!
 //! ```text
-//! Running -> Draining -> Flushing -> Cleaning -> Closing -> Done
-//!     (lane idle)  (one flush)  (marks cleared) (clean flag)
+//! Running -> Draining -> Flushing -> Cleaning -> Closing -> Landing -> Done
+//!     (lane idle)  (one flush)  (marks cleared) (clean flag) (last writes)
 //! ```
 //!
 //! Whatever does not succeed in time is left as it is: the next start then finds an unclean end, and
@@ -29,6 +29,11 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// How long all replicas together may take to tell their fingerprints. They were flushed before.
 const FINGERPRINT_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long writes to copies of the record may take that nobody waits for any more: enough copies
+/// hold what matters. Whoever opens the disk next needs the locks, and a copy with a write under way
+/// keeps its own.
+const LANDING_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long it may take to give up locks. On network storage that is a request to a server.
 const UNLOCK_LIMIT: Duration = Duration::from_secs(2);
 
@@ -40,6 +45,7 @@ enum Phase {
     Flushing,
     Cleaning,
     Closing(ChangeId),
+    Landing,
     Done,
 }
 
@@ -89,15 +95,22 @@ impl Maintenance {
 
     pub(super) fn advance_stop(&mut self) {
         if self.stop.until.is_some_and(|until| until <= self.now) && !self.stop.is_done() {
-            warn!("the disk could not be closed in time: the next start resolves what is dirty");
+            if self.stop.phase != Phase::Landing {
+                warn!(
+                    "the disk could not be closed in time: the next start resolves what is dirty"
+                );
+            }
             self.stop.phase = Phase::Done;
         }
         // Requests that wait for replicas to come back would hold up the end (rule Q4).
         if self.stop.is_begun() && self.lane.has_paused() {
             self.tell_lane(Event::Wake(Wakeup::FailPaused));
         }
+        if self.stop.phase == Phase::Landing && !self.has_record_writes() {
+            self.stop.phase = Phase::Done;
+        }
         match self.stop.phase {
-            Phase::Running | Phase::Done => {}
+            Phase::Running | Phase::Landing | Phase::Done => {}
             Phase::Draining => {
                 // Operations that hang are on replicas that were kicked.
                 if self.lane.is_idle() || self.only_lost_replicas_are_busy() {
@@ -125,7 +138,8 @@ impl Maintenance {
             Phase::Closing(change) => {
                 let record = self.record.as_ref().expect("it is being closed");
                 if record.durable >= Some(change) {
-                    self.stop.phase = Phase::Done;
+                    self.stop.phase = Phase::Landing;
+                    self.stop.until = Some(self.now.after(LANDING_LIMIT));
                 } else if record.recorder.is_lost() {
                     warn!("the state record cannot be closed: the next start finds an unclean end");
                     self.stop.phase = Phase::Done;
@@ -229,8 +243,12 @@ impl Maintenance {
 
     /// Whether operations are under way, which only those that hang are after the end.
     pub(super) fn has_operations(&self) -> bool {
+        self.executor.in_flight() > 0 || self.has_record_writes()
+    }
+
+    fn has_record_writes(&self) -> bool {
         let writes = |record: &super::Record| record.under_way.iter().any(|count| *count > 0);
-        self.executor.in_flight() > 0 || self.record.as_ref().is_some_and(writes)
+        self.record.as_ref().is_some_and(writes)
     }
 }
 
