@@ -101,3 +101,8 @@ fn vm_disk_grows_under_a_guest_that_writes() {
 fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
     scenario("firmware");
 }
+
+#[test]
+fn vm_guest_migrates_to_another_daemon_and_may_be_called_back() {
+    scenario("migrate");
+}

@@ -14,7 +14,7 @@ use super::record::{FirstUse, RecordConfig, RecordPlaceError, named};
 use super::settings::Settings;
 use super::upkeep::{Patience, Upkeep};
 use super::values::{
-    BlockSize, ByteSize, Cache, EventsTarget, Format, GrowMode, LogFormat, LogLevel,
+    BlockSize, ByteSize, Cache, EventsTarget, Format, GrowMode, LogFormat, LogLevel, Polling,
     ReadPatternName,
 };
 use crate::quorum::{Policy, PolicyError, ReadPattern};
@@ -80,6 +80,8 @@ pub struct Config {
     pub queue_size: u16,
     /// Worker threads, 1 to `num_queues`.
     pub workers: u16,
+    /// How long a worker with nothing to do looks for more before it sleeps.
+    pub polling: Polling,
     /// Memory for data of requests in flight, over all workers, in bytes.
     pub buffer_memory_bytes: u64,
     /// How long a replica that somebody else has locked is waited for when the disk is opened (rule
@@ -396,6 +398,7 @@ impl Config {
             num_queues,
             queue_size,
             workers,
+            polling: settings.poll_us.unwrap_or_default(),
             buffer_memory_bytes,
             lock_timeout: Duration::from_secs(lock_timeout.into()),
             incoming,

@@ -36,6 +36,6 @@ pub use settings::Settings;
 pub use upkeep::{Patience, Upkeep};
 pub use values::{
     BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, GrowMode, Interval, LogFormat,
-    LogLevel, OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, ValueError,
+    LogLevel, OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, ValueError,
     whole_number,
 };

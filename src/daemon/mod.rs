@@ -47,7 +47,7 @@ use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
-use crate::device::{Connection, ConnectionHandle, Device};
+use crate::device::{Connection, ConnectionHandle, Device, Storage};
 use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
@@ -137,7 +137,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         threshold: config.threshold,
         hub: reporter.hub().clone(),
     };
-    // Last, and with the locks of the replicas in hand: see `listener`. Whoever waits for the socket
+    // Last, and with the locks of the replicas in hand (but for --incoming): see `listener`. Whoever waits for the socket
     // to appear may connect at once.
     let patience = config.lock_timeout;
     let control = FrontEndSource::open(&config.front_end, patience)
@@ -177,13 +177,18 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     control.stop_listening();
     drop(control_socket);
     disk.give_up();
-    if let Some(handle) = connection {
-        let until = clock.now().after(ending::drain_limit(&config));
-        ending::drain(&mut control, handle, until, || show.all(&disk));
-    }
+    let drained = connection.is_none_or(|handle| {
+        let limit = ending::drain_limit(&config);
+        ending::drain(&mut control, handle, clock, limit, || show.all(&disk))
+    });
     show.status(&disk);
-    // The last connection has ended: nobody opens it any more.
-    device.lifecycle().gate().close();
+    if drained {
+        // The last connection has ended: nobody opens it any more.
+        device.lifecycle().gate().close();
+    } else {
+        // It has the gate, and keeps it.
+        Storage::close(&*disk);
+    }
     control.finish();
     show.counters();
     end

@@ -19,6 +19,9 @@ use rustix::net::{
 use thiserror::Error;
 
 use super::config_space::CONFIG_BYTES_MAX;
+use super::dirty_log::LogError;
+use super::inflight::{Description, InflightError};
+use super::mailbox::WorkerGone;
 use super::notify::is_eventfd;
 
 /// Bytes of a header: request, flags, size, each 32 bits in the machine's order.
@@ -55,6 +58,10 @@ pub enum Request {
     ResetOwner,
     /// VHOST_USER_SET_MEM_TABLE.
     SetMemTable,
+    /// VHOST_USER_SET_LOG_BASE.
+    SetLogBase,
+    /// VHOST_USER_SET_LOG_FD.
+    SetLogFd,
     /// VHOST_USER_SET_VRING_NUM.
     SetVringNum,
     /// VHOST_USER_SET_VRING_ADDR.
@@ -83,6 +90,10 @@ pub enum Request {
     GetConfig,
     /// VHOST_USER_SET_CONFIG.
     SetConfig,
+    /// VHOST_USER_GET_INFLIGHT_FD.
+    GetInflightFd,
+    /// VHOST_USER_SET_INFLIGHT_FD.
+    SetInflightFd,
     /// VHOST_USER_RESET_DEVICE.
     ResetDevice,
     /// VHOST_USER_GET_MAX_MEM_SLOTS.
@@ -101,6 +112,8 @@ impl Request {
             3 => Self::SetOwner,
             4 => Self::ResetOwner,
             5 => Self::SetMemTable,
+            6 => Self::SetLogBase,
+            7 => Self::SetLogFd,
             8 => Self::SetVringNum,
             9 => Self::SetVringAddr,
             10 => Self::SetVringBase,
@@ -115,6 +128,8 @@ impl Request {
             21 => Self::SetBackendReqFd,
             24 => Self::GetConfig,
             25 => Self::SetConfig,
+            31 => Self::GetInflightFd,
+            32 => Self::SetInflightFd,
             34 => Self::ResetDevice,
             36 => Self::GetMaxMemSlots,
             37 => Self::AddMemReg,
@@ -216,6 +231,30 @@ impl Message {
         Ok(())
     }
 
+    /// The answer to this message.
+    #[must_use]
+    pub fn reply(&self, body: Vec<u8>, descriptors: Vec<OwnedFd>) -> Self {
+        Self {
+            code: self.code,
+            flags: VERSION | FLAG_REPLY,
+            body,
+            descriptors,
+        }
+    }
+
+    /// Whether the front-end wants to know that the message was carried out. It is told only if
+    /// REPLY_ACK was negotiated.
+    #[must_use]
+    pub fn needs_reply(&self) -> bool {
+        self.flags & FLAG_NEED_REPLY != 0
+    }
+
+    /// The payload as a number; 0 if it is shorter.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.u64_or_zero(0)
+    }
+
     /// Checks that a front-end may send this message, as far as it can be told from the message.
     ///
     /// # Errors
@@ -245,7 +284,8 @@ impl Message {
             | Request::GetQueueNum
             | Request::ResetDevice
             | Request::GetMaxMemSlots => (0, 0..=0),
-            Request::SetBackendReqFd => (0, 1..=1),
+            Request::SetBackendReqFd | Request::SetLogFd => (0, 1..=1),
+            Request::SetLogBase => (16, 1..=1),
             Request::SetFeatures
             | Request::SetProtocolFeatures
             | Request::SetVringNum
@@ -260,6 +300,8 @@ impl Message {
             Request::AddMemReg => (8 + REGION_LEN, 1..=1),
             // Older front-ends pass a descriptor that nobody needs.
             Request::RemMemReg => (8 + REGION_LEN, 0..=1),
+            Request::GetInflightFd => (self.description_len(), 0..=0),
+            Request::SetInflightFd => (self.description_len(), 1..=1),
             Request::SetMemTable => {
                 let count = usize::try_from(self.u32_or_zero(0)).unwrap_or(usize::MAX);
                 let count = count.min(DESCRIPTORS_MAX + 1);
@@ -310,11 +352,9 @@ impl Message {
             }
             Request::SetVringKick | Request::SetVringCall | Request::SetVringErr => {
                 self.check_queue(self.u64_or_zero(0) & !NO_DESCRIPTOR, limits)?;
-                // Anything else might never become quiet, or make us wait.
-                if !self.descriptors.iter().all(|fd| is_eventfd(fd.as_fd())) {
-                    return Err(Refusal::NoEventfd { request });
-                }
+                self.check_eventfds(request)?;
             }
+            Request::SetLogFd => self.check_eventfds(request)?,
             Request::SetMemTable => {
                 if self.descriptors.is_empty() {
                     return Err(Refusal::Descriptors { request, got: 0 });
@@ -339,10 +379,37 @@ impl Message {
             | Request::SetBackendReqFd
             | Request::GetConfig
             | Request::SetConfig
+            // Buffer and log are checked where they are opened.
+            | Request::GetInflightFd
+            | Request::SetInflightFd
+            | Request::SetLogBase
             | Request::ResetDevice
             | Request::GetMaxMemSlots => {}
         }
         Ok(())
+    }
+
+    fn check_eventfds(&self, request: Request) -> Result<(), Refusal> {
+        // Anything else might never become quiet, or make us wait.
+        if self.descriptors.iter().all(|fd| is_eventfd(fd.as_fd())) {
+            Ok(())
+        } else {
+            Err(Refusal::NoEventfd { request })
+        }
+    }
+
+    /// Size and offset in the payload of SET_LOG_BASE.
+    #[must_use]
+    pub fn log_place(&self) -> (u64, u64) {
+        (self.u64_or_zero(0), self.u64_or_zero(8))
+    }
+
+    /// With or without the padding of a C structure.
+    fn description_len(&self) -> usize {
+        match self.body.len() {
+            Description::BYTES => Description::BYTES,
+            _ => Description::PADDED_BYTES,
+        }
     }
 
     fn check_queue(&self, index: u64, limits: MessageLimits) -> Result<(), Refusal> {
@@ -555,6 +622,21 @@ pub enum Refusal {
         /// Length of the file in bytes.
         file_len: u64,
     },
+    /// A message of a protocol feature that the front-end did not take.
+    #[error("{request:?} is of a protocol feature that the front-end did not acknowledge")]
+    NotAcknowledged {
+        /// Which message.
+        request: Request,
+    },
+    /// An in-flight buffer that is not taken.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    /// A log of writes to guest memory that is not taken.
+    #[error("the log of writes to guest memory is not taken")]
+    Log(#[from] LogError),
+    /// A worker is gone.
+    #[error(transparent)]
+    Worker(#[from] WorkerGone),
     /// More regions of guest memory than were announced.
     #[error("the front-end adds more memory regions than there are slots")]
     Regions,

@@ -4,17 +4,22 @@
 //! The available ring is written by a hostile guest: every index is read once and checked.
 //! Completions are collected and made visible together: all used elements, then one store of
 //! the used index, then at most one signal.
+//!
+//! Where the front-end keeps a buffer for it, what is in flight is marked in there
+//! ([`super::inflight`]). Then the queue begins with what its predecessor had fetched and not
+//! published, and publishes in any order.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
-use tracing::warn;
+use tracing::{info, warn};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::GuestMemory;
 use super::chain::{DescriptorTable, is_inside};
 use super::config_space::{DeviceOptions, QUEUE_SIZE_MAX, feature};
+use super::inflight::{InflightFault, Marks, QueueRegion};
 use super::notify::{Call, Kick};
 use super::request::{BlockStatus, GuestRequest, Parsed, RequestError, RequestRules};
 
@@ -57,8 +62,10 @@ pub struct QueueSetup {
     pub features: u64,
     /// What is served.
     pub options: Arc<DeviceOptions>,
-    /// In which order completions are published.
+    /// In which order completions are published, if nothing is marked.
     pub order: PublishOrder,
+    /// Where what is in flight is marked; completions are then published as they come.
+    pub inflight: Option<QueueRegion>,
     /// Where the driver kicks.
     pub kick: Arc<Kick>,
     /// Where the driver is signalled, if it wants to be.
@@ -66,7 +73,8 @@ pub struct QueueSetup {
 }
 
 /// One fetched descriptor chain: its place in the available ring, and its head. The place is
-/// what identifies it: a hostile guest can make one head available twice.
+/// what identifies it: a hostile guest can make one head available twice. Not where heads are
+/// marked: there a head is fetched once, and what is executed again has no place.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[must_use = "every fetched chain must be completed"]
 pub struct Ticket {
@@ -119,6 +127,24 @@ pub enum QueueFault {
     /// A ring is not, or not any more, in guest memory.
     #[error("a ring of the queue is outside guest memory")]
     Memory,
+    /// A head that is no descriptor, or is in flight already. Only where heads are marked: it
+    /// cannot be, and unmarked it would be lost, or done twice, after a restart.
+    #[error("head {head} is made available while it is in flight, or is no descriptor")]
+    Head {
+        /// As read from the ring.
+        head: u16,
+    },
+    /// More marks than the driver has made available.
+    #[error("{marked} requests are marked in flight, but only {available} are not complete")]
+    Marked {
+        /// Marks found at the start.
+        marked: u16,
+        /// Chains available and not used.
+        available: u16,
+    },
+    /// The region of the queue in the in-flight buffer is impossible.
+    #[error(transparent)]
+    Inflight(#[from] InflightFault),
     /// Not a power of two, or too large.
     #[error("a queue size of {size} is not possible")]
     Size {
@@ -173,15 +199,19 @@ pub struct VirtQueue {
     waiting: Box<[Option<Completion>]>,
     /// To be published next, in this order.
     staged: Vec<Completion>,
+    /// Where what is in flight is marked.
+    marks: Option<Marks>,
+    /// Heads of the predecessor that are to be executed again, last first.
+    again: Vec<u16>,
     /// Whether to signal at the next publication in any case: what the driver was last
     /// signalled for is not known.
     must_signal: bool,
 }
 
 impl VirtQueue {
-    /// The queue, at the position the used index in guest memory says (rule Q2): everything
-    /// before it is complete, nothing after it has been begun. A queue that cannot be run is
-    /// broken from the start.
+    /// The queue, at the position the used index in guest memory says: everything before it is
+    /// complete, nothing after it has been begun but what is marked in flight (rule Q2). A queue
+    /// that cannot be run is broken from the start.
     #[must_use]
     pub fn new(setup: QueueSetup, memory: &GuestMemory) -> Self {
         let QueueSetup {
@@ -191,6 +221,7 @@ impl VirtQueue {
             features,
             options,
             order,
+            inflight,
             kick,
             call,
         } = setup;
@@ -214,6 +245,8 @@ impl VirtQueue {
             depth: 0,
             waiting: vec![None; usize::from(size)].into(),
             staged: Vec::with_capacity(usize::from(size)),
+            marks: None,
+            again: Vec::new(),
             must_signal: true,
         };
         queue.set_features(features);
@@ -225,8 +258,41 @@ impl VirtQueue {
             queue.next_used = used;
             queue.next_avail = used;
             queue.avail_seen = used;
+            if let Some(region) = inflight {
+                queue.recover(region, memory);
+            }
         }
         queue
+    }
+
+    /// Goes on with what is marked in flight (rule Q2): it has been fetched, so the next chain to
+    /// fetch comes after as many.
+    fn recover(&mut self, region: QueueRegion, memory: &GuestMemory) {
+        let (marks, mut again) = match Marks::begin(region, self.size, self.next_used) {
+            Ok(begun) => begun,
+            Err(fault) => return self.stop_for(fault.into()),
+        };
+        let Some(available) = self.load(memory, self.avail_at(2), Ordering::Acquire) else {
+            return;
+        };
+        let marked = u16::try_from(again.len()).expect("at most one for each descriptor");
+        let available = available.wrapping_sub(self.next_used);
+        if marked > available {
+            return self.stop_for(QueueFault::Marked { marked, available });
+        }
+        if marked > 0 {
+            info!(
+                queue = self.index,
+                marked, "requests in flight are executed again"
+            );
+        }
+        again.reverse();
+        self.again = again;
+        self.in_flight = marked;
+        self.next_avail = self.next_used.wrapping_add(marked);
+        self.avail_seen = self.next_avail;
+        self.order = PublishOrder::Completion;
+        self.marks = Some(marks);
     }
 
     /// Index of the queue.
@@ -295,7 +361,7 @@ impl VirtQueue {
         }
     }
 
-    /// Whether nothing that was fetched is outstanding. Also of a broken queue: its requests
+    /// Whether nothing that was fetched is outstanding, be it by a predecessor. Also of a broken queue: its requests
     /// are still being worked on, and their tickets must not meet the queue that follows it.
     #[must_use]
     pub fn is_drained(&self) -> bool {
@@ -325,19 +391,10 @@ impl VirtQueue {
     /// call until it returns [`Fetched::Empty`] or there is no room for more, publish, and ask
     /// for kicks with [`VirtQueue::enable_kicks`] before waiting for one.
     pub fn fetch(&mut self, memory: &GuestMemory, request: &mut GuestRequest) -> Fetched {
-        if self.state != State::Running || !self.has_available(memory) {
-            return Fetched::Empty;
-        }
-        let slot = u64::from(self.next_avail & (self.size - 1));
-        let Some(head) = self.load(memory, self.avail_at(4 + 2 * slot), Ordering::Relaxed) else {
+        let Some(ticket) = self.next_ticket(memory) else {
             return Fetched::Empty;
         };
-        let ticket = Ticket {
-            position: self.next_avail,
-            head,
-        };
-        self.next_avail = self.next_avail.wrapping_add(1);
-        self.in_flight += 1;
+        let head = ticket.head;
         let table = DescriptorTable {
             addr: self.rings.descriptors,
             count: u32::from(self.size),
@@ -359,6 +416,30 @@ impl VirtQueue {
         }
     }
 
+    /// What was fetched before comes first, also of a queue that is paused or stopping: it was
+    /// fetched, and is owed.
+    fn next_ticket(&mut self, memory: &GuestMemory) -> Option<Ticket> {
+        if let Some(head) = self.again.pop() {
+            let position = self.next_used;
+            return Some(Ticket { position, head });
+        }
+        if self.state != State::Running || !self.has_available(memory) {
+            return None;
+        }
+        let slot = u64::from(self.next_avail & (self.size - 1));
+        let head = self.load(memory, self.avail_at(4 + 2 * slot), Ordering::Relaxed)?;
+        if let Some(marks) = &mut self.marks
+            && !marks.mark(head)
+        {
+            self.stop_for(QueueFault::Head { head });
+            return None;
+        }
+        let position = self.next_avail;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight += 1;
+        Some(Ticket { position, head })
+    }
+
     /// Notes that the request of `ticket` is complete: its data and status are in guest memory,
     /// `len` bytes of them ([`GuestRequest::finish`]). `tag` comes back when the driver can see
     /// it.
@@ -372,6 +453,9 @@ impl VirtQueue {
     fn add(&mut self, ticket: Ticket, len: u32, tag: Option<u32>) {
         let head = ticket.head;
         let completion = Completion { head, len, tag };
+        if let Some(marks) = &mut self.marks {
+            marks.complete(head);
+        }
         match self.order {
             PublishOrder::Completion => {
                 assert!(self.staged.len() < usize::from(self.in_flight));
@@ -385,8 +469,9 @@ impl VirtQueue {
         }
     }
 
-    /// Makes completions visible to the driver and appends their tags to `published`. Returns
-    /// whether the driver is to be told: [`VirtQueue::signal`].
+    /// Makes completions visible to the driver, takes their marks away, and only then appends
+    /// their tags to `published`: what holds locks for them lets go (rule L3). Returns whether
+    /// the driver is to be told: [`VirtQueue::signal`].
     ///
     /// A broken queue shows the driver nothing, but its tags come back: nothing of them will
     /// ever be visible.
@@ -398,24 +483,10 @@ impl VirtQueue {
             return false;
         }
         let old = self.next_used;
-        let mut new = old;
-        if self.state != State::Broken {
-            for completion in &self.staged {
-                let slot = u64::from(new & (self.size - 1));
-                let mut element = [0u8; 8];
-                element[..4].copy_from_slice(&u32::from(completion.head).to_le_bytes());
-                element[4..].copy_from_slice(&completion.len.to_le_bytes());
-                let at = self.used_at(4 + 8 * slot);
-                if memory.write_slice(&element, at).is_err() {
-                    self.stop_for(QueueFault::Memory);
-                    break;
-                }
-                new = new.wrapping_add(1);
-            }
+        let shown = self.show(memory);
+        if shown {
+            self.clear_marks();
         }
-        // Release: whoever sees the index sees data, status bytes and elements.
-        let shown = self.state != State::Broken
-            && self.store(memory, self.used_at(2), new, Ordering::Release);
         let count = u16::try_from(self.staged.len()).expect("at most a queue of them");
         self.in_flight -= count;
         published.extend(self.staged.drain(..).filter_map(|c| c.tag));
@@ -424,8 +495,49 @@ impl VirtQueue {
             self.stage(published);
             return false;
         }
-        self.next_used = new;
-        self.wants_signal(memory, old, new)
+        self.wants_signal(memory, old, self.next_used)
+    }
+
+    /// Makes what is staged visible. Returns whether that could be done.
+    fn show(&mut self, memory: &GuestMemory) -> bool {
+        if self.state == State::Broken {
+            return false;
+        }
+        if let Some(marks) = &mut self.marks {
+            for completion in &self.staged {
+                marks.link(completion.head);
+            }
+        }
+        let mut new = self.next_used;
+        for completion in &self.staged {
+            let slot = u64::from(new & (self.size - 1));
+            let mut element = [0u8; 8];
+            element[..4].copy_from_slice(&u32::from(completion.head).to_le_bytes());
+            element[4..].copy_from_slice(&completion.len.to_le_bytes());
+            let at = self.used_at(4 + 8 * slot);
+            if memory.write_slice(&element, at).is_err() {
+                self.stop_for(QueueFault::Memory);
+                return false;
+            }
+            new = new.wrapping_add(1);
+        }
+        // Release: whoever sees the index sees data, status bytes and elements; and it is not
+        // stored before the list, nor after a mark is cleared.
+        let shown = self.store(memory, self.used_at(2), new, Ordering::Release);
+        if shown {
+            self.next_used = new;
+        }
+        shown
+    }
+
+    /// After what is staged was made visible.
+    fn clear_marks(&mut self) {
+        if let Some(marks) = &mut self.marks {
+            for completion in &self.staged {
+                marks.clear(completion.head);
+            }
+            marks.end_batch(self.next_used);
+        }
     }
 
     /// In the order of the ring, moves what is complete from the first unpublished place on to
@@ -469,6 +581,9 @@ impl VirtQueue {
     /// fetch instead of waiting.
     #[must_use = "a chain that came meanwhile is not kicked for"]
     pub fn enable_kicks(&mut self, memory: &GuestMemory) -> bool {
+        if !self.again.is_empty() {
+            return true;
+        }
         if self.state != State::Running {
             return false;
         }
@@ -578,6 +693,10 @@ impl VirtQueue {
         value: u16,
         order: Ordering,
     ) -> bool {
+        #[cfg(test)]
+        if super::inflight::crash::is_dead() {
+            return true;
+        }
         let stored = memory.store(value.to_le(), at, order).is_ok();
         if !stored {
             self.stop_for(QueueFault::Memory);
@@ -590,6 +709,10 @@ impl VirtQueue {
         if self.state != State::Broken {
             warn!(queue = self.index, %fault, "the queue stops until the driver resets it");
             self.state = State::Broken;
+            // Nobody has begun them. Their marks stay.
+            let unbegun = u16::try_from(self.again.len()).expect("at most a queue of them");
+            self.in_flight -= unbegun;
+            self.again.clear();
         }
     }
 }
@@ -603,3 +726,7 @@ fn crosses(event: u16, old: u16, new: u16) -> bool {
 #[cfg(test)]
 #[path = "queue_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "queue_tracking_tests.rs"]
+mod tracking_tests;

@@ -8,13 +8,19 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use thiserror::Error;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use super::dirty_log::DirtyLog;
 use super::front_end_line::FrontEndLine;
+use super::inflight::{self, Description, InflightBuffer};
 use super::message::{Message, MessageLimits, Refusal, Request, TransportError};
+use super::notify::Call;
+use super::vring::RingContext;
 
 /// Most regions of guest memory: the number of slots the crate answers GET_MAX_MEM_SLOTS with.
 /// It does not enforce it.
@@ -43,10 +49,22 @@ pub enum RelayEnd {
     Poll(#[source] io::Error),
 }
 
+/// What becomes of a message.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It is passed on to the crate, which answers it.
+    Pass,
+    /// It was carried out here; this is the answer, if one is owed.
+    Done(Option<Message>),
+}
+
 /// What is known of one connection from the messages seen so far.
 #[derive(Debug)]
 pub struct Session {
     limits: MessageLimits,
+    context: Arc<RingContext>,
+    /// Protocol features that were acknowledged.
+    protocol: VhostUserProtocolFeatures,
     /// Regions of guest memory; each holds a descriptor and a mapping of ours.
     regions: usize,
     /// The socket on which we may tell the front-end something.
@@ -54,23 +72,48 @@ pub struct Session {
 }
 
 impl Session {
-    /// A connection on which nothing was said; `line` is for the socket on which the front-end may
-    /// be told something.
+    /// A connection on which nothing was said.
     #[must_use]
-    pub fn new(limits: MessageLimits, line: FrontEndLine) -> Self {
+    pub fn new(limits: MessageLimits, context: Arc<RingContext>) -> Self {
         Self {
             limits,
+            line: context.device().line().clone(),
+            context,
+            protocol: VhostUserProtocolFeatures::empty(),
             regions: 0,
-            line,
         }
     }
 
-    /// Looks at a message of the front-end before it is passed on.
+    /// Looks at a message of the front-end, and carries out what the crate cannot.
     ///
     /// # Errors
-    /// If it must not be.
-    pub fn inspect(&mut self, message: &Message) -> Result<(), Refusal> {
+    /// If it is not to be taken.
+    pub fn inspect(&mut self, message: &mut Message) -> Result<Verdict, Refusal> {
         match message.check(self.limits)? {
+            request @ Request::GetInflightFd => {
+                self.check_taken(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
+                return self.make_inflight(message);
+            }
+            request @ Request::SetInflightFd => {
+                self.check_taken(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
+                return self.take_inflight(message);
+            }
+            request @ Request::SetLogBase => {
+                self.check_taken(request, VhostUserProtocolFeatures::LOG_SHMFD)?;
+                return self.take_log(message);
+            }
+            request @ Request::SetLogFd => {
+                self.check_taken(request, VhostUserProtocolFeatures::LOG_SHMFD)?;
+                let descriptor = message.descriptors.pop().expect("one came with it");
+                self.context
+                    .logging()
+                    .set_call(Call::new(descriptor.into()));
+                self.context.share_memory()?;
+                return Ok(Verdict::Done(self.acknowledge(message)));
+            }
+            Request::SetProtocolFeatures => {
+                self.protocol = VhostUserProtocolFeatures::from_bits_truncate(message.value());
+            }
             Request::SetBackendReqFd => {
                 let copy = message.descriptors[0].try_clone();
                 let copy = copy.map_err(|source| Refusal::Exhausted { source })?;
@@ -95,7 +138,6 @@ impl Session {
             | Request::SetVringCall
             | Request::SetVringErr
             | Request::GetProtocolFeatures
-            | Request::SetProtocolFeatures
             | Request::GetQueueNum
             | Request::SetVringEnable
             | Request::GetConfig
@@ -103,8 +145,64 @@ impl Session {
             | Request::ResetDevice
             | Request::GetMaxMemSlots => {}
         }
-        Ok(())
+        Ok(Verdict::Pass)
     }
+
+    /// Whether the front-end has taken the protocol feature that a message belongs to.
+    fn check_taken(
+        &self,
+        request: Request,
+        feature: VhostUserProtocolFeatures,
+    ) -> Result<(), Refusal> {
+        if self.protocol.contains(feature) {
+            Ok(())
+        } else {
+            Err(Refusal::NotAcknowledged { request })
+        }
+    }
+
+    /// SET_LOG_BASE: writes are logged here from now on, as soon as LOG_ALL is acknowledged. The
+    /// answer is owed always; after it nothing is logged where it was before.
+    fn take_log(&self, message: &mut Message) -> Result<Verdict, Refusal> {
+        let file = message.descriptors.pop().expect("one came with it");
+        let (size, offset) = message.log_place();
+        self.context
+            .logging()
+            .set_log(DirtyLog::map(file, size, offset)?);
+        self.context.share_memory()?;
+        let body = message.body.clone();
+        Ok(Verdict::Done(Some(message.reply(body, Vec::new()))))
+    }
+
+    /// GET_INFLIGHT_FD: a new buffer, which counts when it is handed in.
+    fn make_inflight(&self, message: &Message) -> Result<Verdict, Refusal> {
+        let asked = description(message);
+        let disk = self.context.device().lifecycle().identity();
+        let (made, file) = inflight::create(asked.shape, self.limits.queues, disk)?;
+        let body = made.encode(message.body.len());
+        Ok(Verdict::Done(Some(message.reply(body, vec![file]))))
+    }
+
+    /// SET_INFLIGHT_FD: this buffer, new or of before, for rings that start from now on.
+    fn take_inflight(&self, message: &mut Message) -> Result<Verdict, Refusal> {
+        let described = description(message);
+        let file = message.descriptors.pop().expect("one came with it");
+        let disk = self.context.device().lifecycle().identity();
+        let buffer = InflightBuffer::open(file, described, self.limits.queues, disk)?;
+        self.context.set_inflight(buffer);
+        Ok(Verdict::Done(self.acknowledge(message)))
+    }
+
+    /// The answer to a message that has none of its own and was carried out here.
+    fn acknowledge(&self, message: &Message) -> Option<Message> {
+        let owed =
+            message.needs_reply() && self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        owed.then(|| message.reply(0u64.to_ne_bytes().to_vec(), Vec::new()))
+    }
+}
+
+fn description(message: &Message) -> Description {
+    Description::parse(&message.body).expect("the length was checked")
 }
 
 /// Carries messages both ways until one side ends it. Shutting either socket down ends it from
@@ -154,8 +252,11 @@ fn pass_message(
     back_end: &UnixStream,
     session: &mut Session,
 ) -> Result<(), RelayEnd> {
-    let message = Message::read(front_end).map_err(front_end_failed)?;
-    session.inspect(&message)?;
+    let mut message = Message::read(front_end).map_err(front_end_failed)?;
+    if let Verdict::Done(answer) = session.inspect(&mut message)? {
+        let sent = answer.map_or(Ok(()), |answer| answer.write(front_end));
+        return sent.map_err(front_end_failed);
+    }
     message.write(back_end).map_err(|error| match error {
         // The crate shut its end down; why is what it reports.
         TransportError::Io(error) if error.kind() == io::ErrorKind::BrokenPipe => {
@@ -180,16 +281,21 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     use super::*;
+    use crate::device::test_support::{device, options};
+
+    /// A connection on which nothing was said, to a device of four queues.
+    fn session() -> Session {
+        let limits = MessageLimits {
+            queues: 4,
+            queue_size: 256,
+        };
+        let (device, ..) = device(options(), 1);
+        Session::new(limits, Arc::new(RingContext::new(device)))
+    }
 
     #[test]
     fn memory_regions_are_counted() {
-        let mut session = Session::new(
-            MessageLimits {
-                queues: 1,
-                queue_size: 128,
-            },
-            FrontEndLine::default(),
-        );
+        let mut session = session();
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         let region = |code, fds: usize| Message {
@@ -204,11 +310,11 @@ mod tests {
                 .collect(),
         };
         for _ in 0..MEMORY_REGIONS_MAX {
-            session.inspect(&region(37, 1)).unwrap();
+            session.inspect(&mut region(37, 1)).unwrap();
         }
-        let refused = session.inspect(&region(37, 1));
+        let refused = session.inspect(&mut region(37, 1));
         assert!(matches!(refused, Err(Refusal::Regions)));
-        session.inspect(&region(38, 0)).unwrap();
-        session.inspect(&region(37, 1)).unwrap();
+        session.inspect(&mut region(38, 0)).unwrap();
+        session.inspect(&mut region(37, 1)).unwrap();
     }
 }

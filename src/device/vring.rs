@@ -33,8 +33,10 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::GuestMemory;
 use super::config_space::feature;
-use super::disk::Device;
-use super::lifecycle::{Gate, OpenFailed};
+use super::dirty_log::Logging;
+use super::disk::{Began, Device};
+use super::inflight::InflightBuffer;
+use super::lifecycle::{Gate, OpenDisk, OpenFailed};
 use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone, WorkerMailbox};
 use super::notify::{Call, Kick};
 use super::queue::{QueueSetup, RingAddresses};
@@ -46,7 +48,12 @@ pub type ConnectionMemory = GuestMemoryAtomic<GuestMemory>;
 #[derive(Debug)]
 pub struct RingContext {
     device: Arc<Device>,
+    memory: ConnectionMemory,
     features: AtomicU64,
+    /// What the front-end wants to know of writes to its memory.
+    logging: Logging,
+    /// The buffer handed in last. A running ring keeps the one it was started with.
+    inflight: Mutex<Option<Arc<InflightBuffer>>>,
     /// Shut down when the connection cannot go on.
     line: OnceLock<UnixStream>,
     /// Why it cannot.
@@ -61,17 +68,64 @@ impl RingContext {
     pub fn new(device: Arc<Device>) -> Self {
         Self {
             device,
+            memory: ConnectionMemory::new(GuestMemory::new()),
             features: AtomicU64::new(0),
+            logging: Logging::default(),
+            inflight: Mutex::new(None),
             line: OnceLock::new(),
             failure: Mutex::new(None),
             given_up: AtomicBool::new(false),
         }
     }
 
-    /// Whether the front-end has writes to its memory logged.
+    /// Takes the buffer for rings that start from now on.
+    pub fn set_inflight(&self, buffer: InflightBuffer) {
+        let mut slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(Arc::new(buffer));
+    }
+
+    fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+        let slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.clone()
+    }
+
+    /// Before a ring starts on `disk` with `buffer`: tells how the disk begins, and then marks the
+    /// buffer as one of this run. In this order: a buffer of this run that was cold, and is taken
+    /// for warm by the next one, would have that wait for requests nobody executes again.
+    fn begin(&self, disk: &OpenDisk, buffer: Option<&InflightBuffer>) -> Result<(), OpenFailed> {
+        let identity = disk.identity();
+        let began = buffer.map_or(Ok(Began::Cold), |buffer| buffer.began(identity));
+        let began = began.map_err(|error| OpenFailed(Arc::new(error)))?;
+        if let (Some(buffer), Ok(())) = (buffer, disk.begin(began)) {
+            buffer.stamp(identity);
+        }
+        Ok(())
+    }
+
+    /// The memory of the front-end, as it is now.
     #[must_use]
-    pub fn logs(&self) -> bool {
-        self.features.load(Ordering::Relaxed) & feature::LOG_ALL != 0
+    pub fn memory(&self) -> &ConnectionMemory {
+        &self.memory
+    }
+
+    /// What the front-end wants to know of writes to its memory. [`RingContext::share_memory`]
+    /// after a change.
+    #[must_use]
+    pub fn logging(&self) -> &Logging {
+        &self.logging
+    }
+
+    /// Hands the memory there is now to all workers, logged as it is to be logged now. Returns when
+    /// none of them uses another one, or logs elsewhere.
+    ///
+    /// # Errors
+    /// If a worker is gone.
+    pub fn share_memory(&self) -> Result<(), WorkerGone> {
+        let gate = self.device.lifecycle().gate();
+        // Looked at with the gate held: two threads do this, and the last one has the newest.
+        let memory = self.memory.memory().into_inner();
+        self.logging.apply(&memory);
+        replace_memory(&gate, &memory)
     }
 
     /// Notes what is to be shut down if the connection cannot go on; once.
@@ -175,6 +229,29 @@ impl fmt::Debug for Ring {
     }
 }
 
+/// Hands `memory` to all workers, if there are any, and waits until none of them uses another.
+///
+/// # Errors
+/// If a worker is gone.
+pub fn replace_memory(gate: &Gate<'_>, memory: &Arc<GuestMemory>) -> Result<(), WorkerGone> {
+    let workers = gate.disk().map_or(&[][..], |disk| disk.workers());
+    let waits: Vec<_> = workers
+        .iter()
+        .map(|worker| {
+            let (ack, wait) = Ack::new();
+            let memory = Arc::clone(memory);
+            worker.send(QueueCommand::Memory { memory, ack });
+            wait
+        })
+        .collect();
+    // All are waited for, even if one is gone.
+    let mut result = Ok(());
+    for wait in waits {
+        result = result.and(wait.wait());
+    }
+    result
+}
+
 /// A ring as the crate sees it. Clones are the same ring.
 #[derive(Clone)]
 pub struct DeviceVring {
@@ -212,7 +289,8 @@ impl DeviceVring {
         let wanted = ring.enabled && ring.kick.is_some();
         match ring.phase {
             Phase::Idle => {
-                let Some(setup) = self.setup(ring) else {
+                let buffer = self.context.inflight();
+                let Some(setup) = self.setup(ring, buffer.as_ref()) else {
                     return;
                 };
                 if self.context.failure().is_some() {
@@ -222,6 +300,9 @@ impl DeviceVring {
                     Ok(disk) => disk,
                     Err(why) => return self.context.fail(why),
                 };
+                if let Err(why) = self.context.begin(&disk, buffer.as_deref()) {
+                    return self.context.fail(why);
+                }
                 ring.worker = Some(Arc::clone(disk.worker_of(queue)));
                 ring.phase = Phase::Running;
                 ring.features = setup.features;
@@ -248,7 +329,7 @@ impl DeviceVring {
     }
 
     /// What the worker needs, if the ring can run.
-    fn setup(&self, ring: &Ring) -> Option<QueueSetup> {
+    fn setup(&self, ring: &Ring, buffer: Option<&Arc<InflightBuffer>>) -> Option<QueueSetup> {
         if !ring.ready || !ring.enabled {
             return None;
         }
@@ -260,6 +341,7 @@ impl DeviceVring {
             features: self.context.features.load(Ordering::Relaxed),
             options: device.options(),
             order: device.order(),
+            inflight: buffer.and_then(|buffer| buffer.region(self.index)),
             kick: ring.kick.clone()?,
             call: ring.call.clone(),
         })
@@ -347,7 +429,7 @@ pub fn start_all(rings: &[DeviceVring], gate: &mut Gate<'_>) {
 /// Ends the connection of the `rings` if one of them should run, since the disk could not be opened
 /// again.
 pub fn abandon(rings: &[DeviceVring], why: &OpenFailed) {
-    let waits = |vring: &&DeviceVring| vring.setup(&vring.lock()).is_some();
+    let waits = |vring: &&DeviceVring| vring.setup(&vring.lock(), None).is_some();
     if let Some(vring) = rings.iter().find(waits) {
         vring.context.fail(why.clone());
     }
@@ -365,9 +447,17 @@ pub fn reset_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
     result
 }
 
-/// Notes the features the driver acknowledged, for rings that run and rings to come.
-pub fn set_features(context: &RingContext, rings: &[DeviceVring], features: u64) {
-    let _gate = context.device.lifecycle().gate();
+/// Notes the features the driver acknowledged, for rings that run and rings to come, and whether
+/// writes to its memory are logged from now on.
+///
+/// # Errors
+/// If a worker is gone.
+pub fn set_features(
+    context: &RingContext,
+    rings: &[DeviceVring],
+    features: u64,
+) -> Result<(), WorkerGone> {
+    let gate = context.device.lifecycle().gate();
     context.features.store(features, Ordering::Relaxed);
     for vring in rings {
         let mut ring = vring.lock();
@@ -377,6 +467,11 @@ pub fn set_features(context: &RingContext, rings: &[DeviceVring], features: u64)
             ring.send(QueueCommand::SetFeatures { queue, features });
         }
     }
+    drop(gate);
+    if context.logging.set_wanted(features & feature::LOG_ALL != 0) {
+        context.share_memory()?;
+    }
+    Ok(())
 }
 
 impl<'a> VringStateGuard<'a, ConnectionMemory> for DeviceVring {

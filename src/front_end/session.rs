@@ -79,12 +79,11 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses or cannot do something the options ask for.
     pub fn negotiate_on(stream: UnixStream, options: &Options) -> Result<Self, FrontEndError> {
-        let cloned = |socket: &UnixStream| socket.try_clone().map_err(failed("clone the socket"));
-        let watchdog = Watchdog::new(cloned(&stream)?).map_err(failed("start a thread"))?;
+        let (protocol, watchdog) = on(&stream, options)?;
         let mut front_end = Self {
             queues: Vec::new(),
             ram: GuestRam::new(options.memory_bytes)?,
-            protocol: Frontend::from_stream(cloned(&stream)?, u64::from(options.queues)),
+            protocol,
             watchdog,
             socket: stream,
             requests: None,
@@ -154,6 +153,8 @@ impl FrontEnd {
     /// If the back-end refuses a message or the memory is too small for the rings.
     pub fn start(&mut self) -> Result<(), FrontEndError> {
         self.make_queues()?;
+        // What was in flight was in flight on other rings.
+        self.inflight = None;
         self.resume(self.options.wrong_base.unwrap_or(self.options.first_index))
     }
 
@@ -348,6 +349,19 @@ impl FrontEnd {
     #[must_use]
     pub fn memory_file(&self) -> &File {
         self.ram.file()
+    }
+
+    /// The buffer in which the back-end marks what is in flight, if it does, for whoever wants to
+    /// look at it or do it harm.
+    #[must_use]
+    pub fn inflight_file(&self) -> Option<&File> {
+        self.inflight.as_ref().map(|(_, file)| file)
+    }
+
+    /// What the back-end is told of the in-flight buffer at the next start of the rings, to be
+    /// changed by whoever wants to lie.
+    pub fn inflight_mut(&mut self) -> Option<&mut (VhostUserInflight, File)> {
+        self.inflight.as_mut()
     }
 
     /// Our end of the channel on which the back-end sends requests, if it has one.
@@ -590,6 +604,14 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
     let rings = queues * Ring::bytes(options.queue_size).next_multiple_of(page);
     let share = half_bytes.checked_sub(rings)? / queues.div_ceil(2).max(1) / page * page;
     (share >= page).then_some(share)
+}
+
+/// The two halves of a conversation on `stream`: messages, and the limit on waiting for answers.
+fn on(stream: &UnixStream, options: &Options) -> Result<(Frontend, Watchdog), FrontEndError> {
+    let cloned = || stream.try_clone().map_err(failed("clone the socket"));
+    let watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+    let protocol = Frontend::from_stream(cloned()?, u64::from(options.queues));
+    Ok((protocol, watchdog))
 }
 
 fn clone_event(

@@ -46,7 +46,7 @@ impl World {
     /// I14: no request fails while the faults are within the budget.
     fn check_failure(&mut self, request: &GuestRequest) -> Verdict {
         if request.kind == Kind::Write {
-            self.model.failed(request.range, request.version, self.step);
+            self.model.failed(request.range, request.order, self.step);
             if self.profile.beyond_budget {
                 return Ok(());
             }
@@ -125,7 +125,7 @@ impl World {
         }
         self.budget.look_at(request.range);
         self.model
-            .acknowledged(request.range, request.version, self.step);
+            .acknowledged(request.range, request.order, self.step);
         Ok(())
     }
 
@@ -361,6 +361,9 @@ impl World {
         }
         if !self.operations.none_in_flight() {
             return violation("I9", "an operation is left");
+        }
+        if !self.inflight.is_quiet() {
+            return violation("I11", "the guest waits for a request that nobody knows of");
         }
         Ok(())
     }

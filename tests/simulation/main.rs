@@ -120,6 +120,7 @@ mod crash;
 mod disk;
 mod faults;
 mod guest;
+mod inflight;
 mod landing;
 mod life;
 mod lives;

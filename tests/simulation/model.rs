@@ -13,15 +13,23 @@
 //! sent since. Whatever is shown then is settled, and survives the next loss of power like something
 //! flushed (rule Y1).
 //!
+//! If the guest lives on when the daemon is killed, its writes in flight have not failed: they are
+//! repeated, and keep their versions, since overlapping writes of one ring are repeated in the order
+//! in which they were sent. Writes of different rings that overlap while both are in flight may
+//! change places in that; the one that comes late then gets a version more. What was shown before
+//! the kill is not taken back; what is shown of such a write afterwards obliges to nothing before it
+//! is acknowledged, since it may be what was there before.
+//!
 //! Zeroes do not say which write they are of, so showing them obliges to little. That also leaves
 //! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
 //! being written twice may count the ballot of a replica from before both writes and that of
 //! another from after both, if these are equal, although they were never equal at one moment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::index;
 use crate::content::version_of;
+use crate::guest::GuestRequest;
 use crate::pool::REQUEST_SECTORS;
 use crate::units::SectorRange;
 
@@ -31,6 +39,12 @@ const ZEROES_KEPT: usize = 256;
 struct Sector {
     /// Nothing older may be returned any more.
     floor: u64,
+    /// The same, as far as it was shown to a guest that outlived the daemon: copies may be older
+    /// that are to be rewritten before they are shown.
+    shown: u64,
+    /// The last write that got its place since the daemon began, and its ring; `None` if it is one
+    /// that has changed places.
+    placed: Option<(u64, Option<(usize, usize)>)>,
     /// The last version that was acknowledged, or shown when it could not be undone any more.
     settled: u64,
     /// The last version that is known to survive a loss of power.
@@ -62,6 +76,12 @@ pub struct Model {
     before_loss: u64,
     /// What is not flushed may be lost.
     volatile: bool,
+    /// Versions of writes that were in flight when the daemon was killed, and are repeated.
+    live: BTreeSet<u64>,
+    /// All that were when the daemon began, some of them replied to: the guest had not seen that.
+    unseen: BTreeSet<u64>,
+    /// Further versions of contents that were written after others once they were repeated.
+    moved: BTreeMap<u64, Vec<u64>>,
 }
 
 impl Model {
@@ -69,6 +89,8 @@ impl Model {
         let sectors = (0..sector_count)
             .map(|_| Sector {
                 floor: 0,
+                shown: 0,
+                placed: None,
                 settled: 0,
                 durable: 0,
                 zeroes: vec![0],
@@ -85,6 +107,9 @@ impl Model {
             before_crash: 0,
             before_loss: 0,
             volatile,
+            live: BTreeSet::new(),
+            unseen: BTreeSet::new(),
+            moved: BTreeMap::new(),
         }
     }
 
@@ -105,15 +130,55 @@ impl Model {
         self.newest
     }
 
+    /// The version that a write has when it is repeated now: its own, or a new one if it has come
+    /// after a younger one of another ring.
+    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize), step: u64) -> u64 {
+        let GuestRequest { range, order, .. } = *guest;
+        let overtaken = |s: u64| {
+            let Sector {
+                placed, settled, ..
+            } = self.sectors[index(s)];
+            let unseen = settled > order && self.unseen.contains(&settled);
+            unseen || placed.is_some_and(|(other, from)| other > order && from != Some(ring))
+        };
+        if !(range.start()..range.end()).any(overtaken) {
+            return order;
+        }
+        // As if it had not happened before.
+        for s in range.start()..range.end() {
+            self.dead.insert((s, order), step);
+            self.sectors[index(s)].forget(order);
+        }
+        let moved = self.next_version(range, guest.zero);
+        self.live.insert(moved);
+        if !guest.zero {
+            self.moved.entry(guest.version).or_default().push(moved);
+        }
+        moved
+    }
+
+    /// The write has its place among all writes since the daemon began.
+    pub fn note_placed(&mut self, guest: &GuestRequest, ring: (usize, usize)) {
+        let GuestRequest { range, order, .. } = *guest;
+        let ring = (order == guest.version).then_some(ring);
+        for s in range.start()..range.end() {
+            let placed = &mut self.sectors[index(s)].placed;
+            if placed.is_none_or(|(other, _)| other < order) {
+                *placed = Some((order, ring));
+            }
+        }
+    }
+
     pub fn floors(&self, range: SectorRange) -> Floors {
         let mut floors = [0; REQUEST_SECTORS];
         for (floor, s) in floors.iter_mut().zip(range.start()..range.end()) {
-            *floor = self.sectors[index(s)].floor;
+            *floor = self.sectors[index(s)].least();
         }
         floors
     }
 
     pub fn acknowledged(&mut self, range: SectorRange, version: u64, step: u64) {
+        self.live.remove(&version);
         let known = &mut self.acknowledged_at;
         known[index(version)] = step;
         for s in range.start()..range.end() {
@@ -139,11 +204,15 @@ impl Model {
     }
 
     pub fn failed(&mut self, range: SectorRange, version: u64, step: u64) {
+        self.live.remove(&version);
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.failed.push((version, step));
             if sector.floor == version {
                 sector.floor = sector.settled;
+            }
+            if sector.shown == version {
+                sector.shown = sector.settled;
             }
         }
     }
@@ -160,19 +229,32 @@ impl Model {
         }
     }
 
-    /// The daemon is gone, and with the `power` what was not flushed.
-    pub fn crash(&mut self, power: bool, step: u64) {
+    /// The daemon is gone, and with the `power` what was not flushed. If the guest lives on, its
+    /// writes in flight are `live`.
+    pub fn crash(&mut self, power: bool, live: Option<BTreeSet<u64>>, step: u64) {
+        let warm = live.is_some();
+        self.live = live.unwrap_or_default();
+        self.unseen = self.live.clone();
+        let live = &self.live;
         for (s, sector) in (0..).zip(&mut self.sectors) {
+            sector.shown = if warm { sector.least() } else { 0 };
+            sector.placed = None;
             if power {
                 sector.settled = sector.durable;
             }
             sector.floor = sector.settled;
-            let (floor, dead, failed) = (sector.floor, &self.dead, &mut sector.failed);
+            let (floor, dead, failed) = (sector.floor, &mut self.dead, &mut sector.failed);
             failed.retain(|&(version, _)| version > floor);
             for &version in &sector.sent {
                 let known = failed.iter().any(|&(known, _)| known == version);
-                if version > floor && !known && !dead.contains_key(&(s, version)) {
+                if version <= floor || known || dead.contains_key(&(s, version)) {
+                    continue;
+                }
+                if !warm {
                     failed.push((version, step));
+                } else if !live.contains(&version) {
+                    // It got a number and nothing more: it will get another one.
+                    dead.insert((s, version), step);
                 }
             }
         }
@@ -196,7 +278,11 @@ impl Model {
             let zeroes = &self.sectors[index(sector)].zeroes;
             return zeroes.iter().copied().find(|&version| lives(version));
         }
-        version_of(value, sector).filter(|&version| lives(version))
+        let version = version_of(value, sector)?;
+        let moved = self.moved.get(&version).into_iter().flatten().copied();
+        std::iter::once(version)
+            .chain(moved)
+            .find(|&version| lives(version))
     }
 
     /// Whether the content is one that a read which begins now might return.
@@ -224,7 +310,7 @@ impl Model {
         now: u64,
     ) -> Result<(), String> {
         // What was shown of a write that failed meanwhile obliges to nothing any more.
-        let floor = floor.min(self.sectors[index(sector)].floor);
+        let floor = floor.min(self.sectors[index(sector)].least());
         let Some(version) = self.legal(sector, value, floor, began) else {
             return Err(format!(
                 "sector {sector} read as {value:#x} (version {:?}); nothing older than version \
@@ -233,6 +319,11 @@ impl Model {
             ));
         };
         let before_crash = self.before_crash;
+        let live = &self.live;
+        if live.contains(&version) {
+            // It may be of before the kill, and other writes may be repeated before it is.
+            return Ok(());
+        }
         let durable = !self.volatile || version <= self.before_loss;
         let known = &mut self.sectors[index(sector)];
         let dead = &mut self.dead;
@@ -242,6 +333,7 @@ impl Model {
                 .zeroes
                 .last()
                 .is_some_and(|&last| last <= before_crash)
+                && !known.zeroes.iter().any(|zeroes| live.contains(zeroes))
             {
                 let zeroes = &known.zeroes;
                 known.failed.retain(|&(failed, when)| {
@@ -278,11 +370,27 @@ impl Model {
 }
 
 impl Sector {
+    /// Nothing older may be shown.
+    fn least(&self) -> u64 {
+        self.floor.max(self.shown)
+    }
+
     /// The version is there to stay, also if the power goes if it is `durable`.
     fn settle(&mut self, version: u64, durable: bool, acknowledged_at: &[u64]) {
         self.settled = self.settled.max(version);
         if durable {
             self.survives(version, acknowledged_at);
+        }
+    }
+
+    /// What was shown of this version, or replied to it, obliges to nothing.
+    fn forget(&mut self, version: u64) {
+        self.sent.retain(|&sent| sent != version);
+        if self.floor == version {
+            self.floor = self.settled;
+        }
+        if self.shown == version {
+            self.shown = self.settled;
         }
     }
 

@@ -8,9 +8,9 @@
 //!     +-----warm--> Gathering (until every ring has begun) --> Repeating --> Decided (error)
 //! ```
 //!
-//! `Cold` is remembered before anything is chosen, and until U is empty: the daemon may be killed
-//! before that, and the next start, warm as it will be, finds differences that no repetition of
-//! requests removes.
+//! `Cold` is remembered before anything is chosen and before a ring begins, and until U is empty: the
+//! daemon may be killed before that, and the next start, warm as it will be, finds differences that
+//! no repetition of requests removes.
 
 use std::time::Duration;
 
@@ -32,14 +32,15 @@ const GATHERING: Duration = Duration::from_secs(1);
 const REPEATING_MAX: Duration = Duration::from_secs(10);
 
 /// How far the decision is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) enum Ties {
     /// There is nothing to decide, or it is decided.
     #[default]
     Decided,
     /// No front-end has begun a ring.
     Awaiting,
-    Recording(ChangeId),
+    /// The ring begins when that is durable.
+    Recording(ChangeId, Ack<()>),
     Gathering {
         until: Time,
     },
@@ -58,61 +59,51 @@ impl Ties {
 
     pub(super) fn deadline(&self) -> Option<Time> {
         match self {
-            Self::Decided | Self::Awaiting | Self::Recording(_) => None,
+            Self::Decided | Self::Awaiting | Self::Recording(..) => None,
             Self::Gathering { until } | Self::Repeating { until } => Some(*until),
         }
     }
 }
 
 impl Maintenance {
-    /// A front-end has begun the first ring of this run.
-    /// The first ring begins; `ack` is owed when what follows from that is durable.
-    pub(super) fn began(&mut self, began: Began, ack: Ack<()>) {
-        if self.ties == Ties::Awaiting {
-            self.begin_as(began);
-        }
-        if matches!(self.ties, Ties::Recording(_)) {
-            self.began_owed.push(ack);
-        } else {
-            ack.send(());
-        }
-    }
-
-    fn begin_as(&mut self, began: Began) {
+    /// A front-end is about to begin the first ring of this run. `known`: owed once all that
+    /// follows from it is durable.
+    pub(super) fn began(&mut self, began: Began, known: Ack<()>) {
         match began {
-            Began::Warm => {
-                info!(
-                    "the front-end has kept what was in flight: once that is repeated, sectors \
-                     without a majority are errors"
-                );
+            Began::Warm => info!("warm start: the front-end brought what was in flight"),
+            Began::Cold => info!("cold start: nothing is known of what was in flight"),
+        }
+        match (&self.ties, began) {
+            (Ties::Awaiting, Began::Warm) => {
                 let until = self.now.after(GATHERING);
                 self.ties = Ties::Gathering { until };
+                known.send(());
             }
-            Began::Cold => self.begin_cold(),
+            (Ties::Awaiting, Began::Cold) => self.begin_cold(known),
+            (Ties::Decided | Ties::Recording(..), _)
+            | (Ties::Gathering { .. } | Ties::Repeating { .. }, _) => known.send(()),
         }
     }
 
-    fn begin_cold(&mut self) {
+    fn begin_cold(&mut self, known: Ack<()>) {
         let unresolved = self.shared.unresolved.extents() > 0;
-        let known = self.record.as_ref().is_none_or(|record| record.cold);
-        if !unresolved || known {
-            self.choose();
-            return;
+        match &mut self.record {
+            Some(record) if unresolved && !record.cold => {
+                record.cold = true;
+                let change = record.recorder.change(|superblock| superblock.cold = true);
+                self.ties = Ties::Recording(change, known);
+                self.tell_recorder(RecordEvent::Poll);
+            }
+            Some(_) | None => {
+                self.choose();
+                known.send(());
+            }
         }
-        let record = self.record.as_mut().expect("looked at above");
-        record.cold = true;
-        let change = record.recorder.change(|superblock| superblock.cold = true);
-        self.ties = Ties::Recording(change);
-        self.tell_recorder(RecordEvent::Poll);
     }
 
     fn choose(&mut self) {
-        info!("the front-end knows of nothing that was in flight when the last run ended");
         self.shared.begin_cold();
         self.ties_decided();
-        for ack in self.began_owed.drain(..) {
-            ack.send(());
-        }
     }
 
     /// Everybody who waits for the decision goes on.
@@ -131,13 +122,15 @@ impl Maintenance {
 
     /// Goes on with the decision, if it is time.
     pub(super) fn advance_ties(&mut self) {
-        match self.ties {
-            Ties::Decided | Ties::Awaiting => {}
-            Ties::Recording(change) => {
+        match std::mem::take(&mut self.ties) {
+            Ties::Recording(change, known) => {
                 let record = self.record.as_ref().expect("it is being written");
                 // Nothing that is chosen stays, or is shown, if the record is lost.
                 if record.durable >= Some(change) || record.recorder.is_lost() {
                     self.choose();
+                    known.send(());
+                } else {
+                    self.ties = Ties::Recording(change, known);
                 }
             }
             Ties::Gathering { until } if until <= self.now => {
@@ -157,7 +150,10 @@ impl Maintenance {
                     self.ties_decided();
                 }
             }
-            Ties::Gathering { .. } | Ties::Repeating { .. } => {}
+            ties @ (Ties::Decided
+            | Ties::Awaiting
+            | Ties::Gathering { .. }
+            | Ties::Repeating { .. }) => self.ties = ties,
         }
     }
 }

@@ -181,6 +181,16 @@ pub enum Refused {
         /// What is wrong with the others.
         why: String,
     },
+    /// Copies of the record lie beside other replicas than they were written beside.
+    #[error(
+        "the copies of the state record are not where they were written ({moves}). If the replicas \
+         were given in another order than before, give them as before: the record knows them by \
+         their order. If only files of the record were moved, move them back"
+    )]
+    Places {
+        /// Which copy is where.
+        moves: String,
+    },
     /// Nothing can be settled where nothing may be written (rule Z4).
     #[error(
         "the disk did not stop cleanly, {dirty} extents have to be made equal on its replicas, \
@@ -217,7 +227,7 @@ pub fn decide(facts: &Facts) -> Result<Decision, Refused> {
         past,
         replicas,
     } = facts;
-    check_count(past.members.len(), replicas.len())?;
+    assert_eq!(past.members.len(), replicas.len(), "counted before");
     let mut verdicts = Vec::with_capacity(replicas.len());
     for (candidate, member) in replicas.iter().zip(&past.members) {
         verdicts.push(Verdict::of(candidate, member, past.clean));

@@ -406,3 +406,25 @@ fn large_sweeps_go_in_steps() {
     assert_eq!(dirty(&world), 0);
     assert_eq!(ids(&[0, 1, 2]), world.shared.membership.current(0));
 }
+
+#[test]
+fn extents_that_requests_brought_up_to_date_count_as_resynced() {
+    let mut world = world(|shared| fall_behind(shared, 1, [3, 9, 199].into_iter()));
+    world.tick();
+    // A lane could not wait for the keeper.
+    let membership = &world.shared.membership;
+    let counter = membership.counter(id(1));
+    assert!(membership.clear_behind(9, id(1), counter));
+    let whole = world.shared.geometry.extent_range(9).len_bytes() as u64;
+    let status = world.keeper.status(&world.shared);
+    assert_eq!(status.replicas[1].resynced_bytes, whole);
+    // Once, and the last extent for what it is.
+    assert!(membership.clear_behind(9, id(1), counter));
+    let last = world.shared.geometry.extents() - 1;
+    membership.marks().set(Bitmap::Behind(id(1)), last);
+    assert!(membership.clear_behind(last, id(1), counter));
+    let rest = world.shared.geometry.extent_range(last).len_bytes() as u64;
+    let status = world.keeper.status(&world.shared);
+    assert_eq!(status.replicas[1].resynced_bytes, whole + rest);
+    assert_eq!(status.replicas[0].resynced_bytes, 0);
+}
