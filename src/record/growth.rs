@@ -246,6 +246,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn sizes_are_those_that_can_be() {
+        // 100 sectors in blocks of 4 and extents of 8: 13 extents, the last one cut off.
+        let geometry = Geometry::with_extent_shift(100, 4, 3).unwrap();
+        let of = |to| Growth::of(&geometry, to);
+        assert_eq!(of(100), Ok(None));
+        assert!(matches!(
+            of(96),
+            Err(GrowthError::Shrinks { from: 100, to: 96 })
+        ));
+        assert!(matches!(of(102), Err(GrowthError::NotWholeBlocks { .. })));
+        let most = EXTENTS_MAX * 8;
+        let refused = of(most + 4).unwrap_err();
+        let sectors_max = most;
+        let extent_sectors = 8;
+        let expected = GrowthError::TooLarge {
+            extent_sectors,
+            sectors_max,
+        };
+        assert_eq!(refused, expected);
+        assert_eq!(
+            of(most).unwrap().unwrap().layout(),
+            Layout::new(EXTENTS_MAX)
+        );
+        // Inside the extent that was cut off, and beyond it.
+        for (to, extents) in [(104, 12..13), (108, 12..14), (116, 12..15)] {
+            let growth = of(to).unwrap().unwrap();
+            let marks = Marks::new(1, to.div_ceil(8), true);
+            growth.mark(&marks);
+            assert!(marks.iter(Bitmap::Dirty).eq(extents.clone()), "{to}");
+            assert_eq!(growth.extents(), extents.end - extents.start);
+        }
+    }
+
+    #[test]
     fn truncate_keeps_what_is_before() {
         for kept in [0, 1, 63, 64, 65, 130, PAGE_EXTENTS - 1] {
             let mut bits = [u64::MAX; PAGE_WORDS];

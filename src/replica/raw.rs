@@ -435,6 +435,29 @@ mod tests {
     }
 
     #[test]
+    fn file_is_made_longer_as_it_was_made() {
+        use std::os::unix::fs::MetadataExt;
+
+        let directory = tempfile::tempdir().unwrap();
+        let dense = image(directory.path(), "dense", 1 << 20);
+        let sparse = RawOptions::new("sparse", directory.path().join("sparse"));
+        let file = File::create(&sparse.path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        for (options, allocated) in [(dense, true), (sparse, false)] {
+            let mut replica = RawReplica::open(&buffered(options)).unwrap();
+            replica.lengthen(1 << 19).unwrap();
+            assert_eq!(replica.length_bytes(), 1 << 20);
+            replica.lengthen(1 << 22).unwrap();
+            assert_eq!(replica.length_bytes(), 1 << 22);
+            assert_eq!(replica.found().size_bytes, 1 << 22);
+            let metadata = fs::metadata(replica.path()).unwrap();
+            assert_eq!(metadata.len(), 1 << 22);
+            assert_eq!(metadata.blocks() * 512 >= 1 << 22, allocated);
+            assert_eq!(replica.is_still_there().unwrap(), Presence::There);
+        }
+    }
+
+    #[test]
     fn open_of_a_file_tells_length_and_alignment() {
         let directory = tempfile::tempdir().unwrap();
         let options = image(directory.path(), "a", 10_000);
