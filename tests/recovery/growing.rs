@@ -411,7 +411,7 @@ fn killed_while_it_grows_it_has_the_old_size_or_the_new_one() {
             while control.next().get("return").is_none() {}
             longest = begin.elapsed();
         } else {
-            let moment = random.below(1000) as u32;
+            let moment = u32::try_from(random.below(1000)).expect("small");
             thread::sleep(longest * moment / 1000);
         }
         site.process().signal(Signal::Kill);
