@@ -19,6 +19,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
         &["units", "quorum", "config", "io", "replica", "control"],
     ),
     ("cli", &["config"]),
+    ("ctl", &["cli"]),
     (
         "record_cli",
         &[

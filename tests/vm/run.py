@@ -42,6 +42,13 @@ class Bench:
         """Starts whoever is under test on these replicas."""
         return self._server(self._program, self.folder, replicas, *options, **more)
 
+    def control(self, control, *words):
+        """Asks a daemon that was given this control socket."""
+        words = ["ctl", "--control", control, *map(str, words)]
+        done = subprocess.run([self._program, *words], capture_output=True, text=True)
+        expect(done.returncode == 0, f"{words}: {done.stderr}")
+        return done.stdout
+
     def forget_events(self):
         """Removes what earlier daemons have told."""
         (self.folder / "events.jsonl").unlink(missing_ok=True)

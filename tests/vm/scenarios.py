@@ -13,7 +13,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 
-from host import Failure, expect
+from host import Failure, expect, wait_until
 from machine import QUEUES
 from replica import (
     BufferingReplica,
@@ -492,6 +492,45 @@ def firmware(bench):
         expect_equal(replicas)
 
 
+def grow(bench):
+    """The disk becomes longer while the guest writes to it: Linux sees the new size without being
+    asked to look, the file system grows onto it, its data are intact, and replicas stay
+    identical."""
+    control = bench.folder / "control"
+    with three_replicas(bench) as replicas:
+        with bench.serve(replicas, "--control", control) as daemon:
+            with bench.boot(daemon) as machine:
+                make_file_system(machine)
+                machine.run("dd if=/dev/urandom of=/mnt/kept bs=1M count=40; sync")
+                kept = machine.run("md5sum /mnt/kept").split()[0]
+                device = machine.run("basename $(readlink -f /dev/disk)").strip()
+                size = f"cat /sys/block/{device}/size"
+                expect(int(machine.run(size)) == SECTORS, "the size at first")
+                machine.start("load", fio("load", 8))
+                for factor in (2, 3):
+                    bench.control(control, "resize", factor * DISK_BYTES)
+                    wait_until(
+                        lambda: int(machine.run(size)) == factor * SECTORS,
+                        20,
+                        "the guest to see the new size",
+                    )
+                machine.finish("load", 240)
+                machine.run("resize2fs /dev/disk")
+                machine.run("dd if=/dev/zero of=/mnt/large bs=1M count=200; sync")
+                machine.run(fio("verify", 6))
+                found = machine.run("echo 3 >/proc/sys/vm/drop_caches; md5sum /mnt/kept").split()[0]
+                expect(found == kept, "a file of before the growth is not what it was")
+                check_file_system(machine)
+                machine.check_kernel_log()
+                machine.shut_down()
+            daemon.stop()
+            expect_no_fault(daemon)
+        for replica in replicas:
+            length = replica.image.stat().st_size
+            expect(length == 3 * DISK_BYTES, f"{replica.name} has {length} bytes")
+        expect_equal(replicas)
+
+
 def migrate(bench):
     """The guest moves from one QEMU to another while it writes and verifies, each with a daemon of
     its own on the same replicas (Q5). First it is called back at the last moment, when its rings
@@ -559,6 +598,7 @@ SCENARIOS = {
         full,
         eio,
         power_loss,
+        grow,
         firmware,
         migrate,
     )
