@@ -96,3 +96,8 @@ fn vm_power_loss_leaves_every_synced_file_intact() {
 fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
     scenario("firmware");
 }
+
+#[test]
+fn vm_guest_does_not_notice_that_the_daemon_is_killed() {
+    scenario("kill-storm");
+}
