@@ -10,12 +10,10 @@ use std::sync::{Arc, OnceLock};
 use tracing::{debug, info};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::VhostUserBackend;
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::disk::Device;
-use super::lifecycle::Gate;
-use super::mailbox::{Ack, QueueCommand, WorkerGone};
+use super::mailbox::WorkerGone;
 use super::vring::{self, ConnectionMemory, DeviceVring, RingContext};
 use super::{GuestBitmap, GuestMemory};
 
@@ -55,7 +53,10 @@ impl ConnectionBackend {
     /// that starts opens the disk again.
     fn let_go(&self) {
         let mut gate = self.context.device().lifecycle().gate();
-        if self.context.logs() && gate.disk().is_some() && vring::are_idle(self.rings()) {
+        if self.context.logging().is_wanted()
+            && gate.disk().is_some()
+            && vring::are_idle(self.rings())
+        {
             info!("the guest is being moved: the disk is closed, for who has the guest next");
             gate.close();
         }
@@ -73,28 +74,8 @@ impl ConnectionBackend {
         let mut gate = self.context.device().lifecycle().gate();
         gate.attach(Vec::new());
         let stopped = vring::stop_all(self.rings());
-        stopped.and(replace_memory(&gate, &Arc::new(GuestMemory::new())))
+        stopped.and(vring::replace_memory(&gate, &Arc::new(GuestMemory::new())))
     }
-}
-
-/// Hands `memory` to all workers, if there are any, and waits until none of them uses the old one.
-fn replace_memory(gate: &Gate<'_>, memory: &Arc<GuestMemory>) -> Result<(), WorkerGone> {
-    let workers = gate.disk().map_or(&[][..], |disk| disk.workers());
-    let waits: Vec<_> = workers
-        .iter()
-        .map(|worker| {
-            let (ack, wait) = Ack::new();
-            let memory = Arc::clone(memory);
-            worker.send(QueueCommand::Memory { memory, ack });
-            wait
-        })
-        .collect();
-    // All are waited for, even if one is gone.
-    let mut result = Ok(());
-    for wait in waits {
-        result = result.and(wait.wait());
-    }
-    result
 }
 
 impl VhostUserBackend for ConnectionBackend {
@@ -114,7 +95,11 @@ impl VhostUserBackend for ConnectionBackend {
     }
 
     fn acked_features(&self, features: u64) {
-        vring::set_features(&self.context, self.rings(), features);
+        // The crate takes no error here; a worker that is gone is noticed at the next message that
+        // needs it.
+        if let Err(error) = vring::set_features(&self.context, self.rings(), features) {
+            debug!(%error, "features");
+        }
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -123,8 +108,7 @@ impl VhostUserBackend for ConnectionBackend {
 
     fn reset_device(&self) {
         let _gate = self.context.device().lifecycle().gate();
-        // The crate takes no error here; a worker that is gone is noticed at the next message
-        // that needs it.
+        // As above.
         if let Err(error) = vring::reset_all(self.rings()) {
             debug!(%error, "reset");
         }
@@ -145,10 +129,9 @@ impl VhostUserBackend for ConnectionBackend {
         Ok(())
     }
 
-    fn update_memory(&self, memory: ConnectionMemory) -> io::Result<()> {
-        let memory = memory.memory().into_inner();
-        let gate = self.context.device().lifecycle().gate();
-        replace_memory(&gate, &memory).map_err(io::Error::other)
+    fn update_memory(&self, _memory: ConnectionMemory) -> io::Result<()> {
+        // It is the one of the context.
+        self.context.share_memory().map_err(io::Error::other)
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {

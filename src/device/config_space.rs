@@ -187,6 +187,7 @@ impl DeviceOptions {
             | feature::BLK_SIZE
             | feature::TOPOLOGY
             | feature::SEG_MAX
+            | feature::LOG_ALL
             | feature::PROTOCOL_FEATURES;
         if self.read_only {
             always | feature::RO
@@ -202,6 +203,7 @@ impl DeviceOptions {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE

@@ -24,14 +24,13 @@ use tracing::{error, info, warn};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 
-use super::GuestMemory;
 use super::backend::ConnectionBackend;
 use super::disk::Device;
 use super::lifecycle::OpenFailed;
 use super::mailbox::WorkerGone;
 use super::message::MessageLimits;
 use super::shim::{self, RelayEnd, Session};
-use super::vring::{ConnectionMemory, collect_rings};
+use super::vring::collect_rings;
 
 /// How often somebody else may be faster at connecting to our private socket.
 const PRIVATE_SOCKET_ATTEMPTS: usize = 16;
@@ -128,12 +127,24 @@ impl ConnectionHandle {
         self.control.ended.as_fd()
     }
 
-    /// Begins to end the connection. Queues complete what was fetched first; requests of the
-    /// front-end that are being handled are handled to their end.
+    /// Begins to end the connection: nothing more is read from the front-end. Queues complete what
+    /// was fetched first; messages of the front-end that are being handled are handled to their
+    /// end. Only then does the front-end see the end: one that hands the rings to a successor
+    /// finds in them what was completed.
     pub fn shutdown(&self) {
+        self.close(std::net::Shutdown::Read);
+    }
+
+    /// Ends the connection at once as the front-end sees it, where it may be the front-end that
+    /// keeps it from ending: one that does not read what it is answered.
+    pub fn cut(&self) {
+        self.close(std::net::Shutdown::Both);
+    }
+
+    fn close(&self, how: std::net::Shutdown) {
         self.control.shut_down.store(true, Ordering::Release);
         // Fails if the front-end was faster; that ends it as well.
-        let _ = self.control.front_end.shutdown(std::net::Shutdown::Both);
+        let _ = self.control.front_end.shutdown(how);
     }
 
     /// Waits for the end.
@@ -188,8 +199,8 @@ fn is_ours(end: &ConnectionEnd) -> bool {
 
 fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, ConnectionEnd> {
     let backend = Arc::new(ConnectionBackend::new(Arc::clone(device)));
-    let memory = ConnectionMemory::new(GuestMemory::new());
     let context = Arc::clone(backend.context());
+    let memory = context.memory().clone();
     let (daemon, rings) = collect_rings(context, || {
         VhostUserDaemon::new("vhost-user".to_owned(), Arc::clone(&backend), memory)
     });

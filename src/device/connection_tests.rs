@@ -16,10 +16,12 @@ use crate::device::config_space::feature;
 use crate::device::test_support::{
     DriverRing, TestDisk, TestWorker, device, device_of, options, write_header,
 };
-use crate::device::{QueueCommand, WorkerMailbox};
+use crate::device::{GuestMemory, QueueCommand, WorkerMailbox};
 
 #[path = "lifecycle_tests.rs"]
 mod lifecycle;
+#[path = "logging_tests.rs"]
+mod logging;
 
 const MEMORY_BYTES: u64 = 0x20_0000;
 const DATA: u64 = 0x10_0000;

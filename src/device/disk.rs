@@ -74,6 +74,12 @@ impl Device {
         })
     }
 
+    /// Which disk it is, and which run it is or was last in; of no run if it was never open.
+    #[must_use]
+    pub fn identity(&self) -> DiskIdentity {
+        self.lifecycle.identity()
+    }
+
     /// What is served.
     #[must_use]
     pub fn options(&self) -> &Arc<DeviceOptions> {

@@ -200,3 +200,25 @@ fn suspension_after_which_the_disk_cannot_be_opened_ends_the_connection() {
     let wires = vmm.start_ring(0, &ring, 0);
     assert_eq!(submit(&vmm, &mut ring, Some(&wires.kick), 0, 0), 0);
 }
+
+#[test]
+fn disk_is_let_go_when_all_rings_are_taken_away_while_the_front_end_logs() {
+    for logs in [true, false] {
+        let (device, storage) = closed_device();
+        let mut vmm = Vmm::connect(&device);
+        vmm.negotiate(if logs { feature::LOG_ALL } else { 0 });
+        vmm.send_memory();
+        let mut ring = DriverRing::new(0, 16);
+        let wires = vmm.start_ring(0, &ring, 0);
+        vmm.start_ring(1, &DriverRing::new(0x4000, 16), 0);
+        assert_eq!(submit(&vmm, &mut ring, Some(&wires.kick), 0, 0), 0);
+        assert_eq!(vmm.frontend.get_vring_base(1).unwrap(), 0);
+        assert!(storage.is_open(), "a ring is left");
+        assert_eq!(vmm.frontend.get_vring_base(0).unwrap(), 1);
+        assert_eq!(storage.is_open(), !logs);
+        // The migration was cancelled: the guest goes on here.
+        let wires = vmm.start_ring(0, &ring, 1);
+        assert_eq!(submit(&vmm, &mut ring, Some(&wires.kick), 0, 0), 0);
+        assert_eq!(storage.opened(), if logs { 2 } else { 1 });
+    }
+}

@@ -19,7 +19,9 @@ use rustix::net::{
 use thiserror::Error;
 
 use super::config_space::CONFIG_BYTES_MAX;
+use super::dirty_log::LogError;
 use super::inflight::{Description, InflightError};
+use super::mailbox::WorkerGone;
 use super::notify::is_eventfd;
 
 /// Bytes of a header: request, flags, size, each 32 bits in the machine's order.
@@ -56,6 +58,10 @@ pub enum Request {
     ResetOwner,
     /// VHOST_USER_SET_MEM_TABLE.
     SetMemTable,
+    /// VHOST_USER_SET_LOG_BASE.
+    SetLogBase,
+    /// VHOST_USER_SET_LOG_FD.
+    SetLogFd,
     /// VHOST_USER_SET_VRING_NUM.
     SetVringNum,
     /// VHOST_USER_SET_VRING_ADDR.
@@ -106,6 +112,8 @@ impl Request {
             3 => Self::SetOwner,
             4 => Self::ResetOwner,
             5 => Self::SetMemTable,
+            6 => Self::SetLogBase,
+            7 => Self::SetLogFd,
             8 => Self::SetVringNum,
             9 => Self::SetVringAddr,
             10 => Self::SetVringBase,
@@ -276,7 +284,8 @@ impl Message {
             | Request::GetQueueNum
             | Request::ResetDevice
             | Request::GetMaxMemSlots => (0, 0..=0),
-            Request::SetBackendReqFd => (0, 1..=1),
+            Request::SetBackendReqFd | Request::SetLogFd => (0, 1..=1),
+            Request::SetLogBase => (16, 1..=1),
             Request::SetFeatures
             | Request::SetProtocolFeatures
             | Request::SetVringNum
@@ -343,11 +352,9 @@ impl Message {
             }
             Request::SetVringKick | Request::SetVringCall | Request::SetVringErr => {
                 self.check_queue(self.u64_or_zero(0) & !NO_DESCRIPTOR, limits)?;
-                // Anything else might never become quiet, or make us wait.
-                if !self.descriptors.iter().all(|fd| is_eventfd(fd.as_fd())) {
-                    return Err(Refusal::NoEventfd { request });
-                }
+                self.check_eventfds(request)?;
             }
+            Request::SetLogFd => self.check_eventfds(request)?,
             Request::SetMemTable => {
                 if self.descriptors.is_empty() {
                     return Err(Refusal::Descriptors { request, got: 0 });
@@ -372,13 +379,29 @@ impl Message {
             | Request::SetBackendReqFd
             | Request::GetConfig
             | Request::SetConfig
-            // The buffer is checked where it is opened.
+            // Buffer and log are checked where they are opened.
             | Request::GetInflightFd
             | Request::SetInflightFd
+            | Request::SetLogBase
             | Request::ResetDevice
             | Request::GetMaxMemSlots => {}
         }
         Ok(())
+    }
+
+    fn check_eventfds(&self, request: Request) -> Result<(), Refusal> {
+        // Anything else might never become quiet, or make us wait.
+        if self.descriptors.iter().all(|fd| is_eventfd(fd.as_fd())) {
+            Ok(())
+        } else {
+            Err(Refusal::NoEventfd { request })
+        }
+    }
+
+    /// Size and offset in the payload of SET_LOG_BASE.
+    #[must_use]
+    pub fn log_place(&self) -> (u64, u64) {
+        (self.u64_or_zero(0), self.u64_or_zero(8))
     }
 
     /// With or without the padding of a C structure.
@@ -608,6 +631,12 @@ pub enum Refusal {
     /// An in-flight buffer that is not taken.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// A log of writes to guest memory that is not taken.
+    #[error("the log of writes to guest memory is not taken")]
+    Log(#[from] LogError),
+    /// A worker is gone.
+    #[error(transparent)]
+    Worker(#[from] WorkerGone),
     /// More regions of guest memory than were announced.
     #[error("the front-end adds more memory regions than there are slots")]
     Regions,

@@ -121,6 +121,11 @@ fn good_messages_are_taken() {
             message(5, &table, vec![file(4096), file(12288)]),
             Request::SetMemTable,
         ),
+        (
+            message(6, &words(&[1, 0]), vec![file(1)]),
+            Request::SetLogBase,
+        ),
+        (message(7, &[], vec![event()]), Request::SetLogFd),
         (message(8, &pair(3, 256), vec![]), Request::SetVringNum),
         (message(10, &pair(3, 65535), vec![]), Request::SetVringBase),
         (
@@ -161,7 +166,11 @@ fn bad_messages_are_refused_for_what_is_wrong() {
     let config = |size: u32, len: usize| [pair(0, size), vec![0; 4 + len]].concat();
     let cases: Vec<(Message, &str)> = vec![
         (message(0, &[], vec![]), "Unknown"),
-        (message(6, &words(&[0, 0]), vec![file(0)]), "Unknown"),
+        (message(6, &words(&[0, 0]), vec![]), "Descriptors"),
+        (message(6, &words(&[0]), vec![file(0)]), "Length"),
+        (message(7, &[], vec![]), "Descriptors"),
+        (message(7, &[], vec![file(0)]), "NoEventfd"),
+        (message(19, &words(&[0]), vec![]), "Unknown"),
         (message(40, &words(&[0, 0]), vec![]), "Unknown"),
         (message(31, &words(&[0, 0]), vec![]), "Length"),
         (

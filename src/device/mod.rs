@@ -10,6 +10,7 @@
 //! - [`mailbox`]: how the threads of a connection tell workers what to do.
 //! - [`vring`], [`backend`]: the crate's view of rings and device, turned into commands.
 //! - [`message`], [`shim`]: what a front-end may send.
+//! - [`dirty_log`]: which pages of guest memory were written, for live migration.
 //! - [`disk`], [`lifecycle`], [`connection`]: the served device; when the disk behind it is open;
 //!   one front-end from connect to disconnect.
 
@@ -17,6 +18,7 @@ pub mod backend;
 pub mod chain;
 pub mod config_space;
 pub mod connection;
+pub mod dirty_log;
 pub mod disk;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -34,15 +36,13 @@ pub mod vring;
 
 pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
+pub use dirty_log::GuestBitmap;
 pub use disk::{Began, BeganCallback, Device, DiskIdentity};
 pub use lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};
 pub use queue::{Fetched, PublishOrder, QueueSetup, Ticket, VirtQueue};
 pub use request::{BlockStatus, GuestRequest, RequestKind, Segment};
-
-/// How writes to guest memory are noted for live migration: not at all.
-pub type GuestBitmap = ();
 
 /// The guest memory a worker sees: a snapshot that stays mapped as long as it is held.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<GuestBitmap>;

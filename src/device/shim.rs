@@ -15,8 +15,10 @@ use rustix::io::Errno;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
+use super::dirty_log::DirtyLog;
 use super::inflight::{self, Description, InflightBuffer};
 use super::message::{Message, MessageLimits, Refusal, Request, TransportError};
+use super::notify::Call;
 use super::vring::RingContext;
 
 /// Most regions of guest memory: the number of slots the crate answers GET_MAX_MEM_SLOTS with.
@@ -89,12 +91,25 @@ impl Session {
     pub fn inspect(&mut self, message: &mut Message) -> Result<Verdict, Refusal> {
         match message.check(self.limits)? {
             request @ Request::GetInflightFd => {
-                self.check_tracking(request)?;
+                self.check_taken(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
                 return self.make_inflight(message);
             }
             request @ Request::SetInflightFd => {
-                self.check_tracking(request)?;
+                self.check_taken(request, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
                 return self.take_inflight(message);
+            }
+            request @ Request::SetLogBase => {
+                self.check_taken(request, VhostUserProtocolFeatures::LOG_SHMFD)?;
+                return self.take_log(message);
+            }
+            request @ Request::SetLogFd => {
+                self.check_taken(request, VhostUserProtocolFeatures::LOG_SHMFD)?;
+                let descriptor = message.descriptors.pop().expect("one came with it");
+                self.context
+                    .logging()
+                    .set_call(Call::new(descriptor.into()));
+                self.context.share_memory()?;
+                return Ok(Verdict::Done(self.acknowledge(message)));
             }
             Request::SetProtocolFeatures => {
                 self.protocol = VhostUserProtocolFeatures::from_bits_truncate(message.value());
@@ -133,13 +148,30 @@ impl Session {
         Ok(Verdict::Pass)
     }
 
-    fn check_tracking(&self, request: Request) -> Result<(), Refusal> {
-        let feature = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    /// Whether the front-end has taken the protocol feature that a message belongs to.
+    fn check_taken(
+        &self,
+        request: Request,
+        feature: VhostUserProtocolFeatures,
+    ) -> Result<(), Refusal> {
         if self.protocol.contains(feature) {
             Ok(())
         } else {
             Err(Refusal::NotAcknowledged { request })
         }
+    }
+
+    /// SET_LOG_BASE: writes are logged here from now on, as soon as LOG_ALL is acknowledged. The
+    /// answer is owed always; after it nothing is logged where it was before.
+    fn take_log(&self, message: &mut Message) -> Result<Verdict, Refusal> {
+        let file = message.descriptors.pop().expect("one came with it");
+        let (size, offset) = message.log_place();
+        self.context
+            .logging()
+            .set_log(DirtyLog::map(file, size, offset)?);
+        self.context.share_memory()?;
+        let body = message.body.clone();
+        Ok(Verdict::Done(Some(message.reply(body, Vec::new()))))
     }
 
     /// GET_INFLIGHT_FD: a new buffer, which counts when it is handed in.
@@ -257,6 +289,71 @@ mod tests {
         };
         let (device, ..) = device(options(), 1);
         Session::new(limits, Arc::new(RingContext::new(device)))
+    }
+
+    fn message(code: u32, flags: u32, body: Vec<u8>, descriptors: Vec<OwnedFd>) -> Message {
+        Message {
+            code,
+            flags,
+            body,
+            descriptors,
+        }
+    }
+
+    fn acknowledge(session: &mut Session, features: VhostUserProtocolFeatures) {
+        let body = features.bits().to_ne_bytes().to_vec();
+        let verdict = session.inspect(&mut message(16, 1, body, vec![]));
+        assert!(matches!(verdict, Ok(Verdict::Pass)), "the crate is told");
+    }
+
+    #[test]
+    fn inflight_messages_are_answered_in_kind() {
+        let tracked = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        let asked = Description {
+            size: 0,
+            offset: 0,
+            shape: inflight::Shape {
+                queues: 4,
+                queue_size: 256,
+            },
+        };
+        // Some front-ends pad the payload; some ask whether SET_INFLIGHT_FD was carried out.
+        for (len, need_reply) in [(20, false), (24, false), (20, true), (24, true)] {
+            let mut session = session();
+            acknowledge(&mut session, tracked | VhostUserProtocolFeatures::REPLY_ACK);
+            let mut get = message(31, 1, asked.encode(len), vec![]);
+            let Ok(Verdict::Done(Some(answer))) = session.inspect(&mut get) else {
+                panic!("no answer");
+            };
+            assert_eq!((answer.code, answer.flags, answer.body.len()), (31, 5, len));
+            let made = Description::parse(&answer.body).unwrap();
+            assert_eq!((made.shape, made.offset), (asked.shape, 0));
+            assert!(session.context.inflight().is_none(), "it is not handed in");
+            let flags = if need_reply { 9 } else { 1 };
+            let mut set = message(32, flags, made.encode(len), answer.descriptors);
+            let Ok(Verdict::Done(answer)) = session.inspect(&mut set) else {
+                panic!("it is not for the crate");
+            };
+            let answer = answer.map(|answer| (answer.code, answer.flags, answer.body));
+            assert_eq!(answer, need_reply.then(|| (32, 5, vec![0; 8])));
+            assert!(session.context.inflight().is_some());
+        }
+    }
+
+    #[test]
+    fn inflight_messages_need_their_feature_and_replies_theirs() {
+        let mut session = session();
+        let asked = [vec![0; 16], vec![1, 0, 0, 1, 0, 0, 0, 0]].concat();
+        let refused = session.inspect(&mut message(31, 1, asked.clone(), vec![]));
+        assert!(matches!(refused, Err(Refusal::NotAcknowledged { .. })));
+        acknowledge(&mut session, VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        let Ok(Verdict::Done(Some(answer))) = session.inspect(&mut message(31, 1, asked, vec![]))
+        else {
+            panic!("no answer");
+        };
+        let mut set = message(32, 9, answer.body, answer.descriptors);
+        let verdict = session.inspect(&mut set);
+        assert!(matches!(verdict, Ok(Verdict::Done(None))), "{verdict:?}");
     }
 
     #[test]

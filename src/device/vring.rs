@@ -33,6 +33,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::GuestMemory;
 use super::config_space::feature;
+use super::dirty_log::Logging;
 use super::disk::{Began, Device};
 use super::inflight::InflightBuffer;
 use super::lifecycle::{Gate, OpenDisk, OpenFailed};
@@ -47,7 +48,10 @@ pub type ConnectionMemory = GuestMemoryAtomic<GuestMemory>;
 #[derive(Debug)]
 pub struct RingContext {
     device: Arc<Device>,
+    memory: ConnectionMemory,
     features: AtomicU64,
+    /// What the front-end wants to know of writes to its memory.
+    logging: Logging,
     /// The buffer handed in last. A running ring keeps the one it was started with.
     inflight: Mutex<Option<Arc<InflightBuffer>>>,
     /// Shut down when the connection cannot go on.
@@ -64,7 +68,9 @@ impl RingContext {
     pub fn new(device: Arc<Device>) -> Self {
         Self {
             device,
+            memory: ConnectionMemory::new(GuestMemory::new()),
             features: AtomicU64::new(0),
+            logging: Logging::default(),
             inflight: Mutex::new(None),
             line: OnceLock::new(),
             failure: Mutex::new(None),
@@ -78,7 +84,9 @@ impl RingContext {
         *slot = Some(Arc::new(buffer));
     }
 
-    fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+    /// The buffer for rings that start from now on.
+    #[must_use]
+    pub fn inflight(&self) -> Option<Arc<InflightBuffer>> {
         let slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
         slot.clone()
     }
@@ -96,10 +104,30 @@ impl RingContext {
         Ok(())
     }
 
-    /// Whether the front-end has writes to its memory logged.
+    /// The memory of the front-end, as it is now.
     #[must_use]
-    pub fn logs(&self) -> bool {
-        self.features.load(Ordering::Relaxed) & feature::LOG_ALL != 0
+    pub fn memory(&self) -> &ConnectionMemory {
+        &self.memory
+    }
+
+    /// What the front-end wants to know of writes to its memory. [`RingContext::share_memory`]
+    /// after a change.
+    #[must_use]
+    pub fn logging(&self) -> &Logging {
+        &self.logging
+    }
+
+    /// Hands the memory there is now to all workers, logged as it is to be logged now. Returns when
+    /// none of them uses another one, or logs elsewhere.
+    ///
+    /// # Errors
+    /// If a worker is gone.
+    pub fn share_memory(&self) -> Result<(), WorkerGone> {
+        let gate = self.device.lifecycle().gate();
+        // Looked at with the gate held: two threads do this, and the last one has the newest.
+        let memory = self.memory.memory().into_inner();
+        self.logging.apply(&memory);
+        replace_memory(&gate, &memory)
     }
 
     /// Notes what is to be shut down if the connection cannot go on; once.
@@ -201,6 +229,29 @@ impl fmt::Debug for Ring {
             .field("enabled", &self.enabled)
             .finish_non_exhaustive()
     }
+}
+
+/// Hands `memory` to all workers, if there are any, and waits until none of them uses another.
+///
+/// # Errors
+/// If a worker is gone.
+pub fn replace_memory(gate: &Gate<'_>, memory: &Arc<GuestMemory>) -> Result<(), WorkerGone> {
+    let workers = gate.disk().map_or(&[][..], |disk| disk.workers());
+    let waits: Vec<_> = workers
+        .iter()
+        .map(|worker| {
+            let (ack, wait) = Ack::new();
+            let memory = Arc::clone(memory);
+            worker.send(QueueCommand::Memory { memory, ack });
+            wait
+        })
+        .collect();
+    // All are waited for, even if one is gone.
+    let mut result = Ok(());
+    for wait in waits {
+        result = result.and(wait.wait());
+    }
+    result
 }
 
 /// A ring as the crate sees it. Clones are the same ring.
@@ -398,9 +449,17 @@ pub fn reset_all(rings: &[DeviceVring]) -> Result<(), WorkerGone> {
     result
 }
 
-/// Notes the features the driver acknowledged, for rings that run and rings to come.
-pub fn set_features(context: &RingContext, rings: &[DeviceVring], features: u64) {
-    let _gate = context.device.lifecycle().gate();
+/// Notes the features the driver acknowledged, for rings that run and rings to come, and whether
+/// writes to its memory are logged from now on.
+///
+/// # Errors
+/// If a worker is gone.
+pub fn set_features(
+    context: &RingContext,
+    rings: &[DeviceVring],
+    features: u64,
+) -> Result<(), WorkerGone> {
+    let gate = context.device.lifecycle().gate();
     context.features.store(features, Ordering::Relaxed);
     for vring in rings {
         let mut ring = vring.lock();
@@ -410,6 +469,11 @@ pub fn set_features(context: &RingContext, rings: &[DeviceVring], features: u64)
             ring.send(QueueCommand::SetFeatures { queue, features });
         }
     }
+    drop(gate);
+    if context.logging.set_wanted(features & feature::LOG_ALL != 0) {
+        context.share_memory()?;
+    }
+    Ok(())
 }
 
 impl<'a> VringStateGuard<'a, ConnectionMemory> for DeviceVring {

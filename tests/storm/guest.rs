@@ -14,8 +14,9 @@ use crate::common::{Random, SECTOR};
 use crate::model::{Change, Model, Moment, content};
 use crate::site::PATIENCE;
 
-/// Sectors in which requests overlap often.
+/// Sectors in which requests overlap often, on both sides of a border of extents.
 const HOT_SECTORS: usize = 96;
+const HOT_START: usize = 2048 - 40;
 /// Most sectors of a request in them, and elsewhere.
 const HOT_COUNT_MAX: usize = 24;
 const COLD_COUNT_MAX: usize = 64;
@@ -281,13 +282,13 @@ impl std::fmt::Debug for Guest {
     }
 }
 
-/// Two of three are where others are; the rest is all over the disk, over borders of extents too.
+/// Seven of eight are where others are; the rest is all over the disk.
 fn somewhere(random: &mut Random, sectors: usize) -> (usize, usize) {
-    let (area, longest) = if random.below(3) < 2 {
-        (HOT_SECTORS, HOT_COUNT_MAX)
+    let (first, area, longest) = if random.below(8) < 7 {
+        (HOT_START, HOT_SECTORS, HOT_COUNT_MAX)
     } else {
-        (sectors, COLD_COUNT_MAX)
+        (0, sectors, COLD_COUNT_MAX)
     };
     let count = 1 + random.below(longest);
-    (random.below(area - count), count)
+    (first + random.below(area - count), count)
 }

@@ -59,7 +59,7 @@ fn weather(options: Options, seed: u64) -> Weather {
         leaving: false,
         resets: false,
         kills: kills.unwrap_or(300),
-        limit: Duration::from_secs(if kills.is_some() { 1 << 20 } else { 30 }),
+        limit: Duration::from_secs(if kills.is_some() { 1 << 20 } else { 20 }),
         seed: number("STORM_SEED").unwrap_or(0) ^ seed,
     }
 }

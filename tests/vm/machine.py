@@ -27,14 +27,19 @@ KERNEL_COMPLAINTS = re.compile(
 
 
 class Machine:
-    """A running guest. Use as a context manager; leaving it ends QEMU whatever happened."""
+    """A running guest. Use as a context manager; leaving it ends QEMU whatever happened.
 
-    def __init__(self, guest, disk_socket, folder, name="vm", boot_from_disk=False):
+    With `incoming` it waits for a guest that migrates to it, at the address in `migration_uri`;
+    `take_over` is to be called when it has come."""
+
+    def __init__(self, guest, disk_socket, folder, name="vm", boot_from_disk=False, incoming=False):
         self._folder = folder
         self._name = name
         self._console = folder / f"{name}-console.log"
         self._command_path = folder / f"{name}-commands.sock"
         self._qmp_path = folder / f"{name}-qmp.sock"
+        self._incoming = incoming
+        self.migration_uri = f"unix:{folder / name}-migration.sock"
         self._log = open(folder / f"{name}-qemu.log", "wb")
         self._number = 0
         self._received = b""
@@ -64,6 +69,7 @@ class Machine:
             *("-device", "virtio-blk-pci,drive=tools,serial=tools"),
             *("-qmp", f"unix:{self._qmp_path},server=on,wait=off"),
             *([] if boot_from_disk else kernel),
+            *(["-incoming", "defer"] if self._incoming else []),
         ]
         return [str(word) for word in words]
 
@@ -82,7 +88,12 @@ class Machine:
 
     def _connect(self):
         self._commands = wait_until(self._try_connect, 20, "QEMU's command socket")
-        self._wait_for_line(re.compile(rb"@@ ready"), BOOT_SECONDS)
+        if self._incoming:
+            wait_until(self._qmp_path.exists, 20, "QEMU's monitor")
+            # Answered when it listens there.
+            self.qmp("migrate-incoming", uri=self.migration_uri)
+        else:
+            self._wait_for_line(re.compile(rb"@@ ready"), BOOT_SECONDS)
 
     def _try_connect(self):
         """A connection to the guest's command port, or None while QEMU does not listen yet: the
@@ -144,18 +155,39 @@ class Machine:
         self._process.kill()
         self._process.wait()
 
-    def qmp(self, command):
-        """Gives QEMU one monitor command."""
+    def qmp(self, command, **arguments):
+        """Gives QEMU one monitor command and returns its answer."""
         with socket.socket(socket.AF_UNIX) as monitor:
-            monitor.settimeout(10)
+            monitor.settimeout(30)
             monitor.connect(str(self._qmp_path))
             stream = monitor.makefile("rw")
             stream.readline()
-            for each in ("qmp_capabilities", command):
-                stream.write(json.dumps({"execute": each}) + "\n")
-                stream.flush()
-                while "return" not in (answer := json.loads(stream.readline())):
-                    expect("error" not in answer, f"QEMU: {command}: {answer}")
+            execute(stream, "qmp_capabilities", {})
+            # QEMU writes names with dashes; those of Python have none.
+            named = {name.replace("_", "-"): value for name, value in arguments.items()}
+            return execute(stream, command, named)
+
+    def begin_migration(self, uri, pause_before_switchover=False, **parameters):
+        """Lets the guest begin to move to `uri`; `parameters` are those of the migration."""
+        capability = {"capability": "pause-before-switchover", "state": pause_before_switchover}
+        self.qmp("migrate-set-capabilities", capabilities=[capability])
+        self.qmp("migrate-set-parameters", **parameters)
+        self.qmp("migrate", uri=uri)
+
+    def await_migration(self, status, seconds=90):
+        """Waits until the migration is in a state."""
+
+        def arrived():
+            found = self.qmp("query-migrate")
+            failed = found["status"] in ("failed", "cancelled") and found["status"] != status
+            expect(not failed, f"the migration is {found}")
+            return found["status"] == status
+
+        wait_until(arrived, seconds, f"the migration to be {status}")
+
+    def take_over(self, source):
+        """Goes on with the guest that has come from the machine `source`."""
+        self._number = source._number
 
     def _wait_for_line(self, pattern, seconds, what="boot"):
         """Reads on until a line matches and returns what came before it, and the match."""
@@ -178,3 +210,12 @@ class Machine:
             self._transcript.write(received)
             self._received += received
 
+
+def execute(stream, command, arguments):
+    """Sends one command on a monitor that is open and returns what it answers."""
+    stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+    stream.flush()
+    # Events come in between.
+    while "return" not in (answer := json.loads(stream.readline())):
+        expect("error" not in answer, f"QEMU: {command}: {answer}")
+    return answer["return"]

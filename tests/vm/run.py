@@ -46,17 +46,17 @@ class Bench:
         # How often a storm kills the daemon.
         self.kills = kills
 
-    def serve(self, replicas, *options):
+    def serve(self, replicas, *options, **more):
         """Starts whoever is under test on these replicas."""
-        return self._server(self._program, self.folder, replicas, *options)
+        return self._server(self._program, self.folder, replicas, *options, **more)
 
     def forget_events(self):
         """Removes what earlier daemons have told."""
         (self.folder / "events.jsonl").unlink(missing_ok=True)
 
-    def boot(self, daemon, name="vm", boot_from_disk=False):
+    def boot(self, daemon, name="vm", **more):
         """Boots a guest on the disk of a daemon."""
-        return Machine(self.guest, daemon.socket, self.folder, name, boot_from_disk)
+        return Machine(self.guest, daemon.socket, self.folder, name, **more)
 
     def expect_counters(self, daemon, *names):
         """Fails unless the daemon has counted guest requests of each of these kinds."""

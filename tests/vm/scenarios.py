@@ -52,6 +52,11 @@ LENIENT = ("--max-write-errors", 0, "--max-kicks", 0, "--max-repairs", 0)
 NOISE = "while :; do dd if=/dev/urandom of=/mnt/noise bs=16k count=64 {}; done".format(
     "conv=notrunc oflag=direct"
 )
+# What a daemon logs when its guest is on its way to another.
+LET_GO = "the guest is being moved"
+# A migration that need not be gentle to the network, and may stop a guest without hardware
+# acceleration for as long as the rest of its memory takes.
+QUICK = {"max_bandwidth": 1 << 30, "downtime_limit": 3000}
 # Only the reading half of the first, for files that an earlier run has written.
 FIO_VERIFY_ONLY = " --verify_only"
 
@@ -487,6 +492,57 @@ def firmware(bench):
         expect_equal(replicas)
 
 
+def migrate(bench):
+    """The guest moves from one QEMU to another while it writes and verifies, each with a daemon of
+    its own on the same replicas (Q5). First it is called back at the last moment, when its rings
+    are stopped and the daemon has let go of the disk: it goes on where it was. Then it moves: the
+    source lets go, the destination opens the disk, the guest sees nothing of it and no byte is
+    wrong, and all replicas are identical."""
+    with three_replicas(bench) as replicas:
+        with (
+            bench.serve(replicas, *LENIENT, name="source-") as source,
+            bench.boot(source, "source") as machine,
+        ):
+            make_file_system(machine)
+            machine.run(fio("before", 2))
+            machine.start("during", fio("during", 6))
+            machine.begin_migration("exec:cat >/dev/null", pause_before_switchover=True, **QUICK)
+            machine.await_migration("pre-switchover")
+            source.await_log(LET_GO)
+            source.show_status()
+            source.await_log("closed: waiting for the guest")
+            machine.qmp("migrate_cancel")
+            machine.await_migration("cancelled")
+            expect(machine.is_running("during"), "the guest had nothing to do")
+            expect(source.log().count("opening the disk") == 1, "it is not opened again")
+
+            with (
+                bench.serve(replicas, *LENIENT, "--incoming", name="destination-") as destination,
+                bench.boot(destination, "destination", incoming=True) as arrival,
+            ):
+                expect("opening" not in destination.log(), "it is opened before the guest comes")
+                machine.begin_migration(arrival.migration_uri, **QUICK)
+                machine.await_migration("completed")
+                expect(source.log().count(LET_GO) == 2, "the source has not let go")
+                arrival.take_over(machine)
+                expect(arrival.is_running("during"), "the guest had nothing to do")
+                arrival.finish("during")
+                # The source is not needed any more.
+                machine.kill()
+                source.stop()
+                expect_no_fault(source)
+                arrival.run(fio("before", 2) + FIO_VERIFY_ONLY)
+                arrival.run(fio("after", 2))
+                arrival.run(fio("during", 6) + FIO_VERIFY_ONLY)
+                check_file_system(arrival)
+                arrival.check_kernel_log()
+                arrival.shut_down()
+                destination.stop()
+                expect_no_fault(destination)
+                expect("cold start" in destination.log(), "the destination has opened nothing")
+        expect_equal(replicas)
+
+
 # In the order in which they are run.
 SCENARIOS = {
     function.__name__.replace("_", "-"): function
@@ -504,5 +560,6 @@ SCENARIOS = {
         eio,
         power_loss,
         firmware,
+        migrate,
     )
 }

@@ -16,12 +16,13 @@ COUNTER_ROW = re.compile(r"^\s*(read|write|flush|discard|write-zeroes|get-id)\s+
 
 
 class Daemon:
-    """`quorum-blk serve` on a set of replicas. Use as a context manager."""
+    """`quorum-blk serve` on a set of replicas. Use as a context manager. Two of them at a time need
+    different names."""
 
-    def __init__(self, program, folder, replicas, *options):
-        self.socket = folder / "disk.sock"
-        self._events = folder / "events.jsonl"
-        self._log_path = folder / "daemon.log"
+    def __init__(self, program, folder, replicas, *options, name=""):
+        self.socket = folder / f"{name}disk.sock"
+        self._events = folder / f"{name}events.jsonl"
+        self._log_path = folder / f"{name}daemon.log"
         self._log = open(self._log_path, "ab")
         command = [
             *(program, "serve", "--socket-path", self.socket, "--threshold", THRESHOLD),
@@ -65,6 +66,14 @@ class Daemon:
         except subprocess.TimeoutExpired as error:
             raise Failure(f"the daemon runs {seconds} s after SIGTERM") from error
         expect(status == 0, f"the daemon ended with status {status} after SIGTERM")
+
+    def await_log(self, text, seconds=20):
+        """Waits until it has logged something."""
+        wait_until(lambda: text in self.log(), seconds, f"the daemon to log '{text}'")
+
+    def show_status(self):
+        """SIGUSR1: it logs how the disk is."""
+        self._process.send_signal(signal.SIGUSR1)
 
     def kill(self):
         """Ends it at once, in the middle of whatever it does."""
