@@ -106,3 +106,8 @@ fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
 fn vm_guest_migrates_to_another_daemon_and_may_be_called_back() {
     scenario("migrate");
 }
+
+#[test]
+fn vm_guest_does_not_notice_that_the_daemon_is_killed() {
+    scenario("kill-storm");
+}

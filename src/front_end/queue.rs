@@ -46,6 +46,8 @@ pub struct Queue {
     ring: Ring,
     arena: Arena,
     indirect: bool,
+    /// Whether chains stand in the ring's table although they need not.
+    direct: bool,
     framing: Framing,
     timeout: Duration,
     kick: EventFd,
@@ -85,6 +87,7 @@ impl Queue {
             ring: parts.ring,
             arena: parts.arena,
             indirect: parts.indirect,
+            direct: false,
             framing: Framing::default(),
             timeout: parts.timeout,
             kick: new_event()?,
@@ -112,6 +115,13 @@ impl Queue {
     /// How the next requests are cut into descriptors.
     pub fn set_framing(&mut self, framing: Framing) {
         self.framing = framing;
+    }
+
+    /// Whether the descriptors of the next requests stand in the ring's own table also where
+    /// INDIRECT is agreed on: a driver may choose for every chain anew (virtio 1.2, section
+    /// 2.7.5.3).
+    pub fn set_direct(&mut self, direct: bool) {
+        self.direct = direct;
     }
 
     /// How long [`Queue::wait`] and the blocking requests wait.
@@ -454,7 +464,7 @@ impl Queue {
         start: GuestAddress,
         bytes: u64,
     ) -> Result<Option<Vec<u16>>, FrontEndError> {
-        let indirect = self.indirect && buffers.len() > 1;
+        let indirect = self.indirect && !self.direct && buffers.len() > 1;
         let wanted = if indirect { 1 } else { buffers.len() };
         let Some(taken) = self.ring.take_descriptors(wanted) else {
             return Ok(None);

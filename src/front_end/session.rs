@@ -48,7 +48,11 @@ pub struct FrontEnd {
     protocol_features: VhostUserProtocolFeatures,
     queues_offered: u64,
     memory_told: bool,
+    /// Told of every message before it is sent.
+    observer: Option<Observer>,
 }
+
+type Observer = Box<dyn FnMut(&'static str) + Send>;
 
 impl FrontEnd {
     /// Connects to a back-end, negotiates, and starts the device.
@@ -67,10 +71,7 @@ impl FrontEnd {
     /// # Errors
     /// If nobody listens, or the back-end refuses or cannot do something the options ask for.
     pub fn negotiate(socket: &Path, options: &Options) -> Result<Self, FrontEndError> {
-        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
+        let stream = connected(socket)?;
         Self::negotiate_on(stream, options)
     }
 
@@ -79,6 +80,36 @@ impl FrontEnd {
     /// # Errors
     /// If the back-end refuses or cannot do something the options ask for.
     pub fn negotiate_on(stream: UnixStream, options: &Options) -> Result<Self, FrontEndError> {
+        Self::negotiate_observed(stream, options, None)
+    }
+
+    /// Like [`FrontEnd::connect`]; from the first message on, `observer` is given the name of each
+    /// before it is sent.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::connect`].
+    pub fn connect_observed(
+        socket: &Path,
+        options: &Options,
+        observer: impl FnMut(&'static str) + Send + 'static,
+    ) -> Result<Self, FrontEndError> {
+        let stream = connected(socket)?;
+        let observer: Observer = Box::new(observer);
+        let mut front_end = Self::negotiate_observed(stream, options, Some(observer))?;
+        front_end.start()?;
+        Ok(front_end)
+    }
+
+    /// From now on `observer` is given the name of each message before it is sent.
+    pub fn observe(&mut self, observer: impl FnMut(&'static str) + Send + 'static) {
+        self.observer = Some(Box::new(observer));
+    }
+
+    fn negotiate_observed(
+        stream: UnixStream,
+        options: &Options,
+        observer: Option<Observer>,
+    ) -> Result<Self, FrontEndError> {
         let (protocol, watchdog) = on(&stream, options)?;
         let mut front_end = Self {
             queues: Vec::new(),
@@ -93,6 +124,7 @@ impl FrontEnd {
             protocol_features: VhostUserProtocolFeatures::empty(),
             queues_offered: 1,
             memory_told: false,
+            observer,
         };
         front_end.exchange_features()?;
         Ok(front_end)
@@ -168,10 +200,7 @@ impl FrontEnd {
     /// # Errors
     /// If nobody listens yet, or the back-end refuses, offers less than before, or ends.
     pub fn reconnect(&mut self, socket: &Path) -> Result<(), FrontEndError> {
-        let stream = UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
+        let stream = connected(socket)?;
         let acked = self.acked();
         let cloned = || stream.try_clone().map_err(failed("clone the socket"));
         self.watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
@@ -386,6 +415,9 @@ impl FrontEnd {
         message: &'static str,
         body: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, FrontEndError> {
+        if let Some(observer) = &mut self.observer {
+            observer(message);
+        }
         let after = self.options.timeout;
         let protocol = &mut self.protocol;
         let (result, fired) = self.watchdog.limit(after, || body(protocol));
@@ -604,6 +636,13 @@ fn arena_bytes(half_bytes: u64, options: &Options) -> Option<u64> {
     let rings = queues * Ring::bytes(options.queue_size).next_multiple_of(page);
     let share = half_bytes.checked_sub(rings)? / queues.div_ceil(2).max(1) / page * page;
     (share >= page).then_some(share)
+}
+
+fn connected(socket: &Path) -> Result<UnixStream, FrontEndError> {
+    UnixStream::connect(socket).map_err(|source| FrontEndError::Connect {
+        path: socket.to_owned(),
+        source,
+    })
 }
 
 /// The two halves of a conversation on `stream`: messages, and the limit on waiting for answers.

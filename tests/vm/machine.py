@@ -17,6 +17,8 @@ BOOT_SECONDS = 90
 # the guest maps a device while another CPU runs.
 ACCELERATOR = "tcg,thread=single"
 QUEUES = 4
+# How soon, and how often, QEMU looks for a daemon that has gone.
+RECONNECT_MS = 50
 
 # What the kernel says when a request on the disk fails or the ring is damaged.
 KERNEL_COMPLAINTS = re.compile(
@@ -61,7 +63,7 @@ class Machine:
             *("-chardev", f"socket,id=commands,path={self._command_path},server=on,wait=off"),
             *("-device", "virtio-serial-pci"),
             *("-device", "virtserialport,chardev=commands,name=commands"),
-            *("-chardev", f"socket,id=disk,path={disk_socket}"),
+            *("-chardev", f"socket,id=disk,path={disk_socket},reconnect-ms={RECONNECT_MS}"),
             *("-device", f"vhost-user-blk-pci,chardev=disk,num-queues={QUEUES},bootindex=1"),
             *("-drive", f"id=tools,if=none,format=raw,readonly=on,file={guest.tools}"),
             *("-device", "virtio-blk-pci,drive=tools,serial=tools"),

@@ -4,6 +4,8 @@
 
   run.py                         all scenarios with target/release/quorum-blk
   run.py --scenario healthy      one of them; --list names them
+  run.py --scenario kill-storm --kills 1000
+                                 the daemon is killed so often
   run.py --peer                  the same against QEMU's quorum driver, for comparison
   run.py --interactive           boot a guest and hand over its shell
 
@@ -25,18 +27,24 @@ from host import Failure, expect, scratch_folder, target_folder
 from machine import Machine
 from scenarios import SCENARIOS, three_replicas
 from server import Daemon, Peer
+from storms import STORMS
+
+# Everything that can be run, in this order.
+ALL = SCENARIOS | STORMS
 
 
 class Bench:
     """What a scenario works with: a folder of its own, a guest, a way to serve a disk."""
 
-    def __init__(self, guest, program, folder, seed, peer):
+    def __init__(self, guest, program, folder, seed, peer, kills):
         self.guest = guest
         self.folder = folder
         self.seed = seed
         self._program = program
         self._server = Peer if peer else Daemon
         self.peer = peer
+        # How often a storm kills the daemon.
+        self.kills = kills
 
     def serve(self, replicas, *options, **more):
         """Starts whoever is under test on these replicas."""
@@ -81,13 +89,19 @@ class Bench:
         expect("lock" in result.stderr, f"qemu-io opens an image that is served: {result}")
 
 
+def bench_for(arguments, guest, folder):
+    """The bench that the command line asks for."""
+    seed, peer, kills = arguments.seed, arguments.peer, arguments.kills
+    return Bench(guest, arguments.daemon, folder, seed, peer, kills)
+
+
 def run_scenario(name, arguments, guest):
     """Runs one scenario and prints its line. Returns whether it passed."""
     folder = scratch_folder(name)
-    bench = Bench(guest, arguments.daemon, folder, arguments.seed, arguments.peer)
+    bench = bench_for(arguments, guest, folder)
     start = time.monotonic()
     try:
-        SCENARIOS[name](bench)
+        ALL[name](bench)
         problem = None
     except Failure as failure:
         problem = str(failure)
@@ -118,7 +132,7 @@ def keep_logs(folder, name):
 def hand_over(arguments, guest):
     """Boots a guest on three fresh replicas and runs what is typed, until the end of input."""
     folder = scratch_folder("vm")
-    bench = Bench(guest, arguments.daemon, folder, arguments.seed, arguments.peer)
+    bench = bench_for(arguments, guest, folder)
     try:
         with three_replicas(bench) as replicas, bench.serve(replicas) as daemon:
             with bench.boot(daemon) as machine:
@@ -146,18 +160,19 @@ def parse_arguments():
     )
     default = target_folder() / "release" / "quorum-blk"
     parser.add_argument("--daemon", type=Path, default=default, help="the program under test")
-    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="only these")
+    parser.add_argument("--scenario", action="append", choices=ALL, help="only these")
     parser.add_argument("--list", action="store_true", help="name the scenarios")
     parser.add_argument("--peer", action="store_true", help="serve with qemu-storage-daemon")
     parser.add_argument("--interactive", action="store_true", help="a guest to type in")
     parser.add_argument("--seed", type=int, default=1, help="chooses what is spoiled (default 1)")
+    parser.add_argument("--kills", type=int, default=100, help="of a storm (default 100)")
     return parser.parse_args()
 
 
 def main():
     arguments = parse_arguments()
     if arguments.list:
-        print("\n".join(SCENARIOS))
+        print("\n".join(ALL))
         return 0
     # An interrupted run must leave no mounts, loop devices or processes behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -178,7 +193,7 @@ def main():
     if arguments.interactive:
         hand_over(arguments, guest)
         return 0
-    names = arguments.scenario or list(SCENARIOS)
+    names = arguments.scenario or list(ALL)
     passed = sum(run_scenario(name, arguments, guest) for name in names)
     print(f"vm: {passed} passed, {len(names) - passed} failed")
     return 0 if passed == len(names) else 1

@@ -162,6 +162,11 @@ class Peer:
     def stop(self, seconds=20):
         expect(stop_process(self._process, seconds) == 0, "qemu-storage-daemon failed")
 
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+        self.socket.unlink(missing_ok=True)
+
     def log(self):
         return ""
 
