@@ -104,7 +104,9 @@ impl Inflight {
         let id = self.next_id;
         self.next_id += 1;
         self.outstanding.insert(id);
-        if self.tracked && let Some(region) = self.region(lane, ring) {
+        if self.tracked
+            && let Some(region) = self.region(lane, ring)
+        {
             let counter = region.counter;
             region.counter += 1;
             let parts = parts.to_vec();

@@ -140,13 +140,7 @@ impl World {
     }
 
     /// Begins a request once more that was in flight when the last daemon ended.
-    pub fn repeat(
-        &mut self,
-        lane: usize,
-        ring: usize,
-        id: u64,
-        parts: Vec<Planned>,
-    ) -> Verdict {
+    pub fn repeat(&mut self, lane: usize, ring: usize, id: u64, parts: Vec<Planned>) -> Verdict {
         let repeated = parts[0].guest.kind == Kind::Write;
         let entry = Entry {
             id,
