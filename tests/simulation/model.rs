@@ -157,7 +157,7 @@ impl Model {
             let unseen = settled > order && self.unseen.contains(&settled);
             unseen || placed.is_some_and(|(other, from)| other > order && from != Some(ring))
         };
-        if !(range.start()..range.end()).any(overtaken) {
+        if !guest.passed && !(range.start()..range.end()).any(overtaken) {
             return order;
         }
         // As if it had not happened before.
