@@ -248,10 +248,17 @@ fn in_place(
         config.record,
         RecordConfig::Beside | RecordConfig::Folder(_)
     );
-    match disk {
+    match &disk {
         Err(StartError::Refused(Refused::Order { .. })) => {}
-        _ if by_replica => copies::check_places(files, opened)?,
-        _ => {}
+        _ if !by_replica => {}
+        // Every replica is known to be the one that belongs in its place: only files were moved.
+        Ok(settled) if settled.decision.is_as_left() => {
+            if let Err(moved) = copies::check_places(files, opened) {
+                let text = moved.to_string();
+                Advice::Copy { text }.tell();
+            }
+        }
+        _ => copies::check_places(files, opened)?,
     }
     disk
 }

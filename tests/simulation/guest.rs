@@ -296,7 +296,7 @@ impl World {
             guest.version = self.model.next_version(guest.range, guest.zero);
             guest.order = guest.version;
         } else {
-            guest.order = self.model.repeated(guest, ring, self.step);
+            guest.order = self.model.repeated(guest, ring);
         }
         self.model.note_placed(guest, ring);
         let GuestRequest {

@@ -110,6 +110,7 @@ mod record;
 
 mod broken;
 mod broken_lives;
+mod broken_warm;
 mod budget;
 mod cache;
 mod checks;

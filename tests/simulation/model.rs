@@ -47,6 +47,8 @@ struct Sector {
     placed: Option<(u64, Option<(usize, usize)>)>,
     /// The last version that was acknowledged, or shown when it could not be undone any more.
     settled: u64,
+    /// The one that was before it.
+    below: u64,
     /// The last version that is known to survive a loss of power.
     durable: u64,
     /// Versions that read as zeroes.
@@ -55,9 +57,20 @@ struct Sector {
     failed: Vec<(u64, u64)>,
     /// Versions after the durable one.
     sent: Vec<u64>,
-    /// When the last write was acknowledged that was flushed since.
-    sound_since: u64,
+    /// When the last writes were acknowledged that were flushed since, and when that was known; the
+    /// latest is last.
+    sound: Vec<Sound>,
 }
+
+/// A write that was acknowledged and flushed.
+#[derive(Clone, Copy)]
+struct Sound {
+    since: u64,
+    known: u64,
+}
+
+/// Acknowledged and flushed writes of a sector that are remembered.
+const SOUND_KEPT: usize = 64;
 
 /// What a read must not fall behind, per sector of its range.
 pub type Floors = [u64; REQUEST_SECTORS];
@@ -70,6 +83,7 @@ pub struct Model {
     newest: u64,
     /// The step in which each version was acknowledged, 0 if it was not.
     acknowledged_at: Vec<u64>,
+    pub step: u64,
     /// Versions up to this one are of before the last crash.
     before_crash: u64,
     /// Versions up to this one are of before the last loss of power.
@@ -78,10 +92,10 @@ pub struct Model {
     volatile: bool,
     /// Versions of writes that were in flight when the daemon was killed, and are repeated.
     live: BTreeSet<u64>,
-    /// All that were when the daemon began, some of them replied to: the guest had not seen that.
+    /// Those of them that are not acknowledged again; the guest has not seen it if they were before.
     unseen: BTreeSet<u64>,
-    /// Further versions of contents that were written after others once they were repeated.
-    moved: BTreeMap<u64, Vec<u64>>,
+    /// The versions of contents that came after others when they were repeated.
+    moved: BTreeMap<u64, u64>,
 }
 
 impl Model {
@@ -92,11 +106,12 @@ impl Model {
                 shown: 0,
                 placed: None,
                 settled: 0,
+                below: 0,
                 durable: 0,
                 zeroes: vec![0],
                 failed: Vec::new(),
                 sent: Vec::new(),
-                sound_since: 0,
+                sound: Vec::new(),
             })
             .collect();
         Self {
@@ -104,6 +119,7 @@ impl Model {
             dead: BTreeMap::new(),
             newest: 0,
             acknowledged_at: vec![0],
+            step: 0,
             before_crash: 0,
             before_loss: 0,
             volatile,
@@ -132,7 +148,7 @@ impl Model {
 
     /// The version that a write has when it is repeated now: its own, or a new one if it has come
     /// after a younger one of another ring.
-    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize), step: u64) -> u64 {
+    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize)) -> u64 {
         let GuestRequest { range, order, .. } = *guest;
         let overtaken = |s: u64| {
             let Sector {
@@ -146,13 +162,12 @@ impl Model {
         }
         // As if it had not happened before.
         for s in range.start()..range.end() {
-            self.dead.insert((s, order), step);
             self.sectors[index(s)].forget(order);
         }
         let moved = self.next_version(range, guest.zero);
         self.live.insert(moved);
         if !guest.zero {
-            self.moved.entry(guest.version).or_default().push(moved);
+            self.moved.insert(guest.version, moved);
         }
         moved
     }
@@ -177,29 +192,44 @@ impl Model {
         floors
     }
 
-    pub fn acknowledged(&mut self, range: SectorRange, version: u64, step: u64) {
+    pub fn acknowledged(&mut self, range: SectorRange, version: u64) {
         self.live.remove(&version);
-        let known = &mut self.acknowledged_at;
-        known[index(version)] = step;
+        self.unseen.remove(&version);
+        self.acknowledged_at[index(version)] = self.step;
+        let moment = (self.step, self.step);
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.floor = sector.floor.max(version);
-            sector.settled = sector.settled.max(version);
+            if version > sector.settled {
+                sector.below = std::mem::replace(&mut sector.settled, version);
+            }
             sector.failed.retain(|(failed, _)| *failed > version);
             if !self.volatile {
-                sector.survives(version, known);
+                sector.survives(version, moment);
             }
         }
     }
 
-    /// The step in which the last write of the sector was acknowledged that was flushed since: all
-    /// that is older was overwritten for good.
-    pub fn sound_since(&self, sector: u64) -> u64 {
-        self.sectors[index(sector)].sound_since
+    /// The step in which the last write of the sector was acknowledged that was known to be flushed in
+    /// step `began`: for whoever began to read then, all that is older was overwritten for good.
+    pub fn sound_since(&self, sector: u64, began: u64) -> u64 {
+        let sound = &self.sectors[index(sector)].sound;
+        let known = sound.iter().rfind(|sound| sound.known <= began);
+        known.map_or(0, |sound| sound.since)
     }
 
     /// Whether the content is that of this version, or of a later one.
     pub fn is_not_older(&self, sector: u64, value: u64, version: u64) -> bool {
+        if value == 0 {
+            // The latest first: it is nearly always one of these.
+            let lives =
+                |&known: &u64| known >= version && !self.dead.contains_key(&(sector, known));
+            return self.sectors[index(sector)]
+                .zeroes
+                .iter()
+                .rev()
+                .any(|v| lives(v));
+        }
         self.legal(sector, value, version, u64::MAX).is_some()
     }
 
@@ -219,13 +249,17 @@ impl Model {
 
     /// The versions that a flush which begins now makes durable, sector by sector.
     pub fn settled(&self) -> Vec<u64> {
-        self.sectors.iter().map(|sector| sector.settled).collect()
+        let of = |sector: &Sector| match self.unseen.contains(&sector.settled) {
+            true => sector.durable,
+            false => sector.settled,
+        };
+        self.sectors.iter().map(of).collect()
     }
 
     /// Such a flush was acknowledged.
     pub fn flushed(&mut self, settled: &[u64]) {
         for (sector, &version) in self.sectors.iter_mut().zip(settled) {
-            sector.survives(version, &self.acknowledged_at);
+            sector.survives(version, (self.acknowledged_at[index(version)], self.step));
         }
     }
 
@@ -279,10 +313,8 @@ impl Model {
             return zeroes.iter().copied().find(|&version| lives(version));
         }
         let version = version_of(value, sector)?;
-        let moved = self.moved.get(&version).into_iter().flatten().copied();
-        std::iter::once(version)
-            .chain(moved)
-            .find(|&version| lives(version))
+        let version = *self.moved.get(&version).unwrap_or(&version);
+        lives(version).then_some(version)
     }
 
     /// Whether the content is one that a read which begins now might return.
@@ -325,6 +357,7 @@ impl Model {
             return Ok(());
         }
         let durable = !self.volatile || version <= self.before_loss;
+        let moment = (self.acknowledged_at[index(version)], self.step);
         let known = &mut self.sectors[index(sector)];
         let dead = &mut self.dead;
         if value == 0 {
@@ -344,7 +377,7 @@ impl Model {
                     !died && failed > version
                 });
                 known.floor = known.floor.max(version);
-                known.settle(version, durable, &self.acknowledged_at);
+                known.settle(version, durable, moment);
             }
             return Ok(());
         }
@@ -362,7 +395,7 @@ impl Model {
                 !died && failed > version
             });
             if resolved {
-                known.settle(version, durable, &self.acknowledged_at);
+                known.settle(version, durable, moment);
             }
         }
         Ok(())
@@ -376,16 +409,21 @@ impl Sector {
     }
 
     /// The version is there to stay, also if the power goes if it is `durable`.
-    fn settle(&mut self, version: u64, durable: bool, acknowledged_at: &[u64]) {
+    fn settle(&mut self, version: u64, durable: bool, moment: (u64, u64)) {
         self.settled = self.settled.max(version);
         if durable {
-            self.survives(version, acknowledged_at);
+            self.survives(version, moment);
         }
     }
 
     /// What was shown of this version, or replied to it, obliges to nothing.
     fn forget(&mut self, version: u64) {
         self.sent.retain(|&sent| sent != version);
+        self.zeroes.retain(|&zeroes| zeroes != version);
+        if self.settled == version {
+            self.settled = self.below;
+        }
+        self.durable = self.durable.min(self.settled);
         if self.floor == version {
             self.floor = self.settled;
         }
@@ -394,8 +432,15 @@ impl Sector {
         }
     }
 
-    fn survives(&mut self, version: u64, acknowledged_at: &[u64]) {
-        self.sound_since = self.sound_since.max(acknowledged_at[index(version)]);
+    /// The version was acknowledged in step `since`, 0 if it was not, and is flushed in step `known`.
+    fn survives(&mut self, version: u64, (since, known): (u64, u64)) {
+        let latest = self.sound.last().map_or(0, |sound| sound.since);
+        if since > latest {
+            if self.sound.len() == SOUND_KEPT {
+                self.sound.remove(0);
+            }
+            self.sound.push(Sound { since, known });
+        }
         self.durable = self.durable.max(version);
         let durable = self.durable;
         self.sent.retain(|&sent| sent > durable);

@@ -61,6 +61,8 @@ pub struct Broken {
     pub mutation: Option<Mutation>,
     pub record: Option<RecordMutation>,
     pub breach: Option<Breach>,
+    /// The rule that is broken is not looked at itself, so that it shows what it is good for.
+    pub unseen: bool,
 }
 
 impl Broken {
@@ -308,6 +310,7 @@ impl World {
         self.step += 1;
         self.budget.now = self.clock.now();
         self.budget.step = self.step;
+        self.model.step = self.step;
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,

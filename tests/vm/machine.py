@@ -67,7 +67,7 @@ class Machine:
             *("-device", "virtio-blk-pci,drive=tools,serial=tools"),
             *("-qmp", f"unix:{self._qmp_path},server=on,wait=off"),
             *([] if boot_from_disk else kernel),
-            *(["-incoming", self.migration_uri] if self._incoming else []),
+            *(["-incoming", "defer"] if self._incoming else []),
         ]
         return [str(word) for word in words]
 
@@ -86,7 +86,11 @@ class Machine:
 
     def _connect(self):
         self._commands = wait_until(self._try_connect, 20, "QEMU's command socket")
-        if not self._incoming:
+        if self._incoming:
+            wait_until(self._qmp_path.exists, 20, "QEMU's monitor")
+            # Answered when it listens there.
+            self.qmp("migrate-incoming", uri=self.migration_uri)
+        else:
             self._wait_for_line(re.compile(rb"@@ ready"), BOOT_SECONDS)
 
     def _try_connect(self):

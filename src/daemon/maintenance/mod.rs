@@ -33,7 +33,7 @@ use tracing::{debug, info};
 use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
 use super::warden::{self, Left, WardenSetup};
-use super::worker::{AbortOnPanic, Message, park_for_ever};
+use super::worker::{AbortOnPanic, Message};
 use crate::control::events::EventData;
 use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Mailbox;
@@ -149,7 +149,8 @@ pub fn spawn(setup: MaintenanceSetup) -> Result<(), MaintenanceError> {
                 maintenance.release_locks();
                 if maintenance.has_operations() {
                     let _ = ended.send(());
-                    park_for_ever();
+                    maintenance.outlive_operations();
+                    return;
                 }
                 // The rings are gone, and the files they kept, before that is told.
                 drop(maintenance);

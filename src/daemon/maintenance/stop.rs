@@ -3,12 +3,13 @@
 //!
 //! ```text
 //! Running -> Draining -> Flushing -> Cleaning -> Closing -> Landing -> Done
-//!     (lane idle)  (one flush)  (marks cleared) (clean flag) (last writes)
+//!     (lane idle)  (one flush)  (marks cleared) (clean flag) (all copies)
 //! ```
 //!
 //! Whatever does not succeed in time is left as it is: the next start then finds an unclean end, and
 //! resolves what was dirty.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
@@ -29,9 +30,8 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// How long all replicas together may take to tell their fingerprints. They were flushed before.
 const FINGERPRINT_LIMIT: Duration = Duration::from_secs(3);
 
-/// How long writes to copies of the record may take that nobody waits for any more: enough copies
-/// hold what matters. Whoever opens the disk next needs the locks, and a copy with a write under way
-/// keeps its own.
+/// How long copies of the record may take that are later than those that make the end durable. A
+/// write that is under way keeps the lock of its copy, and who starts next waits for it.
 const LANDING_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long it may take to give up locks. On network storage that is a request to a server.
@@ -94,23 +94,20 @@ impl Maintenance {
     }
 
     pub(super) fn advance_stop(&mut self) {
-        if self.stop.until.is_some_and(|until| until <= self.now) && !self.stop.is_done() {
-            if self.stop.phase != Phase::Landing {
-                warn!(
-                    "the disk could not be closed in time: the next start resolves what is dirty"
-                );
-            }
+        let over = self.stop.until.is_some_and(|until| until <= self.now);
+        if over && self.stop.phase == Phase::Landing {
+            self.stop.phase = Phase::Done;
+        }
+        if over && !self.stop.is_done() {
+            warn!("the disk could not be closed in time: the next start resolves what is dirty");
             self.stop.phase = Phase::Done;
         }
         // Requests that wait for replicas to come back would hold up the end (rule Q4).
         if self.stop.is_begun() && self.lane.has_paused() {
             self.tell_lane(Event::Wake(Wakeup::FailPaused));
         }
-        if self.stop.phase == Phase::Landing && !self.has_record_writes() {
-            self.stop.phase = Phase::Done;
-        }
         match self.stop.phase {
-            Phase::Running | Phase::Landing | Phase::Done => {}
+            Phase::Running | Phase::Done => {}
             Phase::Draining => {
                 // Operations that hang are on replicas that were kicked.
                 if self.lane.is_idle() || self.only_lost_replicas_are_busy() {
@@ -135,17 +132,29 @@ impl Maintenance {
                 }
             }
             Phase::Cleaning => self.stop.phase = Phase::Done,
+            Phase::Landing => {
+                if self.copies_have_landed() {
+                    self.stop.phase = Phase::Done;
+                }
+            }
             Phase::Closing(change) => {
                 let record = self.record.as_ref().expect("it is being closed");
                 if record.durable >= Some(change) {
                     self.stop.phase = Phase::Landing;
                     self.stop.until = Some(self.now.after(LANDING_LIMIT));
+                    self.advance_stop();
                 } else if record.recorder.is_lost() {
                     warn!("the state record cannot be closed: the next start finds an unclean end");
                     self.stop.phase = Phase::Done;
                 }
             }
         }
+    }
+
+    /// Whether all copies of the record have taken what was written to them.
+    fn copies_have_landed(&self) -> bool {
+        let record = self.record.as_ref();
+        record.is_none_or(|record| record.under_way.iter().all(|count| *count == 0))
     }
 
     fn only_lost_replicas_are_busy(&self) -> bool {
@@ -243,12 +252,31 @@ impl Maintenance {
 
     /// Whether operations are under way, which only those that hang are after the end.
     pub(super) fn has_operations(&self) -> bool {
-        self.executor.in_flight() > 0 || self.has_record_writes()
+        self.executor.in_flight() > 0 || !self.copies_have_landed()
     }
 
-    fn has_record_writes(&self) -> bool {
-        let writes = |record: &super::Record| record.under_way.iter().any(|count| *count > 0);
-        self.record.as_ref().is_some_and(writes)
+    /// After the end, waits for operations that hang: the disk may be opened again by this process,
+    /// as soon as they have let go of their files (rule K2).
+    pub(super) fn outlive_operations(&mut self) {
+        // Nothing is taken out of it any more, and it may be readable.
+        let _ = self.events.remove(&self.mailboxes[self.own()].as_fd());
+        let mut landed = Vec::new();
+        while self.has_operations() {
+            let works = "the rings work as long as the thread";
+            self.executor.submit().expect(works);
+            let mut limits = vec![self.executor.wait_limit().expect(works)];
+            if let Some(record) = &mut self.record {
+                limits.push(record.writer.wait_limit().expect(works));
+            }
+            let limit = limits.into_iter().flatten().min();
+            self.events
+                .wait(limit, &mut self.ready)
+                .expect("waiting does not fail");
+            self.ready.clear();
+            self.executor.reap(&mut landed).expect(works);
+            landed.clear();
+            self.move_record().expect(works);
+        }
     }
 }
 

@@ -90,6 +90,13 @@ pub struct Decision {
 }
 
 impl Decision {
+    /// Whether every replica is there and known to be the one that was left in its slot.
+    #[must_use]
+    pub fn is_as_left(&self) -> bool {
+        let odd = [self.absent, self.changed, self.replaced, self.written_off];
+        odd.iter().all(|replicas| replicas.is_empty()) && !self.verify
+    }
+
     /// Of plain images, which are all there (rule S5).
     #[must_use]
     pub fn of_first_use(threshold: usize) -> Self {

@@ -16,8 +16,8 @@ use crate::replica::{
 };
 use crate::units::{ReplicaId, ReplicaSet};
 
-/// Pause between two looks at a lock.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Pause between two looks at a lock, as short as that for the record's.
+const LOCK_RETRY: Duration = Duration::from_millis(4);
 
 /// How long anything is waited for.
 #[derive(Clone, Copy, Debug)]

@@ -202,7 +202,8 @@ pub fn spawn(setup: WorkerSetup) -> Result<(), WorkerError> {
                     worker.run();
                     if worker.executor.in_flight() > 0 {
                         let _ = ended.send(());
-                        park_for_ever();
+                        worker.outlive_operations();
+                        return;
                     }
                     // The ring is gone, and what it kept of the replicas, before that is told.
                     drop(worker);
@@ -215,15 +216,6 @@ pub fn spawn(setup: WorkerSetup) -> Result<(), WorkerError> {
         })
         .map_err(WorkerError::Thread)?;
     wait_until_ready(&started)
-}
-
-/// What a thread does at its end whose ring has operations that hang: both leaving the thread and
-/// taking the ring down would block in the kernel until the storage answers. The end of the
-/// process ends the wait.
-pub(super) fn park_for_ever() -> ! {
-    loop {
-        thread::park();
-    }
 }
 
 fn wait_until_ready(started: &Receiver<Result<(), WorkerError>>) -> Result<(), WorkerError> {
@@ -362,6 +354,26 @@ impl Worker {
             }
         }
         self.mailboxes[self.index].close();
+    }
+
+    /// After the end, waits for operations that hang. Leaving the thread and taking the ring down
+    /// would both block in the kernel until the storage answers, and the disk may be opened again
+    /// by this process as soon as they have let go of their files (rule K2). The end of the process
+    /// ends the wait.
+    fn outlive_operations(&mut self) {
+        // Nothing is taken out of it any more, and it may be readable.
+        let _ = self.events.remove(&self.mailboxes[self.index].as_fd());
+        while self.executor.in_flight() > 0 {
+            let works = "the ring of a worker works as long as the worker";
+            self.executor.submit().expect(works);
+            let limit = self.executor.wait_limit().expect(works);
+            self.events
+                .wait(limit, &mut self.ready)
+                .expect("waiting does not fail");
+            self.ready.clear();
+            self.executor.reap(&mut self.outcomes).expect(works);
+            self.outcomes.clear();
+        }
     }
 
     /// Tells maintenance of the replicas that nothing is under way on any more.
@@ -544,12 +556,18 @@ impl Worker {
                 let guest = self.guests.take();
                 let slot = self.guests.get(guest);
                 let entry = self.queues.get(queue);
+                let repeats = entry.virtqueue.repeats() > 0;
                 match entry.virtqueue.fetch(&memory, &mut slot.request) {
                     Fetched::Request(ticket) => {
                         slot.begin(queue, ticket, entry.virtqueue.write_through());
+                        slot.repeats = repeats && slot.changes_sectors();
+                        let over = repeats && !slot.repeats;
                         fetched += 1;
                         bytes += slot.bytes();
                         any = true;
+                        if over {
+                            self.end_repeat();
+                        }
                         self.announce(guest);
                         if !self.issue(guest) {
                             return any;
@@ -561,6 +579,9 @@ impl Worker {
                         any = true;
                         self.guests.free(guest);
                         self.count_answer(answer);
+                        if repeats {
+                            self.end_repeat();
+                        }
                     }
                     Fetched::Empty => {
                         self.guests.free(guest);
@@ -573,6 +594,18 @@ impl Worker {
         self.queues.drop_quiet();
         self.blocked = false;
         any
+    }
+
+    /// A request of before the end of the last daemon makes no difference to any sector any more.
+    fn end_repeat(&mut self) {
+        if self.shared.end_repeat() {
+            for (index, mailbox) in self.mailboxes.iter().enumerate() {
+                if index != self.index {
+                    mailbox.post(Message::Wake(Wakeup::TiesDecided));
+                }
+            }
+            self.tell(Event::Wake(Wakeup::TiesDecided));
+        }
     }
 
     fn count_answer(&self, answer: Answer) {
@@ -712,6 +745,9 @@ impl Worker {
                     self.tell(Event::Published { request });
                 }
                 part = self.guests.part_before(slot);
+            }
+            if self.guests.get(guest).repeats {
+                self.end_repeat();
             }
             self.guests.free(guest);
         }

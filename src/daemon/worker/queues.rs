@@ -223,6 +223,7 @@ impl Worker {
             } => {
                 self.memory = memory;
                 let virtqueue = VirtQueue::new(*setup, &self.memory);
+                self.shared.expect_repeats(virtqueue.repeats() as u64);
                 self.watch(&virtqueue, queue);
                 self.queues.insert(usize::from(queue), virtqueue);
                 self.queues.activate(usize::from(queue), &self.memory);

@@ -13,6 +13,7 @@ const SHAPE: Shape = Shape {
     queues: 2,
     queue_size: 8,
 };
+const PAGE_AT: usize = 4096;
 const DISK: DiskIdentity = DiskIdentity {
     uuid: [7; 16],
     run: [2; 16],
@@ -84,8 +85,6 @@ fn buffers_end_as_the_table_says() {
         // ours is sealed against that, which is a test of its own.
         assert!(file.set_len(len).is_err());
     }
-    let page = SHAPE.page_at();
-    let regions = SHAPE.regions_bytes() as u64;
     let cases: Vec<(&str, Spoil, &str)> = vec![
         ("as it was left", |_, _| {}, "Warm [5, 2]"),
         // The description.
@@ -146,6 +145,12 @@ fn buffers_end_as_the_table_says() {
              for 2 of 8",
         ),
         (
+            "made for larger queues",
+            |_, d| d.shape.queue_size = 4,
+            "refused: the front-end hands in an in-flight buffer for 2 queues of 4 that was made \
+             for 2 of 8",
+        ),
+        (
             "exactly the regions, without our page",
             |_, d| d.size = SHAPE.regions_bytes() as u64,
             "Cold [5, 2]",
@@ -153,32 +158,32 @@ fn buffers_end_as_the_table_says() {
         // The private page.
         (
             "foreign private page",
-            |f, _| put(f, SHAPE.page_at(), &[0x5a; 64]),
+            |f, _| put(f, PAGE_AT, &[0x5a; 64]),
             "Cold [5, 2]",
         ),
         (
             "private page of zeroes",
-            |f, _| put(f, SHAPE.page_at(), &[0; 64]),
+            |f, _| put(f, PAGE_AT, &[0; 64]),
             "Cold [5, 2]",
         ),
         (
             "page of another version",
-            |f, _| put(f, SHAPE.page_at() + 8, &[2]),
+            |f, _| put(f, PAGE_AT + 8, &[2]),
             "Cold [5, 2]",
         ),
         (
             "page with a damaged UUID",
-            |f, _| put(f, SHAPE.page_at() + 16, &[8]),
+            |f, _| put(f, PAGE_AT + 16, &[8]),
             "Cold [5, 2]",
         ),
         (
             "page with a damaged run",
-            |f, _| put(f, SHAPE.page_at() + 40, &[9]),
+            |f, _| put(f, PAGE_AT + 40, &[9]),
             "Cold [5, 2]",
         ),
         (
             "page with a torn checksum of the run",
-            |f, _| put(f, SHAPE.page_at() + 56, &[0; 2]),
+            |f, _| put(f, PAGE_AT + 56, &[0; 2]),
             "Cold [5, 2]",
         ),
         // The header of the region.
@@ -319,7 +324,7 @@ fn buffers_end_as_the_table_says() {
             "Warm [5, 2]",
         ),
     ];
-    assert_eq!((page, regions), (4096, 384));
+    assert_eq!(SHAPE.regions_bytes(), 384);
     for (name, spoil, expected) in cases {
         let (mut description, file) = left_behind();
         spoil(&file, &mut description);
@@ -444,7 +449,7 @@ fn a_disk_that_is_opened_again_marks_the_buffer_again() {
 #[test]
 fn foreign_page_is_left_alone() {
     let (description, file) = left_behind();
-    let at = SHAPE.page_at() as u64;
+    let at = PAGE_AT as u64;
     file.write_all_at(&[0x5a; 64], at).unwrap();
     open(&file, description).unwrap().stamp(DISK);
     let mut bytes = [0; 64];
