@@ -316,6 +316,15 @@ impl Disk {
             State::Changing => return Err(ResizeError::Busy),
         };
         let growth = Growth::of(&geometry, sectors)?;
+        if growth.is_some()
+            && let Standing::Open(facts) = self.status()
+            && facts.keeper.unresolved_extents > 0
+        {
+            // The guest need not wait to learn that.
+            let dirty = facts.keeper.unresolved_extents;
+            let refusal = StartError::Grow(GrowError::Dirty { dirty });
+            return Err(ResizeError::Kept(refusal.into()));
+        }
         let config = &self.setup.config;
         let unwritten = config.read_only && !config.repair;
         if growth.is_some() && (config.record == RecordConfig::None || unwritten) {

@@ -514,6 +514,11 @@ def grow(bench):
                         20,
                         "the guest to see the new size",
                     )
+                    wait_until(
+                        lambda: ", 0 of them to be settled" in bench.control(control, "status"),
+                        60,
+                        "what is new to be equal on all replicas",
+                    )
                 machine.finish("load", 240)
                 machine.run("resize2fs /dev/disk")
                 machine.run("dd if=/dev/zero of=/mnt/large bs=1M count=200; sync")
