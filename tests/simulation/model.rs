@@ -228,7 +228,7 @@ impl Model {
                 .zeroes
                 .iter()
                 .rev()
-                .any(|v| lives(v));
+                .any(lives);
         }
         self.legal(sector, value, version, u64::MAX).is_some()
     }
