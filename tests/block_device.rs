@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Replicas on block devices: loop devices, which need root. Without it the tests say so and end.
+//! Replicas on block devices: loop devices, which need root. Without it they fail.
 #![allow(
     clippy::unwrap_used,
     reason = "everything in this file is test code, helpers included"
@@ -28,24 +28,28 @@ struct Loop {
 }
 
 impl Loop {
-    fn new(block_bytes: u32) -> Option<Self> {
+    /// # Panics
+    /// Where there is none to be had: a test that cannot run must not look like one that passed.
+    fn new(block_bytes: u32) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let backing = folder.path().join("backing.img");
         fs::write(&backing, vec![0x5a; usize::try_from(IMAGE_BYTES).unwrap()]).unwrap();
         let output = Command::new("losetup")
             .args(["-f", "--show", "-b", &block_bytes.to_string()])
             .arg(&backing)
-            .output();
-        let Some(output) = output.ok().filter(|output| output.status.success()) else {
-            eprintln!("not run: a loop device cannot be made here");
-            return None;
-        };
+            .output()
+            .expect("losetup runs");
+        assert!(
+            output.status.success(),
+            "a loop device cannot be made here, and this test needs one: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let device = String::from_utf8(output.stdout).unwrap().trim().into();
-        Some(Self {
+        Self {
             device,
             backing,
             folder,
-        })
+        }
     }
 
     fn options(&self) -> RawOptions {
@@ -87,9 +91,7 @@ fn range(start: u64, count: u32) -> SectorRange {
 #[test]
 fn open_of_a_device_finds_length_alignment_and_zeroing() {
     for block_bytes in [512, 4096] {
-        let Some(one) = Loop::new(block_bytes) else {
-            return;
-        };
+        let one = Loop::new(block_bytes);
         let replica = RawReplica::open(&one.options()).unwrap();
         assert_eq!(replica.length_bytes(), IMAGE_BYTES);
         assert_eq!(replica.direct_alignment_bytes(), block_bytes);
@@ -113,7 +115,7 @@ fn open_of_a_device_finds_length_alignment_and_zeroing() {
 
 #[test]
 fn open_of_a_device_in_use_is_refused() {
-    let Some(one) = Loop::new(512) else { return };
+    let one = Loop::new(512);
     let first = RawReplica::open(&one.options()).unwrap();
     let error = RawReplica::open(&one.options()).unwrap_err();
     assert!(matches!(error.fault, OpenFault::DeviceBusy), "{error}");
@@ -137,7 +139,7 @@ fn open_of_a_device_in_use_is_refused() {
 
 #[test]
 fn a_device_and_the_file_behind_it_are_one_storage() {
-    let Some(one) = Loop::new(512) else { return };
+    let one = Loop::new(512);
     let options = [one.options(), RawOptions::new("b", &one.backing)];
     let error = open_set(&options).unwrap_err();
     assert!(
@@ -149,7 +151,7 @@ fn a_device_and_the_file_behind_it_are_one_storage() {
 #[test]
 fn write_zeroes_on_a_device_reads_back_zero() {
     for unmap in [false, true] {
-        let Some(one) = Loop::new(4096) else { return };
+        let one = Loop::new(4096);
         let mut executor = executor(&one.options());
         let range = range(16, 64);
         let outcome = run(&mut executor, OperationKind::WriteZeroes { range, unmap });
@@ -169,7 +171,7 @@ fn write_zeroes_on_a_device_reads_back_zero() {
 
 #[test]
 fn a_device_whose_file_was_cut_gives_eio_and_works_before_the_cut() {
-    let Some(one) = Loop::new(512) else { return };
+    let one = Loop::new(512);
     let options = RawOptions {
         cache: Cache::Direct,
         ..one.options()
@@ -196,7 +198,7 @@ fn a_device_whose_file_was_cut_gives_eio_and_works_before_the_cut() {
 
 #[test]
 fn a_device_is_known_again_by_the_file_behind_it() {
-    let Some(one) = Loop::new(512) else { return };
+    let one = Loop::new(512);
     let replica = RawReplica::open(&one.options()).unwrap();
     let found = replica.found();
     assert_eq!(found.size_bytes, IMAGE_BYTES);
@@ -222,7 +224,7 @@ fn a_device_is_known_again_by_the_file_behind_it() {
 
 #[test]
 fn a_device_that_shrinks_or_loses_its_node_shows() {
-    let Some(one) = Loop::new(512) else { return };
+    let one = Loop::new(512);
     let node = one.folder.path().join("node");
     std::os::unix::fs::symlink(&one.device, &node).unwrap();
     let options = RawOptions::new("a", &node);
@@ -242,7 +244,7 @@ fn a_device_that_shrinks_or_loses_its_node_shows() {
 
 #[test]
 fn opening_a_device_drops_its_cached_pages() {
-    let Some(one) = Loop::new(512) else { return };
+    let one = Loop::new(512);
     let options = RawOptions {
         cache: Cache::Buffered,
         ..one.options()

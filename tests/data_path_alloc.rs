@@ -17,6 +17,7 @@ use std::os::fd::IntoRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use quorum_blk::cli::{self, Command};
 use quorum_blk::daemon;
@@ -75,9 +76,16 @@ fn serve(folder: &Path, queues: u16) -> (FrontEnd, std::thread::JoinHandle<()>) 
         let (connection, _) = listener.accept().unwrap();
         line.push(format!("--fd={}", connection.into_raw_fd()));
         let command = cli::parse(line.into_iter().map(Into::into)).unwrap();
-        let Command::Serve(config) = command else {
+        let Command::Serve(mut config) = command else {
             unreachable!("the line says serve")
         };
+        // On a machine that is busy with something else a replica may be late by the usual measure.
+        // What is remembered and told of that takes memory, and is no steady state.
+        let patience = &mut config.patience;
+        patience.write_grace_min = NEVER_LATE;
+        patience.write_grace_max = NEVER_LATE;
+        patience.flush_grace = NEVER_LATE;
+        patience.io_timeout = NEVER_LATE;
         daemon::run(*config).unwrap();
     });
     let options = Options {
@@ -135,8 +143,8 @@ fn submit(queue: &mut Queue, random: &mut Random, data: &[u8]) {
     queue.submit(&request).unwrap();
 }
 
-/// Tries to find a round without anything unusual.
-const ROUNDS_MAX: usize = 4;
+/// Longer than the test may take.
+const NEVER_LATE: Duration = Duration::from_secs(600);
 
 #[test]
 fn a_warm_worker_does_not_allocate() {
@@ -149,19 +157,11 @@ fn a_warm_worker_does_not_allocate() {
         load(&mut disk, &mut random, 8000 * each, 4 << 10);
         load(&mut disk, &mut random, 1000 * each, 128 << 10);
         assert!(BY_WORKERS.load(Ordering::Relaxed) > 0, "the counter counts");
-        // On a machine that is busy with something else a replica may be late, which is reported:
-        // that is no steady state. One round without it suffices.
-        let round = |disk: &mut FrontEnd, random: &mut Random| {
-            let before = BY_WORKERS.load(Ordering::Relaxed);
-            load(disk, random, 20_000, 4 << 10);
-            load(disk, random, 2000, 128 << 10);
-            BY_WORKERS.load(Ordering::Relaxed) - before
-        };
-        let mut rounds = Vec::new();
-        while rounds.len() < ROUNDS_MAX && !rounds.contains(&0) {
-            rounds.push(round(&mut disk, &mut random));
-        }
-        assert!(rounds.contains(&0), "with {queues} workers: {rounds:?}");
+        let before = BY_WORKERS.load(Ordering::Relaxed);
+        load(&mut disk, &mut random, 20_000, 4 << 10);
+        load(&mut disk, &mut random, 2000, 128 << 10);
+        let allocated = BY_WORKERS.load(Ordering::Relaxed) - before;
+        assert_eq!(allocated, 0, "with {queues} workers");
         drop(disk);
         daemon.join().unwrap();
     }

@@ -9,7 +9,8 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -636,4 +637,72 @@ fn reader_heeds_the_record_and_does_not_write_it() {
     disk.start_again();
     expect(&disk, 2);
     assert!(copies(&disk).iter().all(|copy| !copy.exists()));
+}
+
+#[test]
+fn first_starts_at_the_same_time_do_not_keep_replicas_from_each_other() {
+    let mut disk = setup().start();
+    disk.stop();
+    for copy in copies(&disk) {
+        fs::remove_file(copy).unwrap();
+    }
+    // In the order in which everybody opens them, as a start that is further on does.
+    let mut images = disk.images.clone();
+    images.sort_by_key(|image| fs::metadata(image).unwrap().ino());
+    let open = |image: &PathBuf| {
+        let mut options = RawOptions::new("other".to_owned(), image.clone());
+        options.cache = Cache::Buffered;
+        RawReplica::open(&options)
+    };
+    let held = open(&images[1]).unwrap();
+    disk.set_arguments(&["--lock-timeout", "20"]);
+    let mut arguments = disk.serve_arguments();
+    arguments.extend(["--socket-path".into(), disk.socket.clone().into()]);
+    let mut process = common::Process::start(disk.folder(), &arguments);
+    let waits = eventually(|| process.log().contains("waiting up to 20 s").then_some(()));
+    assert!(waits.is_some(), "{}", process.log());
+    // It waits for the second one; the third is for whoever has that.
+    let last = open(&images[2]).expect("nobody has it");
+    drop((held, last));
+    let serves = eventually(|| UnixStream::connect(&disk.socket).ok());
+    assert!(serves.is_some(), "{}", process.log());
+    process.signal(Signal::Terminate);
+    assert!(process.wait(PATIENCE).success());
+}
+
+#[test]
+fn copies_of_the_record_in_each_others_places_are_refused() {
+    let mut disk = setup().start();
+    write(&disk, 1);
+    disk.stop();
+    let exchange = |a: &PathBuf, b: &PathBuf| {
+        // As new files, which are not known again by anything.
+        let (left, right) = (fs::read(a).unwrap(), fs::read(b).unwrap());
+        for (path, bytes) in [(a, right), (b, left)] {
+            let other = path.with_extension("new");
+            fs::write(&other, bytes).unwrap();
+            fs::rename(other, path).unwrap();
+        }
+    };
+    let records = copies(&disk);
+    exchange(&records[0], &records[1]);
+    // The replicas are known to be where they belong.
+    let said = log_of_start(&mut disk);
+    assert!(
+        said.contains("replica0.img.qrec is number 1 and was 2"),
+        "{said}"
+    );
+    assert!(said.contains("move them back"), "{said}");
+    disk.stop();
+    exchange(&records[0], &records[1]);
+    disk.start_again();
+    expect(&disk, 1);
+    disk.stop();
+    // Copied to another host, and two of them given for each other: all have changed.
+    for files in [&disk.images, &records] {
+        exchange(&files[0], &files[1]);
+    }
+    exchange(&disk.images[2], &disk.images[2]);
+    let said = disk.refusal();
+    assert!(said.contains("in another order"), "{said}");
 }

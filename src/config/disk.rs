@@ -7,38 +7,37 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use thiserror::Error;
-
+use super::error::ConfigError;
 use super::inherited::InheritedSocket;
-use super::record::{FirstUse, RecordConfig, RecordPlaceError, named};
+use super::record::{FirstUse, RecordConfig, named};
 use super::settings::Settings;
 use super::upkeep::{Patience, Upkeep};
 use super::values::{
-    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, ReadPatternName,
+    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, Polling, ReadPatternName,
 };
 use crate::quorum::{Policy, PolicyError, ReadPattern};
-use crate::units::{REPLICAS_MAX, ReplicaId};
+use crate::units::ReplicaId;
 
 /// Queues offered unless the user says otherwise: QEMU wants one per virtual CPU and does not
 /// start with fewer.
 const NUM_QUEUES_DEFAULT: u16 = 64;
 /// A vhost-user kick or call message has eight bits for the number of the queue.
-const NUM_QUEUES_MAX: u16 = 256;
+pub(super) const NUM_QUEUES_MAX: u16 = 256;
 /// Largest queue accepted unless the user says otherwise.
 const QUEUE_SIZE_DEFAULT: u16 = 256;
 /// Front-ends announce two segments fewer than the queue has entries; at least two must be left.
-const QUEUE_SIZE_MIN: u16 = 4;
+pub(super) const QUEUE_SIZE_MIN: u16 = 4;
 /// What QEMU and Linux go up to.
-const QUEUE_SIZE_MAX: u16 = 1024;
+pub(super) const QUEUE_SIZE_MAX: u16 = 1024;
 /// More threads than this do not make one disk faster; the default stops here.
 const WORKERS_DEFAULT_MAX: u16 = 4;
 /// A worker is a lane, and lanes are numbered by a byte of which the top half is kept free.
-const WORKERS_MAX: u16 = 63;
+pub(super) const WORKERS_MAX: u16 = 63;
 /// Memory for requests in flight unless the user says otherwise.
 const BUFFER_MEMORY_DEFAULT: ByteSize = ByteSize(64 << 20);
 /// More is never in flight at once, and the kernel pins all of it at the start: a slip of the pen
 /// must not take the host's memory away.
-const BUFFER_MEMORY_MAX: ByteSize = ByteSize(4 << 30);
+pub(super) const BUFFER_MEMORY_MAX: ByteSize = ByteSize(4 << 30);
 /// The longest piece of a request that is worked on at once.
 const PIECE_BYTES_MAX: u64 = 256 << 10;
 /// Seconds. A killed daemon's last operations land within milliseconds on storage that works.
@@ -47,7 +46,7 @@ const LOCK_TIMEOUT: u16 = 5;
 /// to run elsewhere, unless its storage is slow.
 const LOCK_TIMEOUT_INCOMING: u16 = 30;
 /// The most characters virtio has for a serial number.
-const SERIAL_LEN_MAX: usize = 20;
+pub(super) const SERIAL_LEN_MAX: usize = 20;
 
 /// One disk, as the user wants it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,6 +78,8 @@ pub struct Config {
     pub queue_size: u16,
     /// Worker threads, 1 to `num_queues`.
     pub workers: u16,
+    /// How long a worker with nothing to do looks for more before it sleeps.
+    pub polling: Polling,
     /// Memory for data of requests in flight, over all workers, in bytes.
     pub buffer_memory_bytes: u64,
     /// How long a replica that somebody else has locked is waited for when the disk is opened (rule
@@ -132,194 +133,6 @@ pub struct Replica {
     /// The format of the image, if it was said. Otherwise it is taken for raw, unless it looks
     /// like another format.
     pub format: Option<Format>,
-}
-
-/// Settings that cannot be run with.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum ConfigError {
-    /// No socket at all.
-    #[error(
-        "no socket for the front-end; give --socket-path PATH, or --fd N for an inherited one, or \
-         --fd systemd for the one of a .socket unit"
-    )]
-    NoFrontEnd,
-    /// Both kinds of socket.
-    #[error("--socket-path and --fd exclude each other; give one of them")]
-    TwoFrontEnds,
-    /// A descriptor number below zero.
-    #[error("--fd {0} is no descriptor; give the number of an open one")]
-    Fd(i32),
-    /// A relative or empty socket path that makes no sense.
-    #[error("--socket-path is empty; give the path of the socket to listen on")]
-    EmptySocketPath,
-    /// Nothing to serve.
-    #[error("no replica given; give --replica PATH once per replica, 1 to {REPLICAS_MAX} times")]
-    NoReplica,
-    /// Two replicas of one name.
-    #[error(
-        "two replicas are named `{0}`; give each its own with --replica PATH,name=NAME \
-         (without one a replica is named replica0, replica1, ... by its place)"
-    )]
-    SameName(String),
-    /// More votes wanted than there are replicas, or none.
-    #[error(
-        "--threshold {threshold} is impossible when the number of replicas is {replicas}; \
-         give {least} to {replicas}"
-    )]
-    Threshold {
-        /// T.
-        threshold: usize,
-        /// N.
-        replicas: usize,
-        /// The smallest T that lets only one version win.
-        least: usize,
-    },
-    /// The choices about voting do not fit together.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
-    /// A serial number virtio has no room for.
-    #[error(
-        "--serial `{0}` is not possible; give 1 to {SERIAL_LEN_MAX} printable ASCII characters"
-    )]
-    Serial(String),
-    /// Too few or too many queues.
-    #[error("--num-queues {0} is not possible; give 1 to {NUM_QUEUES_MAX}")]
-    NumQueues(u16),
-    /// A queue size virtio or front-ends do not take.
-    #[error(
-        "--queue-size {0} is not possible; give a power of two from {QUEUE_SIZE_MIN} to \
-         {QUEUE_SIZE_MAX}"
-    )]
-    QueueSize(u16),
-    /// Too few or too many threads.
-    #[error("--workers {0} is not possible; give 1 to {WORKERS_MAX}")]
-    Workers(u16),
-    /// Threads that would have nothing to do.
-    #[error(
-        "--workers {workers} with --num-queues {num_queues} leaves workers without a queue; give \
-         at most --workers {num_queues}, or more queues"
-    )]
-    IdleWorkers {
-        /// Threads.
-        workers: u16,
-        /// Queues.
-        num_queues: u16,
-    },
-    /// Not enough memory for one request per worker.
-    #[error(
-        "--buffer-memory {given} is too little (workers: {workers}, replicas: {replicas}); \
-         give at least {least}, or fewer --workers"
-    )]
-    BufferMemory {
-        /// What was given.
-        given: ByteSize,
-        /// The smallest possible.
-        least: ByteSize,
-        /// Threads.
-        workers: u16,
-        /// N.
-        replicas: usize,
-    },
-    /// Something that needs a record, without one.
-    #[error(
-        "--record none and {other} exclude each other: without a state record nothing is \
-         remembered; leave one of them out"
-    )]
-    NoRecord {
-        /// What needs a record.
-        other: &'static str,
-    },
-    /// A folder without a name.
-    #[error("--record-dir is empty; give the folder for the copies of the state record")]
-    EmptyRecordDir,
-    /// A folder for all copies and paths for some.
-    #[error(
-        "--record-dir and record= of a replica exclude each other; give the folder, or 1, 3 or 5 \
-         paths"
-    )]
-    TwoRecordPlaces,
-    /// Half of an even number of copies could be newer than the other.
-    #[error(
-        "record= is given for {0} replicas; more than half of the copies must always be readable, \
-         so give it for 1, 3 or 5"
-    )]
-    RecordCopies(usize),
-    /// There is no place for the record.
-    #[error(transparent)]
-    RecordPlace(#[from] RecordPlaceError),
-    /// The images cannot be equal and different.
-    #[error(
-        "--assume-clean (all replicas are equal) and --adopt-from (one is right) exclude each \
-         other; give one of them"
-    )]
-    TwoFirstUses,
-    /// Nobody of that name.
-    #[error("{flag} `{name}` is no replica; the names are: {known}")]
-    NoSuchReplica {
-        /// The flag.
-        flag: &'static str,
-        /// What was given.
-        name: String,
-        /// The names of the replicas.
-        known: String,
-    },
-    /// A timeout out of range.
-    #[error("--io-timeout {given} is not possible; give 1 to {most} seconds")]
-    IoTimeout {
-        /// What was given, in seconds.
-        given: u16,
-        /// The longest, in seconds.
-        most: u16,
-    },
-    /// A grace out of range.
-    #[error("--write-grace {given} is not possible; give {least} to {most} milliseconds")]
-    WriteGrace {
-        /// What was given, in milliseconds.
-        given: u32,
-        /// The shortest, in milliseconds.
-        least: u32,
-        /// The longest, in milliseconds.
-        most: u32,
-    },
-    /// No grace for flushes.
-    #[error(
-        "--flush-grace 0 is not possible: a replica that is only a little slower would be lost at \
-         every flush; give at least 1 second"
-    )]
-    FlushGrace,
-    /// A grace that would never end.
-    #[error(
-        "{flag} is longer than --io-timeout {io_timeout_s} (seconds), which ends any wait; give \
-         less, or a longer --io-timeout"
-    )]
-    GraceBeyondTimeout {
-        /// Which grace.
-        flag: &'static str,
-        /// The timeout, in seconds.
-        io_timeout_s: u16,
-    },
-    /// A rate at which nothing gets done.
-    #[error("{flag} {given} is too slow to get anywhere; give at least {least} per second")]
-    Rate {
-        /// Which rate.
-        flag: &'static str,
-        /// What was given, per second.
-        given: ByteSize,
-        /// The slowest, per second.
-        least: ByteSize,
-    },
-    /// A scrub compares what `fifo` does not.
-    #[error(
-        "--scrub-interval needs --read-pattern quorum: with fifo replicas are not compared; leave \
-         one of them out"
-    )]
-    ScrubWithoutVotes,
-    /// A scrub that repairs where nothing may be repaired.
-    #[error("--scrub repair needs --repair on; give --scrub check, or --repair on")]
-    ScrubWithoutRepair,
-    /// More memory than requests in flight can fill.
-    #[error("--buffer-memory {0} is too much; give at most {BUFFER_MEMORY_MAX}")]
-    BufferMemoryTooLarge(ByteSize),
 }
 
 impl Config {
@@ -391,6 +204,7 @@ impl Config {
             num_queues,
             queue_size,
             workers,
+            polling: settings.poll_us.unwrap_or_default(),
             buffer_memory_bytes,
             lock_timeout: Duration::from_secs(lock_timeout.into()),
             incoming,

@@ -181,6 +181,7 @@ block-size = 4096
 num-queues = 8
 queue-size = 128
 workers = 2
+poll-us = 50
 buffer-memory = "32M"
 lock-timeout = 0
 incoming = true
@@ -233,6 +234,7 @@ log-level = "warn"
             num_queues: Some(8),
             queue_size: Some(128),
             workers: Some(2),
+            poll_us: Some(Polling::UpTo(Duration::from_micros(50))),
             buffer_memory: Some(ByteSize(32 << 20)),
             lock_timeout: Some(0),
             incoming: Some(true),

@@ -12,9 +12,10 @@
 //! - `values`: the types of single values;
 //! - `record`: where the state record is kept;
 //! - `upkeep`: how long a replica is waited for, and how it is looked after;
-//! - `disk`: the checked whole.
+//! - `disk`: the checked whole; `error`: why settings cannot be run with.
 
 mod disk;
+mod error;
 mod file;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -25,7 +26,8 @@ mod settings;
 mod upkeep;
 mod values;
 
-pub use disk::{Config, ConfigError, FrontEnd, Replica};
+pub use disk::{Config, FrontEnd, Replica};
+pub use error::ConfigError;
 pub use file::{FileError, parse_file, read_file};
 pub use inherited::{InheritedSocket, InheritedSocketError};
 pub use record::{
@@ -36,5 +38,5 @@ pub use settings::Settings;
 pub use upkeep::{Patience, Upkeep};
 pub use values::{
     BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, Interval, LogFormat, LogLevel,
-    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
+    OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
 };

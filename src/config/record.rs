@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use super::disk::{ConfigError, Replica};
+use super::disk::Replica;
+use super::error::ConfigError;
 use super::settings::Settings;
 use super::values::RecordMode;
 use crate::units::ReplicaId;

@@ -10,7 +10,7 @@ use super::inherited::InheritedSocket;
 use super::replica_argument::ReplicaArgument;
 use super::values::{
     BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Interval, LogFormat, LogLevel,
-    OnLostQuorum, OnOff, ReadPatternName, RecordMode, ScrubMode, whole_number,
+    OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, whole_number,
 };
 
 /// Every setting of a disk, none of them decided. The comments are the help of the flags.
@@ -278,6 +278,14 @@ pub struct Settings {
     #[arg(value_parser = whole_number::<u16>)]
     pub workers: Option<u16>,
 
+    /// Microseconds a worker with nothing to do looks for more before it sleeps [default: adaptive]
+    ///
+    /// `adaptive` looks for as long as requests and replicas take less than 100 us, and takes no
+    /// processor time when the guest is idle; a number, 0 to 1000, always looks that long. More
+    /// than 0 makes single requests faster and takes processor time from others.
+    #[arg(long, value_name = "US", help_heading = "Resources")]
+    pub poll_us: Option<Polling>,
+
     /// Memory for data of requests in flight, up to 4G; more requests wait [default: 64M]
     #[arg(long, value_name = "SIZE", help_heading = "Resources")]
     pub buffer_memory: Option<ByteSize>,
@@ -375,6 +383,7 @@ impl Settings {
             num_queues: self.num_queues.or(beneath.num_queues),
             queue_size: self.queue_size.or(beneath.queue_size),
             workers: self.workers.or(beneath.workers),
+            poll_us: self.poll_us.or(beneath.poll_us),
             buffer_memory: self.buffer_memory.or(beneath.buffer_memory),
             lock_timeout: self.lock_timeout.or(beneath.lock_timeout),
             incoming: self.incoming.or(beneath.incoming),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::disk::ConfigError;
+use super::error::ConfigError;
 use super::settings::Settings;
 use super::values::{ByteSize, CrashTie, OnLostQuorum, ScrubMode};
 

@@ -37,6 +37,9 @@ pub enum ValueError {
          7d, from 1m to 520w"
     )]
     Interval(String),
+    /// Neither `adaptive` nor a number of microseconds.
+    #[error("`{0}` is no way to poll; give adaptive, or 0 to {most} microseconds", most = Polling::MOST_US)]
+    Polling(String),
     /// No place for events.
     #[error("the events target is empty; give a path or the number of an open descriptor")]
     EventsTarget,
@@ -171,6 +174,59 @@ pub enum LogLevel {
     Debug,
     /// Everything.
     Trace,
+}
+
+/// How long a worker with nothing to do looks for more before it sleeps: `adaptive`, or a number of
+/// microseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Polling {
+    /// As long as it pays, and not at all on an idle disk.
+    #[default]
+    Adaptive,
+    /// So long each time; zero: not at all.
+    UpTo(Duration),
+}
+
+impl Polling {
+    /// Beyond a millisecond it is no more a question of waking up.
+    const MOST_US: u64 = 1000;
+}
+
+impl FromStr for Polling {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        if text == "adaptive" {
+            return Ok(Self::Adaptive);
+        }
+        let number = text.parse().ok().filter(|us| *us <= Self::MOST_US);
+        let us = number.ok_or_else(|| ValueError::Polling(text.to_owned()))?;
+        Ok(Self::UpTo(Duration::from_micros(us)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Polling {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PollingVisitor;
+
+        impl Visitor<'_> for PollingVisitor {
+            type Value = Polling;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"adaptive\" or a number of microseconds")
+            }
+
+            fn visit_i64<E: de::Error>(self, us: i64) -> Result<Polling, E> {
+                self.visit_str(&us.to_string())
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Polling, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(PollingVisitor)
+    }
 }
 
 /// `on` or `off`; the file also takes `true` and `false`.

@@ -168,8 +168,8 @@ pub(super) fn log(event: &Event, names: &Names) {
         }
         Report::RecordLost => error!(
             "the state record cannot be written on enough of its copies: writes to parts of the \
-             disk that were not written lately get I/O errors until the daemon is started again \
-             with enough copies writable"
+             disk that were not written lately get I/O errors until enough copies can be written \
+             again"
         ),
         Report::VerifyFailed { range } => {
             error!(

@@ -340,6 +340,7 @@ impl Running {
                 shared: Arc::clone(&shared),
                 replicas: replicas.clone(),
                 executor,
+                polling: config.polling,
                 mailboxes: running.mailboxes.clone(),
                 reports: reports.clone(),
                 counters: counters.worker(usize::from(index)),

@@ -115,6 +115,7 @@ pub fn superblock(
         clean: true,
         cold: false,
         forced: false,
+        few_replicas: false,
         assume_clean: first_use == FirstUse::AssumeClean,
         boot_id: ids.boot,
         // Where the others are overwritten there is nothing to compare.
@@ -123,6 +124,7 @@ pub fn superblock(
             FirstUse::AssumeClean | FirstUse::AdoptFrom(_) => VERIFIED,
         },
         scrub_cursor: VERIFIED,
+        scrubbed_at: 0,
         members,
         history: History::new(first),
         growing: None,

@@ -44,7 +44,7 @@ use crate::control::report_channel::REPORTS_MAX;
 use crate::control::{
     Counters, DiskStatus, EventSink, Reporter, SinkError, logging, report_channel,
 };
-use crate::device::{Connection, ConnectionHandle, Device};
+use crate::device::{Connection, ConnectionHandle, Device, Storage};
 use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
@@ -122,7 +122,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         disk_sectors: disk.looks().sectors,
     };
     let reporter = Reporter::new(names.clone(), sink);
-    // Last, and with the locks of the replicas in hand: see `listener`. Whoever waits for the socket
+    // Last, and with the locks of the replicas in hand (but for --incoming): see `listener`. Whoever waits for the socket
     // to appear may connect at once.
     let control = FrontEndSource::open(&config.front_end, config.lock_timeout)
         .map_err(DaemonError::from)
@@ -155,13 +155,18 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     service_manager::stopping(ending::limit(&config));
     // First, so that a successor can take the socket, and front-ends that come back find it there.
     control.stop_listening();
-    if let Some(handle) = connection {
-        let until = clock.now().after(ending::drain_limit(&config));
-        ending::drain(&mut control, handle, until, || show.all(&disk));
-    }
+    let drained = connection.is_none_or(|handle| {
+        let limit = ending::drain_limit(&config);
+        ending::drain(&mut control, handle, clock, limit, || show.all(&disk))
+    });
     show.status(&disk);
-    // The last connection has ended: nobody opens it any more.
-    device.lifecycle().gate().close();
+    if drained {
+        // The last connection has ended: nobody opens it any more.
+        device.lifecycle().gate().close();
+    } else {
+        // It has the gate, and keeps it.
+        Storage::close(&*disk);
+    }
     control.finish();
     show.counters();
     end

@@ -35,8 +35,9 @@ pub use error::RecordFileError;
 use file::{FileNumber, OpenCopy, Opening};
 pub use image::RecordImage;
 
-/// Pause between two looks at a lock.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Pause between two looks at a lock. The kernel lets go of the last ones of a process shortly after
+/// its end, and a guest waits for whoever comes next.
+const LOCK_RETRY: Duration = Duration::from_millis(4);
 
 /// How long storage may take to answer where nobody said how long.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -355,6 +356,7 @@ impl RecordFile {
             Access::Own(patience) => (true, patience),
             Access::Look => (false, Duration::ZERO),
         };
+        let mut told = false;
         let state = loop {
             let of = path.to_owned();
             let numbers: Vec<_> = others.iter().map(Self::number).collect();
@@ -366,7 +368,7 @@ impl RecordFile {
                 Ok(Opening::Held)
                     if begin.elapsed() < patience && !given_up.load(Ordering::Relaxed) =>
                 {
-                    if begin.elapsed() < LOCK_RETRY {
+                    if !std::mem::replace(&mut told, true) {
                         info!(
                             "the state record {} is locked by another process; waiting up to {} s \
                              for it",

@@ -34,17 +34,17 @@ use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
 use crate::device::DiskIdentity;
-use crate::io::within;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
 use crate::record::{
     DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
 };
 use crate::replica::{
-    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct, check_set,
+    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct_within,
+    check_set,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
-use decision::{Candidate, Decision, Facts, Past, Wanted};
+use decision::{Candidate, Decision, Facts, Past, Refused, Wanted};
 pub use error::StartError;
 use known::Remembered;
 use replicas::Waits;
@@ -86,11 +86,7 @@ pub struct Start {
 pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
-    let set = options.clone();
-    let look = move || check_distinct(&set);
-    if let Ok(distinct) = within("opener", config.patience.io_timeout, look) {
-        distinct?;
-    }
+    check_distinct_within(&options, config.patience.io_timeout)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;
@@ -155,7 +151,8 @@ fn only_reading(
         return Err(gone(places));
     };
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, ids, false)?;
+    let disk = settle(config, set, &opened, ids, false);
+    let disk = in_place(config, &files, &opened, disk)?;
     let keeper = KeeperState {
         verify_cursor: None,
         scrub_cursor: None,
@@ -186,7 +183,8 @@ fn with_record(
         opened = read(config, &files)?.ok_or_else(|| gone(places))?;
     }
     let ids = RunIds::new().map_err(StartError::Random)?;
-    let disk = settle(config, set, &opened, ids, true)?;
+    let disk = settle(config, set, &opened, ids, true);
+    let disk = in_place(config, &files, &opened, disk)?;
     let keeper = disk.keeper_start(&opened.superblock);
     let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
@@ -196,6 +194,33 @@ fn with_record(
     let recorder = Recorder::new(opened, &writable, ids.run)?;
     let record = disk.open_record(config, recorder, files, &writable, ids);
     Ok(disk.into_start(Some(record), keeper, identity))
+}
+
+/// What was settled, if the copies of the record say that the replicas are in their order. What the
+/// replicas themselves say of that comes first: it tells what the right order is.
+fn in_place(
+    config: &Config,
+    files: &RecordFiles,
+    opened: &Opened,
+    disk: Result<SettledDisk, StartError>,
+) -> Result<SettledDisk, StartError> {
+    let by_replica = matches!(
+        config.record,
+        RecordConfig::Beside | RecordConfig::Folder(_)
+    );
+    match &disk {
+        Err(StartError::Refused(Refused::Order { .. })) => {}
+        _ if !by_replica => {}
+        // Every replica is known to be the one that belongs in its place: only files were moved.
+        Ok(settled) if settled.decision.is_as_left() => {
+            if let Err(moved) = copies::check_places(files, opened) {
+                let text = moved.to_string();
+                Advice::Copy { text }.tell();
+            }
+        }
+        _ => copies::check_places(files, opened)?,
+    }
+    disk
 }
 
 /// Rule S5: plain images.
@@ -336,7 +361,7 @@ impl fmt::Display for Looks {
 /// If that cannot be told, or the disk could not be opened here anyway.
 pub fn look(config: &Config) -> Result<Looks, StartError> {
     let options = replicas::options_of(config);
-    check_distinct(&options)?;
+    check_distinct_within(&options, config.patience.io_timeout)?;
     let places = config
         .record
         .places(&config.replicas, record_files::is_file)?;

@@ -127,12 +127,24 @@ impl ConnectionHandle {
         self.control.ended.as_fd()
     }
 
-    /// Begins to end the connection. Queues complete what was fetched first; requests of the
-    /// front-end that are being handled are handled to their end.
+    /// Begins to end the connection: nothing more is read from the front-end. Queues complete what
+    /// was fetched first; messages of the front-end that are being handled are handled to their
+    /// end. Only then does the front-end see the end: one that hands the rings to a successor
+    /// finds in them what was completed.
     pub fn shutdown(&self) {
+        self.close(std::net::Shutdown::Read);
+    }
+
+    /// Ends the connection at once as the front-end sees it, where it may be the front-end that
+    /// keeps it from ending: one that does not read what it is answered.
+    pub fn cut(&self) {
+        self.close(std::net::Shutdown::Both);
+    }
+
+    fn close(&self, how: std::net::Shutdown) {
         self.control.shut_down.store(true, Ordering::Release);
         // Fails if the front-end was faster; that ends it as well.
-        let _ = self.control.front_end.shutdown(std::net::Shutdown::Both);
+        let _ = self.control.front_end.shutdown(how);
     }
 
     /// Waits for the end.

@@ -5,12 +5,22 @@
 //! mostly exist), so that a fuzzer spends its time behind the first check and not in front of it.
 //! Whatever the bytes, nothing may panic, run on, or reach outside guest memory.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::GuestMemory;
 use super::chain::{CHAIN_DESCRIPTORS_MAX, DescriptorTable, is_inside};
 use super::config_space::{DISCARD_SEGMENTS_MAX, DeviceOptions, feature};
+use super::disk::DiskIdentity;
+use super::inflight::{self, InflightBuffer, Shape, layout};
 use super::message::{Message, MessageLimits};
+use super::notify::Kick;
+use super::queue::{Fetched, PublishOrder, QueueSetup, RingAddresses, VirtQueue};
 use super::request::{BlockStatus, GuestRequest, Parsed, RequestKind, RequestRules, Segment};
 use crate::units::SectorRange;
 
@@ -247,6 +257,138 @@ pub fn fuzz_message(data: &[u8]) {
     let _ = message.check(limits);
 }
 
+/// Descriptors of the queue whose in-flight buffer is hostile.
+const TRACKED: u16 = 8;
+/// Where its status bytes are: nothing else of the guest's is written, but for the used ring.
+const STATUSES: u64 = 0x2000;
+
+/// What a back-end left behind, but for what the input spoils: in-flight buffer, indices, table.
+///
+/// # Panics
+/// If something is wrong with recovery.
+pub fn fuzz_inflight(data: &[u8]) {
+    MEMORY.with(|memory| {
+        run_inflight(memory, &mut Input(data));
+    });
+}
+
+/// A buffer for one queue, with words of it exchanged. `None` if it is refused.
+fn hostile_buffer(input: &mut Input<'_>) -> Option<Arc<InflightBuffer>> {
+    let disk = DiskIdentity::NONE;
+    let shape = Shape {
+        queues: 1,
+        queue_size: TRACKED,
+    };
+    let (mut description, file) = inflight::create(shape, 1, disk).expect("a small memory file");
+    let buffer = File::from(file);
+    let put = |at: usize, bytes: &[u8]| {
+        let written = buffer.write_all_at(bytes, at as u64);
+        written.expect("inside the memory file");
+    };
+    put(layout::VERSION_AT, &1u16.to_ne_bytes());
+    put(layout::DESC_NUM_AT, &TRACKED.to_ne_bytes());
+    put(layout::USED_IDX_AT, &input.word().to_ne_bytes());
+    put(
+        layout::LAST_BATCH_HEAD_AT,
+        &(input.word() % 10).to_ne_bytes(),
+    );
+    for head in 0..TRACKED {
+        let bits = input.byte();
+        put(layout::mark_at(head), &[bits & 1]);
+        put(layout::next_at(head), &(u16::from(bits) / 16).to_ne_bytes());
+        let counter = u64::from(input.byte()) << if bits & 14 == 14 { 56 } else { 0 };
+        put(layout::counter_at(head), &counter.to_ne_bytes());
+    }
+    for _ in 0..input.byte() % 4 {
+        let at = usize::from(input.word()) % (shape.buffer_bytes() - 2);
+        put(at, &input.word().to_ne_bytes());
+    }
+    match input.byte() {
+        0 => description.size = u64::from(input.word()),
+        1 => description.offset = u64::from(input.word()),
+        2 => description.shape.queues = input.word(),
+        3 => description.shape.queue_size = input.word(),
+        _ => {}
+    }
+    let opened = InflightBuffer::open(buffer.into(), description, 1, disk);
+    opened.ok().map(Arc::new)
+}
+
+/// Returns how many requests were executed again; `None` if queue or buffer were refused.
+fn run_inflight(memory: &GuestMemory, input: &mut Input<'_>) -> Option<u16> {
+    let buffer = hostile_buffer(input)?;
+    let rings = RingAddresses {
+        descriptors: TABLE,
+        available: 0x400,
+        used: 0x800,
+    };
+    put(memory, &[0x5a; 0x1000], STATUSES);
+    let (used, ahead) = (input.word(), input.word() % 12);
+    put(
+        memory,
+        &used.wrapping_add(ahead).to_le_bytes(),
+        rings.available + 2,
+    );
+    put(memory, &used.to_le_bytes(), rings.used + 2);
+    for index in 0..TRACKED {
+        let slot = rings.available + 4 + 2 * u64::from(index);
+        put(memory, &u16::from(input.byte() % 9).to_le_bytes(), slot);
+        // A chain of a status byte alone: answered at once, or malformed.
+        let mut raw = [0u8; 16];
+        raw[..8].copy_from_slice(&(STATUSES + 16 * u64::from(index)).to_le_bytes());
+        raw[8] = 1;
+        raw[12] = 2;
+        put(memory, &raw, TABLE + 16 * u64::from(index));
+    }
+    let event = eventfd(0, EventfdFlags::CLOEXEC).expect("a descriptor");
+    let setup = QueueSetup {
+        index: 0,
+        size: TRACKED,
+        rings,
+        features: 0,
+        options: Arc::new(DeviceOptions {
+            sectors: SECTORS,
+            block_bytes: 512,
+            read_only: false,
+            serial: String::new(),
+            queues: 1,
+            queue_size: TRACKED,
+        }),
+        order: PublishOrder::Ring,
+        inflight: buffer.region(0),
+        kick: Arc::new(Kick::new(File::from(event))),
+        call: None,
+    };
+    let mut queue = VirtQueue::new(setup, memory);
+    let again = queue.in_flight();
+    let mut fetched = 0u16;
+    let mut request = GuestRequest::new();
+    loop {
+        match queue.fetch(memory, &mut request) {
+            Fetched::Empty => break,
+            Fetched::Answered(_) => fetched += 1,
+            Fetched::Request(_) => unreachable!("no chain has a header"),
+        }
+        assert!(fetched <= TRACKED, "no more than there are descriptors");
+    }
+    assert_eq!(queue.in_flight(), fetched);
+    let mut tags = Vec::new();
+    let _ = queue.publish(memory, &mut tags);
+    assert!(queue.is_drained() && tags.is_empty());
+    let shown: u16 = memory
+        .load(GuestAddress(rings.used + 2), Ordering::Acquire)
+        .expect("the ring is in memory");
+    let published = if queue.is_broken() { 0 } else { fetched };
+    assert_eq!(u16::from_le(shown), used.wrapping_add(published));
+    let mut bytes = [0u8; 0x1000];
+    memory
+        .read_slice(&mut bytes, GuestAddress(STATUSES))
+        .expect("the region holds them");
+    let changed = |&(at, &byte): &(usize, &u8)| byte != 0x5a && !(at % 16 == 0 && at < 128);
+    assert!(!bytes.iter().enumerate().any(|pair| changed(&pair)));
+    (!queue.is_broken()).then_some(again)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,18 +408,52 @@ mod tests {
         }
     }
 
+    proptest! {
+        // Each takes a memory file and a mapping.
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn inflight_buffers_do_no_harm(data in prop::collection::vec(any::<u8>(), 0..80)) {
+            fuzz_inflight(&data);
+        }
+    }
+
+    fn noise(seed: &mut u64, len: usize) -> Vec<u8> {
+        let step = |_| {
+            *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            seed.to_le_bytes()[6]
+        };
+        (0..len).map(step).collect()
+    }
+
+    #[test]
+    fn bytes_reach_recovery() {
+        // Indices far apart are noticed first; the input has to say that they are near.
+        let mut seed = 7u64;
+        let mut again = std::collections::BTreeMap::new();
+        for _ in 0..20_000 {
+            let mut data = noise(&mut seed, 60);
+            data[1] = 0;
+            data[0] = 2;
+            let at = 4 + 2 * usize::from(TRACKED);
+            data[at] = 0;
+            data[at + 1] = 9;
+            data[at + 2] = 2 + data[at + 2] % 4;
+            data[at + 3] = 0;
+            let got = MEMORY.with(|memory| run_inflight(memory, &mut Input(&data)));
+            *again.entry(got).or_insert(0) += 1;
+        }
+        assert!(again[&None] > 100, "{again:?}");
+        assert!(again.keys().flatten().any(|&count| count > 2), "{again:?}");
+    }
+
     #[test]
     fn bytes_reach_every_kind_of_request() {
         // If decoding were too wild, the fuzzer would see nothing but malformed chains.
         let mut seed = 1u64;
         let mut kinds = std::collections::BTreeMap::new();
         for _ in 0..50_000 {
-            let data: Vec<u8> = (0..160)
-                .map(|_| {
-                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                    seed.to_le_bytes()[6]
-                })
-                .collect();
+            let data = noise(&mut seed, 160);
             let (parsed, kind) = MEMORY.with(|memory| run_chain(memory, &mut Input(&data)));
             let name = match parsed {
                 Parsed::Request => match kind {

@@ -320,6 +320,13 @@ impl VirtQueue {
         self.in_flight
     }
 
+    /// Requests that a predecessor had fetched and that are to be executed again: the next ones
+    /// that [`VirtQueue::fetch`] returns.
+    #[must_use]
+    pub fn repeats(&self) -> usize {
+        self.again.len()
+    }
+
     /// How many requests the driver has kept in the ring lately, fetched or not: the most that
     /// were there at a publication, less one for every publication since. 0 before the first.
     #[must_use]
@@ -726,3 +733,7 @@ fn crosses(event: u16, old: u16, new: u16) -> bool {
 #[cfg(test)]
 #[path = "queue_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "queue_tracking_tests.rs"]
+mod tracking_tests;

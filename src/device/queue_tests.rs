@@ -10,12 +10,12 @@ use crate::device::test_support::{DriverRing, options, write_header};
 const HEADER: u64 = 0x8_0000;
 const STATUS: u64 = 0x9_0000;
 
-fn memory() -> GuestMemory {
+pub(super) fn memory() -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap()
 }
 
 #[allow(unsafe_code, reason = "the crate's eventfd gives no owned descriptor")]
-fn event_file(event: &EventFd) -> File {
+pub(super) fn event_file(event: &EventFd) -> File {
     let copy = event.try_clone().unwrap();
     // SAFETY: `into_raw_fd` hands over a descriptor that nobody else owns.
     unsafe { File::from_raw_fd(copy.into_raw_fd()) }
@@ -57,7 +57,7 @@ fn fetch(queue: &mut VirtQueue, memory: &GuestMemory) -> Ticket {
     }
 }
 
-fn is_empty(queue: &mut VirtQueue, memory: &GuestMemory) -> bool {
+pub(super) fn is_empty(queue: &mut VirtQueue, memory: &GuestMemory) -> bool {
     queue.fetch(memory, &mut GuestRequest::new()) == Fetched::Empty
 }
 

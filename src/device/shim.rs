@@ -291,6 +291,71 @@ mod tests {
         Session::new(limits, Arc::new(RingContext::new(device)))
     }
 
+    fn message(code: u32, flags: u32, body: Vec<u8>, descriptors: Vec<OwnedFd>) -> Message {
+        Message {
+            code,
+            flags,
+            body,
+            descriptors,
+        }
+    }
+
+    fn acknowledge(session: &mut Session, features: VhostUserProtocolFeatures) {
+        let body = features.bits().to_ne_bytes().to_vec();
+        let verdict = session.inspect(&mut message(16, 1, body, vec![]));
+        assert!(matches!(verdict, Ok(Verdict::Pass)), "the crate is told");
+    }
+
+    #[test]
+    fn inflight_messages_are_answered_in_kind() {
+        let tracked = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        let asked = Description {
+            size: 0,
+            offset: 0,
+            shape: inflight::Shape {
+                queues: 4,
+                queue_size: 256,
+            },
+        };
+        // Some front-ends pad the payload; some ask whether SET_INFLIGHT_FD was carried out.
+        for (len, need_reply) in [(20, false), (24, false), (20, true), (24, true)] {
+            let mut session = session();
+            acknowledge(&mut session, tracked | VhostUserProtocolFeatures::REPLY_ACK);
+            let mut get = message(31, 1, asked.encode(len), vec![]);
+            let Ok(Verdict::Done(Some(answer))) = session.inspect(&mut get) else {
+                panic!("no answer");
+            };
+            assert_eq!((answer.code, answer.flags, answer.body.len()), (31, 5, len));
+            let made = Description::parse(&answer.body).unwrap();
+            assert_eq!((made.shape, made.offset), (asked.shape, 0));
+            assert!(session.context.inflight().is_none(), "it is not handed in");
+            let flags = if need_reply { 9 } else { 1 };
+            let mut set = message(32, flags, made.encode(len), answer.descriptors);
+            let Ok(Verdict::Done(answer)) = session.inspect(&mut set) else {
+                panic!("it is not for the crate");
+            };
+            let answer = answer.map(|answer| (answer.code, answer.flags, answer.body));
+            assert_eq!(answer, need_reply.then(|| (32, 5, vec![0; 8])));
+            assert!(session.context.inflight().is_some());
+        }
+    }
+
+    #[test]
+    fn inflight_messages_need_their_feature_and_replies_theirs() {
+        let mut session = session();
+        let asked = [vec![0; 16], vec![1, 0, 0, 1, 0, 0, 0, 0]].concat();
+        let refused = session.inspect(&mut message(31, 1, asked.clone(), vec![]));
+        assert!(matches!(refused, Err(Refusal::NotAcknowledged { .. })));
+        acknowledge(&mut session, VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        let Ok(Verdict::Done(Some(answer))) = session.inspect(&mut message(31, 1, asked, vec![]))
+        else {
+            panic!("no answer");
+        };
+        let mut set = message(32, 9, answer.body, answer.descriptors);
+        let verdict = session.inspect(&mut set);
+        assert!(matches!(verdict, Ok(Verdict::Done(None))), "{verdict:?}");
+    }
+
     #[test]
     fn memory_regions_are_counted() {
         let mut session = session();

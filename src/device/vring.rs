@@ -84,7 +84,9 @@ impl RingContext {
         *slot = Some(Arc::new(buffer));
     }
 
-    fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+    /// The buffer for rings that start from now on.
+    #[must_use]
+    pub fn inflight(&self) -> Option<Arc<InflightBuffer>> {
         let slot = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
         slot.clone()
     }

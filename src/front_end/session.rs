@@ -175,7 +175,8 @@ impl FrontEnd {
         })?;
         let acked = self.acked();
         let cloned = || stream.try_clone().map_err(failed("clone the socket"));
-        (self.protocol, self.watchdog) = on(&stream, &self.options)?;
+        self.watchdog = Watchdog::new(cloned()?).map_err(failed("start a thread"))?;
+        self.protocol = Frontend::from_stream(cloned()?, u64::from(self.options.queues));
         for queue in &mut self.queues {
             queue.replace_socket(OwnedFd::from(cloned()?))?;
         }

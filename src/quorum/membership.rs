@@ -80,6 +80,9 @@ pub struct Membership {
     counters: Box<[AtomicU32]>,
     /// Of each replica: when it was first late of late, in milliseconds, and how often since.
     late: Box<[(AtomicU64, AtomicU64)]>,
+    /// Of each replica: extents that were brought up to date, and how often the last one, which
+    /// may be shorter, was among them.
+    caught_up: Box<[(AtomicU64, AtomicU64)]>,
     /// Operations on a replica in an extent that nobody waits for any more.
     strays: Mutex<Vec<(ReplicaId, u64)>>,
     /// Serialises "enough others?" with the marks that follow from it.
@@ -109,6 +112,9 @@ impl Membership {
             unflushable: AtomicU32::new(0),
             counters: (0..replicas).map(|_| AtomicU32::new(0)).collect(),
             late: (0..replicas)
+                .map(|_| (AtomicU64::new(0), AtomicU64::new(0)))
+                .collect(),
+            caught_up: (0..replicas)
                 .map(|_| (AtomicU64::new(0), AtomicU64::new(0)))
                 .collect(),
             strays: Mutex::new(Vec::new()),
@@ -408,9 +414,25 @@ impl Membership {
         {
             return false;
         }
+        if self.marks.is_set(Bitmap::Behind(replica), extent) {
+            let (all, last) = &self.caught_up[replica.index()];
+            all.fetch_add(1, Ordering::Relaxed);
+            last.fetch_add(
+                u64::from(extent + 1 == self.marks.extents()),
+                Ordering::Relaxed,
+            );
+        }
         self.marks.clear(Bitmap::Behind(replica), extent);
         self.look_at(replica);
         true
+    }
+
+    /// How many extents of `replica` were brought up to date, by whomever, and how often the last
+    /// one was among them.
+    #[must_use]
+    pub fn caught_up(&self, replica: ReplicaId) -> (u64, u64) {
+        let (all, last) = &self.caught_up[replica.index()];
+        (all.load(Ordering::Relaxed), last.load(Ordering::Relaxed))
     }
 
     /// The caller holds `marking`, or nobody else is there yet.

@@ -279,6 +279,23 @@ impl Order {
         shards.filter_map(|(shard, touched)| touched.then_some(shard))
     }
 
+    /// Makes one change to the lock of this name, which is at the index that `change` is given, and
+    /// grants what that makes possible.
+    fn change(
+        &self,
+        range: SectorRange,
+        lane: LaneId,
+        ticket: LockTicket,
+        woken: &mut Vec<(LaneId, LockTicket)>,
+        change: impl FnOnce(&Shard, &mut Vec<Lock>, usize),
+    ) {
+        let shard = self.shard(range);
+        let mut locks = shard.locks.lock().expect("no panic under this lock");
+        let index = position(&locks, lane, ticket);
+        change(shard, &mut locks, index);
+        shard.grant(&mut locks, range, woken);
+    }
+
     /// The write under this exclusive lock is complete on all current copies but not yet
     /// published. Keeps other writes out until the release.
     pub fn defer(
@@ -288,23 +305,21 @@ impl Order {
         ticket: LockTicket,
         woken: &mut Vec<(LaneId, LockTicket)>,
     ) {
-        let shard = self.shard(range);
-        let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let index = position(&locks, lane, ticket);
-        let held = &mut locks[index];
-        assert!(
-            held.granted && held.mode == LockMode::Exclusive,
-            "once, by its holder"
-        );
-        held.mode = LockMode::Deferred;
-        shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
-        shard.grant(&mut locks, range, woken);
+        self.change(range, lane, ticket, woken, |shard, locks, index| {
+            let held = &mut locks[index];
+            assert!(
+                held.granted && held.mode == LockMode::Exclusive,
+                "once, by its holder"
+            );
+            held.mode = LockMode::Deferred;
+            shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        });
     }
 
     /// The holder of this exclusive lock cannot go on before something else is done under a
     /// [settlement's](LockMode::Settle) lock in the same range, or before replicas come back: gives
-    /// it back but keeps the place in the order, until [`Order::resume`]. Nothing was written under
-    /// it.
+    /// it back but keeps the place in the order, until [`Order::resume`]. What was written under it is
+    /// in U.
     pub fn suspend(
         &self,
         range: SectorRange,
@@ -312,18 +327,16 @@ impl Order {
         ticket: LockTicket,
         woken: &mut Vec<(LaneId, LockTicket)>,
     ) {
-        let shard = self.shard(range);
-        let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let index = position(&locks, lane, ticket);
-        let held = &mut locks[index];
-        assert!(
-            held.granted && held.mode == LockMode::Exclusive,
-            "by its holder"
-        );
-        held.granted = false;
-        held.suspended = true;
-        shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
-        shard.grant(&mut locks, range, woken);
+        self.change(range, lane, ticket, woken, |shard, locks, index| {
+            let held = &mut locks[index];
+            assert!(
+                held.granted && held.mode == LockMode::Exclusive,
+                "by its holder"
+            );
+            held.granted = false;
+            held.suspended = true;
+            shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+        });
     }
 
     /// The lock is wanted again. It is granted, now or later, like one that was queued for when it
@@ -335,12 +348,10 @@ impl Order {
         ticket: LockTicket,
         woken: &mut Vec<(LaneId, LockTicket)>,
     ) {
-        let shard = self.shard(range);
-        let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let index = position(&locks, lane, ticket);
-        assert!(locks[index].suspended, "after it was suspended");
-        locks[index].suspended = false;
-        shard.grant(&mut locks, range, woken);
+        self.change(range, lane, ticket, woken, |_, locks, index| {
+            assert!(locks[index].suspended, "after it was suspended");
+            locks[index].suspended = false;
+        });
     }
 
     /// The suspended lock is not wanted any more.
@@ -351,12 +362,10 @@ impl Order {
         ticket: LockTicket,
         woken: &mut Vec<(LaneId, LockTicket)>,
     ) {
-        let shard = self.shard(range);
-        let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let index = position(&locks, lane, ticket);
-        let gone = locks.remove(index);
-        assert!(gone.suspended, "after it was suspended");
-        shard.grant(&mut locks, range, woken);
+        self.change(range, lane, ticket, woken, |_, locks, index| {
+            let gone = locks.remove(index);
+            assert!(gone.suspended, "after it was suspended");
+        });
     }
 
     /// Runs `act` if nobody holds or waits for any lock in `range`; nobody gets one meanwhile.
@@ -379,16 +388,14 @@ impl Order {
         ticket: LockTicket,
         woken: &mut Vec<(LaneId, LockTicket)>,
     ) {
-        let shard = self.shard(range);
-        let mut locks = shard.locks.lock().expect("no panic under this lock");
-        let held = position(&locks, lane, ticket);
-        let gone = locks.remove(held);
-        assert!(gone.granted, "a lock is released by its holder (I10)");
-        assert_eq!(gone.range, range, "a lock is released as it was taken");
-        if gone.mode.disturbs() {
-            shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
-        }
-        shard.grant(&mut locks, range, woken);
+        self.change(range, lane, ticket, woken, |shard, locks, index| {
+            let gone = locks.remove(index);
+            assert!(gone.granted, "a lock is released by its holder (I10)");
+            assert_eq!(gone.range, range, "a lock is released as it was taken");
+            if gone.mode.disturbs() {
+                shard.exclusive_released.fetch_add(1, Ordering::AcqRel);
+            }
+        });
     }
 
     /// Taken before a read without a lock is submitted.

@@ -120,6 +120,12 @@ impl Opened {
         &self.copies[copy].state
     }
 
+    /// The index of the copy in place `copy`: the place for which it was made.
+    #[must_use]
+    pub fn index(&self, copy: usize) -> usize {
+        self.copies[copy].index.into()
+    }
+
     /// Whether a minority of the copies was taken as the truth (rule S6): what the others knew is
     /// lost.
     #[must_use]

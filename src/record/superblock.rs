@@ -21,7 +21,7 @@ pub const FORMAT_VERSION: u32 = 1;
 pub(super) const SUPERBLOCK_CRC_AT: usize = 12;
 
 /// Offset of the bytes before the members that mean nothing yet.
-const RESERVED_AT: usize = 116;
+const RESERVED_AT: usize = 124;
 
 /// Number of those bytes.
 const RESERVED_BYTES: usize = MEMBERS_AT - RESERVED_AT;
@@ -63,6 +63,7 @@ const CLEAN: u32 = 1;
 const COLD: u32 = 2;
 const FORCED: u32 = 4;
 const ASSUME_CLEAN: u32 = 8;
+const FEW_REPLICAS: u32 = 16;
 
 /// The identity of a disk, chosen at random when its record is created.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,6 +140,9 @@ pub struct Superblock {
     /// The epoch was begun by force (rule S6): fewer than a majority of K may have been there, and
     /// a majority of `included` decides.
     pub forced: bool,
+    /// The last run began by force with fewer than T replicas (rule S6): those that were not there
+    /// are behind everywhere.
+    pub few_replicas: bool,
     /// Copies were said to be equal when the record was created (rule S5).
     pub assume_clean: bool,
     /// Boot of the host in which the epoch began.
@@ -147,6 +151,8 @@ pub struct Superblock {
     pub verify_cursor: u64,
     /// First sector the scrub under way has not seen; [`VERIFIED`] when none is.
     pub scrub_cursor: u64,
+    /// When the last scrub came to its end, in seconds since 1970; 0: never.
+    pub scrubbed_at: u64,
     /// Replicas by slot.
     pub members: [Member; REPLICAS_MAX],
     /// This epoch and those before it.
@@ -182,10 +188,12 @@ impl Superblock {
             clean: false,
             cold: false,
             forced: false,
+            few_replicas: false,
             assume_clean: false,
             boot_id: [0; 16],
             verify_cursor: 0,
             scrub_cursor: VERIFIED,
+            scrubbed_at: 0,
             members: [Member::default(); REPLICAS_MAX],
             history: History::new(EpochEntry {
                 epoch: FIRST_EPOCH,
@@ -265,8 +273,10 @@ impl Superblock {
             (self.cold, COLD),
             (self.forced, FORCED),
             (self.assume_clean, ASSUME_CLEAN),
+            (self.few_replicas, FEW_REPLICAS),
         ];
         writer.u32(flags.iter().filter(|f| f.0).map(|f| f.1).sum());
+        writer.u64(self.scrubbed_at);
         writer.bytes(&[0; RESERVED_BYTES]);
         debug_assert_eq!(writer.at(), MEMBERS_AT);
         for (slot, member) in self.members.iter().enumerate() {
@@ -342,9 +352,10 @@ impl Superblock {
             _ => return Err(wrong("read pattern")),
         };
         let flags = reader.u32();
-        if flags & !(CLEAN | COLD | FORCED | ASSUME_CLEAN) != 0 {
+        if flags & !(CLEAN | COLD | FORCED | ASSUME_CLEAN | FEW_REPLICAS) != 0 {
             return Err(wrong("flags"));
         }
+        let scrubbed_at = reader.u64();
         let _reserved: [u8; RESERVED_BYTES] = reader.bytes();
         debug_assert_eq!(reader.at(), MEMBERS_AT);
         let mut members = [Member::default(); REPLICAS_MAX];
@@ -378,10 +389,12 @@ impl Superblock {
             clean: flags & CLEAN != 0,
             cold: flags & COLD != 0,
             forced: flags & FORCED != 0,
+            few_replicas: flags & FEW_REPLICAS != 0,
             assume_clean: flags & ASSUME_CLEAN != 0,
             boot_id,
             verify_cursor,
             scrub_cursor,
+            scrubbed_at,
             members,
             history,
             growing,

@@ -201,6 +201,7 @@ mod tests {
             clean: true,
             cold: false,
             forced: false,
+            few_replicas: false,
             assume_clean: false,
             in_use: false,
             copies_needed: 2,

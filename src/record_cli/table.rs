@@ -46,10 +46,10 @@ fn head(view: &View, text: &mut String) -> std::fmt::Result {
         "voting      {} of {} replicas must agree{voting}",
         view.threshold, view.replicas
     )?;
-    let forced = if view.forced {
-        ", begun by --force"
-    } else {
-        ""
+    let forced = match (view.forced, view.few_replicas) {
+        (true, false) => ", begun by --force",
+        (_, true) => ", begun by --force with too few replicas",
+        (false, false) => "",
     };
     writeln!(text, "epoch       {}{forced}", view.epoch)?;
     let last = match (view.in_use, view.clean, view.cold) {

@@ -57,6 +57,8 @@ pub struct View {
     pub cold: bool,
     /// The epoch was begun with `--force`.
     pub forced: bool,
+    /// The last run began with `--force` and fewer than T replicas.
+    pub few_replicas: bool,
     /// The images were adopted with `--assume-clean`.
     pub assume_clean: bool,
     /// A daemon has the record at this moment.
@@ -239,6 +241,7 @@ impl View {
             clean: superblock.clean,
             cold: superblock.cold,
             forced: superblock.forced,
+            few_replicas: superblock.few_replicas,
             assume_clean: superblock.assume_clean,
             in_use: files.are_in_use(),
             copies_needed: superblock.needed(),

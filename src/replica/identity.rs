@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 /// The storage of a replica. Two paths, links or bind mounts to one file have one identity.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Identity {
     /// A regular file.
     File(Inode),
@@ -20,7 +20,7 @@ pub enum Identity {
 }
 
 /// A file, by the file system it is on and its number there.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Inode {
     device: u64,
     number: u64,

@@ -33,7 +33,8 @@ pub use fingerprint::{Fingerprint, Presence};
 pub use identity::{Identity, Inode};
 pub use locks::Holder;
 pub use opening::{
-    ReopenError, check_distinct, lengthen, open_each, open_one_beside, open_set, open_within,
+    ReopenError, check_distinct, check_distinct_within, common_order, lengthen, open_each,
+    open_one_beside, open_set, open_within,
 };
 pub use raw::{Cache, Format, RawOptions, RawReplica};
 pub use set::{SetError, SetNote, SetShape, Unfit, check_member, check_set};

@@ -54,6 +54,33 @@ pub fn check_distinct(options: &[RawOptions]) -> Result<(), OpenError> {
     Ok(())
 }
 
+/// Like [`check_distinct`], for no longer than `limit`: where a look hangs it is left out, and
+/// those that can be opened are compared with each other then.
+///
+/// # Errors
+/// [`OpenFault::Duplicate`] if two of them are the same storage (rule V8).
+pub fn check_distinct_within(options: &[RawOptions], limit: Duration) -> Result<(), OpenError> {
+    let set = options.to_vec();
+    within("opener", limit, move || check_distinct(&set)).unwrap_or(Ok(()))
+}
+
+/// The slots of a set in the order in which everybody who wants all of it opens them, whatever
+/// order they were given in: by where they are stored. Of two who do so, and wait for what the
+/// other one has, one gets everything. What cannot be looked at within `limit` comes last.
+#[must_use]
+pub fn common_order(options: &[RawOptions], limit: Duration) -> Vec<usize> {
+    let storage = |options: &RawOptions| {
+        let path = options.path.clone();
+        within("opener", limit, move || identify(&path).ok())
+            .ok()
+            .flatten()
+    };
+    let storage: Vec<Option<Identity>> = options.iter().map(storage).collect();
+    let mut order: Vec<usize> = (0..options.len()).collect();
+    order.sort_by_key(|&slot| (storage[slot].is_none(), storage[slot].clone()));
+    order
+}
+
 /// Opens every replica of a set that can be opened, and tells of each of the others why not; the
 /// results are in the order of `options`. Nothing is waited for longer than `limit`, neither a
 /// look at the whole set nor the opening of one of them.
@@ -65,11 +92,7 @@ pub fn open_each(
     options: &[RawOptions],
     limit: Duration,
 ) -> Result<Vec<Result<Arc<Replica>, OpenError>>, OpenError> {
-    let set = options.to_vec();
-    // Where a look hangs those that can be opened are still compared with each other.
-    if let Ok(distinct) = within("opener", limit, move || check_distinct(&set)) {
-        distinct?;
-    }
+    check_distinct_within(options, limit)?;
     let mut open: Vec<Arc<Replica>> = Vec::with_capacity(options.len());
     let mut results = Vec::with_capacity(options.len());
     for options in options {

@@ -34,6 +34,16 @@ impl FaultyFile {
         Self::start(image, &["--cached"])
     }
 
+    /// Shows `image` so that it can be opened for reading only.
+    pub fn read_only(image: &Path) -> Self {
+        Self::start(image, &["--read-only"])
+    }
+
+    /// Shows `image` on a file system that has no locks.
+    pub fn without_locks(image: &Path) -> Self {
+        Self::start(image, &["--no-locks"])
+    }
+
     fn start(image: &Path, arguments: &[&str]) -> Self {
         let path = image.with_extension("faulty");
         let control = image.with_extension("control");
@@ -85,6 +95,15 @@ impl FaultyFile {
         while self.ask(command) != value {
             let now = self.ask(command);
             assert!(Instant::now() < deadline, "{command} is {now}, not {value}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until a command gives `value` or more.
+    pub fn wait_until_at_least(&self, command: &str, value: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.ask(command) < value {
+            assert!(Instant::now() < deadline, "{command} is less than {value}");
             std::thread::sleep(Duration::from_millis(2));
         }
     }

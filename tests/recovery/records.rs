@@ -3,7 +3,8 @@
 //! comes back by itself, and without most of them nothing is written that could not be remembered.
 
 use std::fs::{self, File};
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use quorum_blk::front_end::Status;
 use serde_json::Value;
@@ -11,10 +12,11 @@ use serde_json::Value;
 use crate::common::{FaultyFile, Random};
 use crate::guest::Guest;
 use crate::model::Model;
-use crate::site::{SECTORS, Site};
+use crate::site::{SECTORS, SETTLED, Site};
 
-/// A disk whose first `count` copies of the record go wrong on command.
-fn with_faulty_records(count: usize) -> (Vec<FaultyFile>, Site) {
+/// A disk whose first `count` copies of the record go wrong on command. These end before the
+/// daemon, which may hang on them.
+fn with_faulty_records(count: usize) -> (Site, Vec<FaultyFile>) {
     let mut site = Site::bare(&[]);
     let mut copies = Vec::new();
     for (index, path) in site.paths.iter_mut().enumerate() {
@@ -32,7 +34,7 @@ fn with_faulty_records(count: usize) -> (Vec<FaultyFile>, Site) {
         path.as_mut_os_string().push(place);
     }
     site.start_with(&["--assume-clean"]);
-    (copies, site)
+    (site, copies)
 }
 
 fn busy(guest: &mut Guest, model: &mut Model, random: &mut Random, requests: usize) {
@@ -43,7 +45,7 @@ fn busy(guest: &mut Guest, model: &mut Model, random: &mut Random, requests: usi
 #[test]
 fn a_copy_that_fails_or_hangs_is_left_out_and_nobody_waits_for_it() {
     for fault in ["eio write on", "enospc on", "hang write"] {
-        let (copies, mut site) = with_faulty_records(1);
+        let (mut site, copies) = with_faulty_records(1);
         let mut model = Model::new(SECTORS);
         let mut random = Random::new(81);
         let mut guest = Guest::connect(&site);
@@ -75,7 +77,7 @@ fn a_copy_that_fails_or_hangs_is_left_out_and_nobody_waits_for_it() {
 
 #[test]
 fn without_most_copies_of_the_record_nothing_is_written_that_cannot_be_remembered() {
-    let (copies, mut site) = with_faulty_records(2);
+    let (mut site, copies) = with_faulty_records(2);
     let mut model = Model::new(SECTORS);
     let mut guest = Guest::connect(&site);
     guest.write(&mut model, 0, 8);
@@ -113,7 +115,7 @@ fn copy_states(site: &mut Site) -> Vec<String> {
 
 #[test]
 fn a_copy_that_failed_is_back_when_it_can_be_written_again() {
-    let (copies, mut site) = with_faulty_records(1);
+    let (mut site, copies) = with_faulty_records(1);
     let mut model = Model::new(SECTORS);
     let mut guest = Guest::connect(&site);
     guest.write(&mut model, 0, 8);
@@ -145,7 +147,7 @@ fn a_copy_that_failed_is_back_when_it_can_be_written_again() {
 
 #[test]
 fn a_copy_that_vanished_is_made_anew() {
-    let (mut copies, mut site) = with_faulty_records(1);
+    let (mut site, mut copies) = with_faulty_records(1);
     let mut model = Model::new(SECTORS);
     let mut guest = Guest::connect(&site);
     guest.write(&mut model, 0, 8);
@@ -167,7 +169,7 @@ fn a_copy_that_vanished_is_made_anew() {
 
 #[test]
 fn a_copy_on_which_writes_hang_holds_up_nobody_when_it_is_tried_again() {
-    let (copies, mut site) = with_faulty_records(1);
+    let (mut site, copies) = with_faulty_records(1);
     let mut model = Model::new(SECTORS);
     let mut guest = Guest::connect(&site);
     guest.write(&mut model, 0, 8);
@@ -215,5 +217,125 @@ fn a_record_of_one_copy_that_failed_once_is_not_lost_for_good() {
     drop(guest);
     site.await_equal();
     site.stop();
+    drop(copy);
+}
+
+#[test]
+fn a_copy_that_hangs_at_the_start_is_left_out_until_it_answers() {
+    let (mut site, copies) = with_faulty_records(1);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 8);
+    drop(guest);
+    site.stop();
+    copies[0].tell("hang read");
+    let begun = Instant::now();
+    site.start_with(&["--io-timeout", "1"]);
+    assert!(
+        begun.elapsed() < Duration::from_secs(15),
+        "it was waited for"
+    );
+    let log = site.log();
+    assert!(log.contains("does not answer within 1 s"), "{log}");
+    let mut guest = Guest::connect(&site);
+    guest.check_all(&mut model, true);
+    guest.write(&mut model, 2048, 8);
+    assert_eq!(copy_states(&mut site)[0], "left out");
+    copies[0].tell("resume");
+    site.await_event("QUORUM_BLK_RECORD_COPY_RETURNED", |data| data["copy"] == 0);
+    drop(guest);
+    site.stop();
+    drop(copies);
+}
+
+#[test]
+fn without_a_majority_of_copies_that_answer_nothing_is_served() {
+    let (mut site, copies) = with_faulty_records(2);
+    site.stop();
+    copies[0].tell("hang read");
+    copies[1].tell("hang read");
+    // Its threads keep the process as long as the storage hangs, but it has spoken.
+    site.start_and_leave_with(&["--io-timeout", "1"]);
+    site.await_log("only 1 of 3 copies");
+    let said = site.log();
+    assert!(said.contains("does not answer within 1 s"), "{said}");
+    copies[0].tell("resume");
+    copies[1].tell("resume");
+    let status = site.process().wait(SETTLED);
+    assert_eq!(status.code(), Some(1), "{status}");
+}
+
+/// Gives every replica a copy of the record at these paths.
+fn set_records(site: &mut Site, copies: [&Path; 3]) {
+    for ((path, image), copy) in site.paths.iter_mut().zip(&site.images).zip(copies) {
+        let mut argument = image.clone().into_os_string();
+        argument.push(",record=");
+        argument.push(copy);
+        *path = argument.into();
+    }
+}
+
+#[test]
+fn a_copy_that_cannot_be_written_still_says_what_it_knows() {
+    let mut site = Site::bare(&[]);
+    let names = [0, 1, 2].map(|index| site.images[index].with_extension("record"));
+    let [first, second, third] = names.each_ref().map(|name| name.as_path());
+    set_records(&mut site, [first, second, third]);
+    site.start_with(&["--assume-clean"]);
+    site.stop();
+    let old = fs::read(first).expect("a copy");
+    let mut model = Model::new(SECTORS);
+    site.start();
+    Guest::connect(&site).write(&mut model, 0, 8);
+    site.stop();
+    // One copy is old, one is gone, and the one that knows best cannot be written.
+    fs::write(first, old).expect("a copy");
+    fs::remove_file(third).expect("a copy");
+    let read_only = FaultyFile::read_only(second);
+    set_records(&mut site, [first, &read_only.path, third]);
+    site.start();
+    let log = site.log();
+    assert!(log.contains("can be read and not written"), "{log}");
+    assert!(log.contains("0.record of the state record is old"), "{log}");
+    assert!(!log.contains("was changed"), "{log}");
+    let mut guest = Guest::connect(&site);
+    guest.check_all(&mut model, true);
+    guest.write(&mut model, 2048, 8);
+    drop(guest);
+    site.stop();
+    site.assert_no_failure();
+}
+
+#[test]
+fn without_locks_the_record_is_read_when_the_replicas_are_ours() {
+    let mut first = Site::bare(&["--lock-timeout", "20"]);
+    let record = first.images[0].with_extension("record");
+    File::create(&record).expect("an empty file");
+    let copy = FaultyFile::without_locks(&record);
+    first.paths[0].as_mut_os_string().push(",record=");
+    first.paths[0].as_mut_os_string().push(&copy.path);
+    first.start_with(&["--assume-clean"]);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&first);
+    guest.write(&mut model, 0, 8);
+    // The record can be had, the replicas cannot.
+    let mut second = Site::bare(&["--lock-timeout", "20"]);
+    second.paths.clone_from(&first.paths);
+    second.images.clone_from(&first.images);
+    second.start_and_leave();
+    second.await_log("waiting up to 20 s for it");
+    guest.write(&mut model, 2048, 8);
+    drop(guest);
+    first.stop();
+    second.await_serving();
+    let log = second.log();
+    assert!(log.contains("has no locks"), "{log}");
+    assert!(!log.contains("did not stop cleanly"), "{log}");
+    let mut guest = Guest::connect(&second);
+    guest.check_all(&mut model, true);
+    guest.write(&mut model, 4096, 8);
+    drop(guest);
+    second.await_equal();
+    second.stop();
     drop(copy);
 }

@@ -144,6 +144,12 @@ impl Site {
         }
     }
 
+    /// Waits until the daemon that was started listens.
+    #[track_caller]
+    pub fn await_serving(&self) {
+        self.wait_for(SETTLED, "listener", || self.is_serving());
+    }
+
     fn is_serving(&self) -> bool {
         match FrontEnd::negotiate(&self.socket, &Options::default()) {
             Ok(_) => true,
@@ -154,7 +160,12 @@ impl Site {
 
     /// Starts the daemon and does not wait for it.
     pub fn start_and_leave(&mut self) {
-        self.launch(&[]);
+        self.start_and_leave_with(&[]);
+    }
+
+    /// The same with more arguments.
+    pub fn start_and_leave_with(&mut self, more: &[&str]) {
+        self.launch(more);
     }
 
     /// Starts the daemon where it must not start. Returns what it says.

@@ -2,6 +2,7 @@
 //! The first comparison of adopted images, scrubs, and what the daemon says of itself.
 
 use std::fs;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -10,6 +11,7 @@ use crate::guest::Guest;
 use crate::model::{Model, content};
 use crate::site::{SECTORS, Site};
 use quorum_blk::front_end::Status;
+use quorum_blk::record::Superblock;
 
 /// Images that hold version 1 of every sector, never served.
 fn images_of_one_version() -> (Site, Model) {
@@ -145,4 +147,55 @@ fn status_tells_states_and_what_is_left_to_do() {
     assert!(site.status().contains("the disk is healthy"));
     drop(guest);
     site.stop();
+}
+
+#[test]
+fn a_scrub_does_not_keep_writes_out_while_a_replica_hangs() {
+    let mut site = Site::faulty(&[1], &["--io-timeout", "20"]);
+    let mut model = Model::new(SECTORS);
+    let mut guest = Guest::connect(&site);
+    guest.write(&mut model, 0, 8);
+    site.fault(1).tell("hang read");
+    site.process().signal(Signal::User2);
+    site.fault(1).wait_until_at_least("held", 1);
+    // The range of the first piece, long before the replica counts as hung.
+    let taken = guest.write(&mut model, 8, 8);
+    assert!(taken < Duration::from_secs(8), "{taken:?}");
+    site.fault(1).tell("resume");
+    site.await_event("QUORUM_BLK_SCRUB_DONE", |data| {
+        data["type"] == "scrub" && data["failed-sectors"].as_u64() > Some(0)
+    });
+    drop(guest);
+    site.await_equal();
+    site.assert_no_failure();
+    site.stop();
+}
+
+#[test]
+fn the_time_to_the_next_scrub_goes_on_over_restarts() {
+    let mut site = Site::new(&["--scrub-interval", "1m"]);
+    site.stop();
+    // As if that had been an hour ago.
+    for copy in 0..3 {
+        let path = site.record(copy);
+        let mut bytes = fs::read(&path).expect("a copy of the record");
+        for block in bytes[..2 * 4096].chunks_mut(4096) {
+            let block: &mut [u8; 4096] = block.try_into().expect("a block");
+            let mut superblock = Superblock::decode(block).expect("a superblock");
+            assert!(
+                superblock.scrubbed_at > 0,
+                "counted from the first start on"
+            );
+            superblock.scrubbed_at -= 3600;
+            *block = superblock.encode();
+        }
+        fs::write(&path, bytes).expect("a copy of the record");
+    }
+    site.start();
+    site.await_event("QUORUM_BLK_SCRUB_DONE", |data| data["type"] == "scrub");
+    site.stop();
+    // That one is over.
+    site.start();
+    site.stop();
+    assert!(site.events("QUORUM_BLK_SCRUB_BEGUN").is_empty());
 }

@@ -108,8 +108,15 @@ impl Budget {
 
     /// Who is behind in an extent or not up, and whether all its copies may be different.
     pub fn set_absent(&mut self, extent: u64, absent: u16, frozen: bool) {
-        self.absent[index(extent)] = absent;
-        self.frozen[index(extent)] = frozen;
+        let e = index(extent);
+        self.frozen[e] = frozen;
+        if std::mem::replace(&mut self.absent[e], absent) != absent {
+            let first = e << self.extent_shift;
+            let last = (first + (1 << self.extent_shift)).min(self.tainted.len());
+            for s in first..last {
+                self.note_lost(s);
+            }
+        }
     }
 
     /// Nothing is in flight any more.

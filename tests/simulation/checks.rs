@@ -46,7 +46,7 @@ impl World {
     /// I14: no request fails while the faults are within the budget.
     fn check_failure(&mut self, request: &GuestRequest) -> Verdict {
         if request.kind == Kind::Write {
-            self.model.failed(request.range, request.version, self.step);
+            self.model.failed(request.range, request.order, self.step);
             if self.profile.beyond_budget {
                 return Ok(());
             }
@@ -67,7 +67,7 @@ impl World {
             let value = self.workers[lane].pool.value(data, place);
             let (floor, began) = (request.floors[place], request.began);
             if let Err(what) = self.model.shown(sector, value, floor, began, self.step) {
-                if !self.is_explained(sector) && !self.was_explained(sector) {
+                if !self.is_explained(sector) && !self.was_explained(sector, began) {
                     return violation("I1", what);
                 }
                 self.tally.count("silently wrong sectors");
@@ -87,11 +87,11 @@ impl World {
         self.profile.excess > 0 && (0..policy.replicas).filter(bad).count() > spare
     }
 
-    /// The same, at any time since the last write of the sector that was acknowledged and flushed: what
-    /// was chosen then may have been written to all copies since, and is what they all hold until the
-    /// guest writes there.
-    fn was_explained(&self, sector: u64) -> bool {
-        let since = self.model.sound_since(sector).max(1);
+    /// The same, at any time since the last write of the sector that was acknowledged and flushed
+    /// before the reader began: what was chosen then may have been written to all copies since, and is
+    /// what they all hold until the guest writes there.
+    fn was_explained(&self, sector: u64, began: u64) -> bool {
+        let since = self.model.sound_since(sector, began).max(1);
         self.profile.excess > 0 && self.budget.was_lost(sector, since)
     }
 
@@ -124,8 +124,7 @@ impl World {
             return violation("I2", format!("{}: {what}", request.range));
         }
         self.budget.look_at(request.range);
-        self.model
-            .acknowledged(request.range, request.version, self.step);
+        self.model.acknowledged(request.range, request.order);
         Ok(())
     }
 
@@ -202,7 +201,9 @@ impl World {
                         .survivors(sector)
                         .all(|value| self.model.is_not_older(sector, value, version));
                 let behind = Bitmap::Behind(ReplicaId::new(replica));
-                if !held && !marks.is_durable(behind, extent) {
+                // Another file in its place is a fault; it is not admitted before this is remembered.
+                let foreign = self.life.foreign[replica];
+                if !held && !foreign && !marks.is_durable(behind, extent) {
                     let what = format!("replica {replica} may lose version {version} of {sector}");
                     return violation("I5", format!("{what}, and that is not remembered"));
                 }
@@ -361,6 +362,9 @@ impl World {
         }
         if !self.operations.none_in_flight() {
             return violation("I9", "an operation is left");
+        }
+        if !self.inflight.is_quiet() {
+            return violation("I11", "the guest waits for a request that nobody knows of");
         }
         Ok(())
     }

@@ -17,6 +17,8 @@ pub enum Happening {
     Complete { slot: usize },
     /// The guest sees the replies whose turn it is.
     Publish { lane: usize },
+    /// The marks of what was published last in this ring are cleared.
+    Clear { lane: usize, ring: usize },
     /// There may be buffers for the rest of the request that was begun.
     Resume { lane: usize },
     /// A wakeup reaches its lane.

@@ -3,7 +3,8 @@
 //!
 //! Of every write in flight any sectors reach the replica before the next start (rule K2). Without
 //! power the replicas lose any part of what was not flushed. The guest is gone as well (a cold
-//! start): its requests in flight have failed as far as anybody knows.
+//! start): its requests in flight have failed as far as anybody knows. Or it lives on, and its
+//! requests in flight are repeated ([`inflight`](crate::inflight)).
 
 use crate::clock::Happening;
 use crate::faults::MS;
@@ -145,7 +146,15 @@ impl World {
                 disk.lose_power(&mut self.rng);
             }
         }
-        self.model.crash(power, self.step);
+        // A front-end that comes and is not connected yet brings what it brought before.
+        let known = self.life.connected || self.life.warm;
+        let odds = self.profile.life.map_or(0, |life| life.warm);
+        let warm = known && odds > 0 && !power && self.rng.below(1000) < odds;
+        self.tally.add("warm starts", u64::from(warm));
+        self.life.warm = warm;
+        self.hand_over(warm);
+        let live = self.inflight.orders();
+        self.model.crash(power, warm.then_some(live), self.step);
         self.guests.restart(self.shape.lanes, power);
         self.clock.keep(|what| {
             matches!(
@@ -158,7 +167,9 @@ impl World {
         for replica in 0..self.disks.len() {
             self.open_member(replica);
         }
-        self.agree_where_tainted();
+        if !warm {
+            self.agree_where_tainted();
+        }
         self.start()
     }
 

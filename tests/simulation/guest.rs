@@ -12,9 +12,9 @@ use crate::model::Floors;
 use crate::profile::Ailment;
 use crate::quorum::{Request, Status, Tag};
 use crate::rings::{NO_BUFFER, Planned};
-use crate::trace::Verdict;
+use crate::trace::{Line, Verdict};
 use crate::units::SectorRange;
-use crate::world::World;
+use crate::world::{Breach, World};
 
 /// What a request of the guest is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,6 +34,10 @@ pub struct GuestRequest {
     pub range: SectorRange,
     /// Of a write.
     pub version: u64,
+    /// Its place among all writes: the version, unless it was repeated after others.
+    pub order: u64,
+    /// It has that place since the daemon began.
+    pub placed: bool,
     /// Whether it writes zeroes.
     pub zero: bool,
     /// Of a read.
@@ -51,6 +55,8 @@ impl GuestRequest {
             kind: Kind::Read,
             range,
             version: 0,
+            order: 0,
+            placed: false,
             zero: false,
             floors,
             covers: 0,
@@ -92,7 +98,7 @@ impl Guests {
         }
     }
 
-    /// Nothing that was asked for is known any more; what completed before the `power` was lost
+    /// No daemon knows of what was asked for any more; what completed before the `power` was lost
     /// may be lost with it.
     pub fn restart(&mut self, lanes: usize, power: bool) {
         self.lanes = vec![Vec::new(); lanes];
@@ -200,7 +206,8 @@ impl Guests {
 impl World {
     /// The guest sends its next request on this queue, if it has one and the lane takes it.
     pub fn guest_turn(&mut self, lane: usize) -> Verdict {
-        if self.guests.left == 0 || self.life.stop != Stop::No {
+        let repeats = self.inflight.has_repeats(lane);
+        if !repeats && (self.guests.left == 0 || self.life.stop != Stop::No) {
             return Ok(());
         }
         let worker = &self.workers[lane];
@@ -209,11 +216,25 @@ impl World {
             self.clock.after(later, Happening::Guest { lane });
             return Ok(());
         }
+        // Rule Q2: what is marked comes before anything new in the ring.
+        let rings = self.workers[lane].rings.count();
+        let ring = self.rng.index(rings);
+        let new = self.guests.left > 0 && self.life.stop == Stop::No;
+        let late = new && self.broken.is(Breach::RepeatsComeLast) && self.rng.chance(900_000);
+        let among = if new { 0..0 } else { 0..rings };
+        for ring in std::iter::once(ring).chain(among) {
+            if !late && let Some((id, parts)) = self.inflight.take_repeat(lane, ring) {
+                return self.repeat(lane, ring, id, parts);
+            }
+        }
+        if !new {
+            return Ok(());
+        }
         let parts = self.plan();
         let count = parts.len() as u64;
         self.guests.left = self.guests.left.saturating_sub(count);
         self.tally.add("requests", count);
-        self.begin(lane, parts)?;
+        self.begin_in(lane, ring, parts)?;
         self.spoil_something();
         Ok(())
     }
@@ -265,11 +286,31 @@ impl World {
         parts
     }
 
-    /// Gives a write its version, when its place among all writes is taken.
-    pub fn number(&mut self, guest: &mut GuestRequest) {
-        if guest.kind == Kind::Write && guest.version == 0 {
-            guest.version = self.model.next_version(guest.range, guest.zero);
+    /// Gives a write its version, when its place among all writes is taken; one that is repeated
+    /// keeps its own.
+    pub fn number(&mut self, guest: &mut GuestRequest, ring: (usize, usize)) {
+        if guest.kind != Kind::Write || std::mem::replace(&mut guest.placed, true) {
+            return;
         }
+        if guest.version == 0 {
+            guest.version = self.model.next_version(guest.range, guest.zero);
+            guest.order = guest.version;
+        } else {
+            guest.order = self.model.repeated(guest, ring);
+        }
+        self.model.note_placed(guest, ring);
+        let GuestRequest {
+            range,
+            version,
+            order,
+            ..
+        } = *guest;
+        self.note(Line::Placed {
+            ring,
+            range,
+            version,
+            order,
+        });
     }
 
     /// Sectors that go on where `range` ends, if the disk does.

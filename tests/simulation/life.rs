@@ -6,6 +6,7 @@
 use crate::clock::Happening;
 use crate::content::{garbled, written};
 use crate::faults::MS;
+use crate::maintenance::Maintenance;
 use crate::profile::Profile;
 use crate::quorum::{CrashTie, KeeperEvent};
 use crate::rng::Rng;
@@ -34,6 +35,8 @@ pub enum Event {
     Return { replica: usize },
     /// The front-end connects.
     Connect,
+    /// Every ring that has requests to repeat has said so.
+    Gathered,
     /// A replica that was slow or hung is not any more.
     Relieve,
     /// A write of a daemon that was killed lands (a breach of rule K2).
@@ -73,8 +76,10 @@ pub struct Life {
     pub stopped_clean: bool,
     /// Daemons so far.
     pub daemons: u64,
-    /// Per million starts: nothing is chosen before the front-end has connected.
-    pub cautious: u64,
+    /// The front-end of the last daemon lives on, with what was in flight.
+    pub warm: bool,
+    /// A front-end has connected to this daemon.
+    pub connected: bool,
     /// Some daemon has come to serve.
     pub served: bool,
     /// The epoch that this daemon has found, and one that no later daemon may fall behind.
@@ -99,7 +104,8 @@ impl Life {
             stopped_clean: false,
             daemons: 0,
             served: false,
-            cautious: 300_000,
+            warm: false,
+            connected: false,
             opened: 0,
             epoch: 0,
             strays: Vec::new(),
@@ -143,11 +149,11 @@ impl World {
                 self.life.present[replica] = true;
                 Ok(())
             }
-            Event::Connect => {
-                // Who connects now has no requests of before.
-                self.shared.decide_crash_ties(CrashTie::Choose);
-                self.last_reply = self.clock.now();
-                self.connect();
+            Event::Connect => self.front_end_connects(),
+            Event::Gathered => {
+                if self.shared.begin_warm() {
+                    self.tell_ties_decided();
+                }
                 Ok(())
             }
             Event::Stray { number } => {
@@ -162,6 +168,43 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    /// Rules S4, Y3: a warm front-end repeats what was in flight; that the start is cold is remembered
+    /// before its first ring begins.
+    fn front_end_connects(&mut self) -> Verdict {
+        self.life.connected = true;
+        if self.shared.crash_tie() != CrashTie::MajorityOnly {
+            return self.begin_rings();
+        }
+        if self.life.warm {
+            self.begin_warm();
+            return self.begin_rings();
+        }
+        let cold =
+            |staff: &Maintenance| staff.recorder.superblock().cold || staff.recorder.is_lost();
+        let known = self.maintenance.as_ref().is_none_or(cold);
+        if known || self.shared.unresolved.extents() == 0 {
+            return self.begin_cold();
+        }
+        let staff = self.maintenance.as_mut().expect("looked at above");
+        let change = staff.recorder.change(|superblock| superblock.cold = true);
+        staff.cold = Some(change);
+        self.tally.count("cold starts remembered");
+        self.poll_record()
+    }
+
+    /// It is remembered that the start is cold.
+    pub fn begin_cold(&mut self) -> Verdict {
+        self.shared.begin_cold();
+        self.tell_ties_decided();
+        self.begin_rings()
+    }
+
+    fn begin_rings(&mut self) -> Verdict {
+        self.last_reply = self.clock.now();
+        self.connect();
+        Ok(())
     }
 
     /// For people.

@@ -12,6 +12,7 @@ const PEACE: Lives = Lives {
     steps: 0,
     power: 0,
     stops: 0,
+    warm: 0,
     volatile: true,
     leaves: 0,
     left_out: 0,
@@ -205,6 +206,18 @@ pub const FORGETFUL: Profile = Profile {
     ..ROTATING
 };
 
+/// The same life for a profile whose front-end survives so many of a thousand kills.
+const fn warm(profile: Profile, name: &'static str, warm: u64) -> Profile {
+    let Some(life) = profile.life else {
+        panic!("a profile with a record")
+    };
+    Profile {
+        name,
+        life: Some(Lives { warm, ..life }),
+        ..profile
+    }
+}
+
 /// More write errors than any quorum survives, and kills.
 pub const STORM_KILLS: Profile = Profile {
     name: "storm-kills",
@@ -298,6 +311,16 @@ pub const HARD: [Profile; 6] = [
     HASTY,
     FORGETFUL,
     RECORD_LOST,
+];
+
+/// Runs in which front-ends live on when daemons are killed.
+pub const WARM: [Profile; 6] = [
+    warm(KILLS, "warm-kills", 900),
+    warm(FAULTY_KILLS, "warm-faulty", 900),
+    warm(SILENT_KILLS, "warm-silent", 900),
+    warm(ROTATING, "warm-rotating", 1000),
+    warm(ROTATING_POWER, "warm-rotating-power", 800),
+    warm(HASTY, "warm-hasty", 800),
 ];
 
 /// Runs with more bad copies than any quorum survives.

@@ -110,6 +110,7 @@ mod record;
 
 mod broken;
 mod broken_lives;
+mod broken_warm;
 mod budget;
 mod cache;
 mod checks;
@@ -120,6 +121,7 @@ mod crash;
 mod disk;
 mod faults;
 mod guest;
+mod inflight;
 mod landing;
 mod life;
 mod lives;

@@ -28,6 +28,8 @@ pub struct Maintenance {
     /// The change that begins the epoch, and the one that ends a clean run.
     pub opening: ChangeId,
     pub stop: Option<ChangeId>,
+    /// The change that remembers a cold start; rings begin after it.
+    pub cold: Option<ChangeId>,
     /// Replicas, cursors and states as the record had them.
     pub saved: KeeperState,
     poll_due: bool,
@@ -43,6 +45,7 @@ impl Maintenance {
             keeper: None,
             inbox: VecDeque::new(),
             stop: None,
+            cold: None,
             saved,
             poll_due: false,
             record_tick: None,
@@ -112,6 +115,13 @@ impl World {
     pub fn keeper_tick(&mut self) {
         let total = self.tally.of("requests");
         self.staff().keeper_tick = None;
+        if self.shared.unresolved.extents() == 0
+            && self.staff().cold.is_none()
+            && self.staff().recorder.superblock().cold
+        {
+            let recorder = &mut self.staff().recorder;
+            recorder.change(|superblock| superblock.cold = false);
+        }
         self.tell_keeper(KeeperEvent::GuestRequests { total });
         self.tell_keeper(KeeperEvent::Tick);
     }
@@ -262,6 +272,9 @@ impl World {
             RecordAction::Changed(change) => {
                 if change == self.staff().opening {
                     self.serve()?;
+                } else if Some(change) == self.staff().cold {
+                    self.staff().cold = None;
+                    self.begin_cold()?;
                 } else if Some(change) == self.staff().stop {
                     self.staff().stop = None;
                     self.life.stop = Stop::Marking;
@@ -283,6 +296,9 @@ impl World {
                     return violation("R1", "the record is lost without a reason");
                 }
                 self.tally.count("records lost");
+                if self.staff().cold.take().is_some() {
+                    self.begin_cold()?;
+                }
                 if self.staff().keeper.is_none() {
                     // It cannot even begin; somebody makes room and starts it again.
                     self.copies.as_mut().expect("there is a record").failing = 0;

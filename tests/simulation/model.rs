@@ -13,15 +13,23 @@
 //! sent since. Whatever is shown then is settled, and survives the next loss of power like something
 //! flushed (rule Y1).
 //!
+//! If the guest lives on when the daemon is killed, its writes in flight have not failed: they are
+//! repeated, and keep their versions, since overlapping writes of one ring are repeated in the order
+//! in which they were sent. Writes of different rings that overlap while both are in flight may
+//! change places in that; the one that comes late then gets a version more. What was shown before
+//! the kill is not taken back; what is shown of such a write afterwards obliges to nothing before it
+//! is acknowledged, since it may be what was there before.
+//!
 //! Zeroes do not say which write they are of, so showing them obliges to little. That also leaves
 //! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
 //! being written twice may count the ballot of a replica from before both writes and that of
 //! another from after both, if these are equal, although they were never equal at one moment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::index;
 use crate::content::version_of;
+use crate::guest::GuestRequest;
 use crate::pool::REQUEST_SECTORS;
 use crate::units::SectorRange;
 
@@ -31,8 +39,16 @@ const ZEROES_KEPT: usize = 256;
 struct Sector {
     /// Nothing older may be returned any more.
     floor: u64,
+    /// The same, as far as it was shown to a guest that outlived the daemon: copies may be older
+    /// that are to be rewritten before they are shown.
+    shown: u64,
+    /// The last write that got its place since the daemon began, and its ring; `None` if it is one
+    /// that has changed places.
+    placed: Option<(u64, Option<(usize, usize)>)>,
     /// The last version that was acknowledged, or shown when it could not be undone any more.
     settled: u64,
+    /// The one that was before it.
+    below: u64,
     /// The last version that is known to survive a loss of power.
     durable: u64,
     /// Versions that read as zeroes.
@@ -41,9 +57,20 @@ struct Sector {
     failed: Vec<(u64, u64)>,
     /// Versions after the durable one.
     sent: Vec<u64>,
-    /// When the last write was acknowledged that was flushed since.
-    sound_since: u64,
+    /// When the last writes were acknowledged that were flushed since, and when that was known; the
+    /// latest is last.
+    sound: Vec<Sound>,
 }
+
+/// A write that was acknowledged and flushed.
+#[derive(Clone, Copy)]
+struct Sound {
+    since: u64,
+    known: u64,
+}
+
+/// Acknowledged and flushed writes of a sector that are remembered.
+const SOUND_KEPT: usize = 64;
 
 /// What a read must not fall behind, per sector of its range.
 pub type Floors = [u64; REQUEST_SECTORS];
@@ -56,12 +83,19 @@ pub struct Model {
     newest: u64,
     /// The step in which each version was acknowledged, 0 if it was not.
     acknowledged_at: Vec<u64>,
+    pub step: u64,
     /// Versions up to this one are of before the last crash.
     before_crash: u64,
     /// Versions up to this one are of before the last loss of power.
     before_loss: u64,
     /// What is not flushed may be lost.
     volatile: bool,
+    /// Versions of writes that were in flight when the daemon was killed, and are repeated.
+    live: BTreeSet<u64>,
+    /// Those of them that are not acknowledged again; the guest has not seen it if they were before.
+    unseen: BTreeSet<u64>,
+    /// The versions of contents that came after others when they were repeated.
+    moved: BTreeMap<u64, u64>,
 }
 
 impl Model {
@@ -69,12 +103,15 @@ impl Model {
         let sectors = (0..sector_count)
             .map(|_| Sector {
                 floor: 0,
+                shown: 0,
+                placed: None,
                 settled: 0,
+                below: 0,
                 durable: 0,
                 zeroes: vec![0],
                 failed: Vec::new(),
                 sent: Vec::new(),
-                sound_since: 0,
+                sound: Vec::new(),
             })
             .collect();
         Self {
@@ -82,9 +119,13 @@ impl Model {
             dead: BTreeMap::new(),
             newest: 0,
             acknowledged_at: vec![0],
+            step: 0,
             before_crash: 0,
             before_loss: 0,
             volatile,
+            live: BTreeSet::new(),
+            unseen: BTreeSet::new(),
+            moved: BTreeMap::new(),
         }
     }
 
@@ -105,74 +146,149 @@ impl Model {
         self.newest
     }
 
-    pub fn floors(&self, range: SectorRange) -> Floors {
-        let mut floors = [0; REQUEST_SECTORS];
-        for (floor, s) in floors.iter_mut().zip(range.start()..range.end()) {
-            *floor = self.sectors[index(s)].floor;
+    /// The version that a write has when it is repeated now: its own, or a new one if it has come
+    /// after a younger one of another ring.
+    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize)) -> u64 {
+        let GuestRequest { range, order, .. } = *guest;
+        let overtaken = |s: u64| {
+            let Sector {
+                placed, settled, ..
+            } = self.sectors[index(s)];
+            let unseen = settled > order && self.unseen.contains(&settled);
+            unseen || placed.is_some_and(|(other, from)| other > order && from != Some(ring))
+        };
+        if !(range.start()..range.end()).any(overtaken) {
+            return order;
         }
-        floors
+        // As if it had not happened before.
+        for s in range.start()..range.end() {
+            self.sectors[index(s)].forget(order);
+        }
+        let moved = self.next_version(range, guest.zero);
+        self.live.insert(moved);
+        if !guest.zero {
+            self.moved.insert(guest.version, moved);
+        }
+        moved
     }
 
-    pub fn acknowledged(&mut self, range: SectorRange, version: u64, step: u64) {
-        let known = &mut self.acknowledged_at;
-        known[index(version)] = step;
+    /// The write has its place among all writes since the daemon began.
+    pub fn note_placed(&mut self, guest: &GuestRequest, ring: (usize, usize)) {
+        let GuestRequest { range, order, .. } = *guest;
+        let ring = (order == guest.version).then_some(ring);
         for s in range.start()..range.end() {
-            let sector = &mut self.sectors[index(s)];
-            sector.floor = sector.floor.max(version);
-            sector.settled = sector.settled.max(version);
-            sector.failed.retain(|(failed, _)| *failed > version);
-            if !self.volatile {
-                sector.survives(version, known);
+            let placed = &mut self.sectors[index(s)].placed;
+            if placed.is_none_or(|(other, _)| other < order) {
+                *placed = Some((order, ring));
             }
         }
     }
 
-    /// The step in which the last write of the sector was acknowledged that was flushed since: all
-    /// that is older was overwritten for good.
-    pub fn sound_since(&self, sector: u64) -> u64 {
-        self.sectors[index(sector)].sound_since
+    pub fn floors(&self, range: SectorRange) -> Floors {
+        let mut floors = [0; REQUEST_SECTORS];
+        for (floor, s) in floors.iter_mut().zip(range.start()..range.end()) {
+            *floor = self.sectors[index(s)].least();
+        }
+        floors
+    }
+
+    pub fn acknowledged(&mut self, range: SectorRange, version: u64) {
+        self.live.remove(&version);
+        self.unseen.remove(&version);
+        self.acknowledged_at[index(version)] = self.step;
+        let moment = (self.step, self.step);
+        for s in range.start()..range.end() {
+            let sector = &mut self.sectors[index(s)];
+            sector.floor = sector.floor.max(version);
+            if version > sector.settled {
+                sector.below = std::mem::replace(&mut sector.settled, version);
+            }
+            sector.failed.retain(|(failed, _)| *failed > version);
+            if !self.volatile {
+                sector.survives(version, moment);
+            }
+        }
+    }
+
+    /// The step in which the last write of the sector was acknowledged that was known to be flushed in
+    /// step `began`: for whoever began to read then, all that is older was overwritten for good.
+    pub fn sound_since(&self, sector: u64, began: u64) -> u64 {
+        let sound = &self.sectors[index(sector)].sound;
+        let known = sound.iter().rfind(|sound| sound.known <= began);
+        known.map_or(0, |sound| sound.since)
     }
 
     /// Whether the content is that of this version, or of a later one.
     pub fn is_not_older(&self, sector: u64, value: u64, version: u64) -> bool {
+        if value == 0 {
+            // The latest first: it is nearly always one of these.
+            let lives =
+                |&known: &u64| known >= version && !self.dead.contains_key(&(sector, known));
+            return self.sectors[index(sector)]
+                .zeroes
+                .iter()
+                .rev()
+                .any(|v| lives(v));
+        }
         self.legal(sector, value, version, u64::MAX).is_some()
     }
 
     pub fn failed(&mut self, range: SectorRange, version: u64, step: u64) {
+        self.live.remove(&version);
         for s in range.start()..range.end() {
             let sector = &mut self.sectors[index(s)];
             sector.failed.push((version, step));
             if sector.floor == version {
                 sector.floor = sector.settled;
             }
+            if sector.shown == version {
+                sector.shown = sector.settled;
+            }
         }
     }
 
     /// The versions that a flush which begins now makes durable, sector by sector.
     pub fn settled(&self) -> Vec<u64> {
-        self.sectors.iter().map(|sector| sector.settled).collect()
+        let of = |sector: &Sector| match self.unseen.contains(&sector.settled) {
+            true => sector.durable,
+            false => sector.settled,
+        };
+        self.sectors.iter().map(of).collect()
     }
 
     /// Such a flush was acknowledged.
     pub fn flushed(&mut self, settled: &[u64]) {
         for (sector, &version) in self.sectors.iter_mut().zip(settled) {
-            sector.survives(version, &self.acknowledged_at);
+            sector.survives(version, (self.acknowledged_at[index(version)], self.step));
         }
     }
 
-    /// The daemon is gone, and with the `power` what was not flushed.
-    pub fn crash(&mut self, power: bool, step: u64) {
+    /// The daemon is gone, and with the `power` what was not flushed. If the guest lives on, its
+    /// writes in flight are `live`.
+    pub fn crash(&mut self, power: bool, live: Option<BTreeSet<u64>>, step: u64) {
+        let warm = live.is_some();
+        self.live = live.unwrap_or_default();
+        self.unseen = self.live.clone();
+        let live = &self.live;
         for (s, sector) in (0..).zip(&mut self.sectors) {
+            sector.shown = if warm { sector.least() } else { 0 };
+            sector.placed = None;
             if power {
                 sector.settled = sector.durable;
             }
             sector.floor = sector.settled;
-            let (floor, dead, failed) = (sector.floor, &self.dead, &mut sector.failed);
+            let (floor, dead, failed) = (sector.floor, &mut self.dead, &mut sector.failed);
             failed.retain(|&(version, _)| version > floor);
             for &version in &sector.sent {
                 let known = failed.iter().any(|&(known, _)| known == version);
-                if version > floor && !known && !dead.contains_key(&(s, version)) {
+                if version <= floor || known || dead.contains_key(&(s, version)) {
+                    continue;
+                }
+                if !warm {
                     failed.push((version, step));
+                } else if !live.contains(&version) {
+                    // It got a number and nothing more: it will get another one.
+                    dead.insert((s, version), step);
                 }
             }
         }
@@ -196,7 +312,9 @@ impl Model {
             let zeroes = &self.sectors[index(sector)].zeroes;
             return zeroes.iter().copied().find(|&version| lives(version));
         }
-        version_of(value, sector).filter(|&version| lives(version))
+        let version = version_of(value, sector)?;
+        let version = *self.moved.get(&version).unwrap_or(&version);
+        lives(version).then_some(version)
     }
 
     /// Whether the content is one that a read which begins now might return.
@@ -224,7 +342,7 @@ impl Model {
         now: u64,
     ) -> Result<(), String> {
         // What was shown of a write that failed meanwhile obliges to nothing any more.
-        let floor = floor.min(self.sectors[index(sector)].floor);
+        let floor = floor.min(self.sectors[index(sector)].least());
         let Some(version) = self.legal(sector, value, floor, began) else {
             return Err(format!(
                 "sector {sector} read as {value:#x} (version {:?}); nothing older than version \
@@ -233,7 +351,13 @@ impl Model {
             ));
         };
         let before_crash = self.before_crash;
+        let live = &self.live;
+        if live.contains(&version) {
+            // It may be of before the kill, and other writes may be repeated before it is.
+            return Ok(());
+        }
         let durable = !self.volatile || version <= self.before_loss;
+        let moment = (self.acknowledged_at[index(version)], self.step);
         let known = &mut self.sectors[index(sector)];
         let dead = &mut self.dead;
         if value == 0 {
@@ -242,6 +366,7 @@ impl Model {
                 .zeroes
                 .last()
                 .is_some_and(|&last| last <= before_crash)
+                && !known.zeroes.iter().any(|zeroes| live.contains(zeroes))
             {
                 let zeroes = &known.zeroes;
                 known.failed.retain(|&(failed, when)| {
@@ -252,7 +377,7 @@ impl Model {
                     !died && failed > version
                 });
                 known.floor = known.floor.max(version);
-                known.settle(version, durable, &self.acknowledged_at);
+                known.settle(version, durable, moment);
             }
             return Ok(());
         }
@@ -270,7 +395,7 @@ impl Model {
                 !died && failed > version
             });
             if resolved {
-                known.settle(version, durable, &self.acknowledged_at);
+                known.settle(version, durable, moment);
             }
         }
         Ok(())
@@ -278,16 +403,44 @@ impl Model {
 }
 
 impl Sector {
+    /// Nothing older may be shown.
+    fn least(&self) -> u64 {
+        self.floor.max(self.shown)
+    }
+
     /// The version is there to stay, also if the power goes if it is `durable`.
-    fn settle(&mut self, version: u64, durable: bool, acknowledged_at: &[u64]) {
+    fn settle(&mut self, version: u64, durable: bool, moment: (u64, u64)) {
         self.settled = self.settled.max(version);
         if durable {
-            self.survives(version, acknowledged_at);
+            self.survives(version, moment);
         }
     }
 
-    fn survives(&mut self, version: u64, acknowledged_at: &[u64]) {
-        self.sound_since = self.sound_since.max(acknowledged_at[index(version)]);
+    /// What was shown of this version, or replied to it, obliges to nothing.
+    fn forget(&mut self, version: u64) {
+        self.sent.retain(|&sent| sent != version);
+        self.zeroes.retain(|&zeroes| zeroes != version);
+        if self.settled == version {
+            self.settled = self.below;
+        }
+        self.durable = self.durable.min(self.settled);
+        if self.floor == version {
+            self.floor = self.settled;
+        }
+        if self.shown == version {
+            self.shown = self.settled;
+        }
+    }
+
+    /// The version was acknowledged in step `since`, 0 if it was not, and is flushed in step `known`.
+    fn survives(&mut self, version: u64, (since, known): (u64, u64)) {
+        let latest = self.sound.last().map_or(0, |sound| sound.since);
+        if since > latest {
+            if self.sound.len() == SOUND_KEPT {
+                self.sound.remove(0);
+            }
+            self.sound.push(Sound { since, known });
+        }
         self.durable = self.durable.max(version);
         let durable = self.durable;
         self.sent.retain(|&sent| sent > durable);

@@ -50,6 +50,9 @@ pub struct Lives {
     /// Of a thousand ends: losses of power, clean stops. The rest are kills.
     pub power: u64,
     pub stops: u64,
+    /// Of a thousand kills: the front-end lives on and hands back what was in flight (rule Q2). If
+    /// there are any, what is in flight is tracked.
+    pub warm: u64,
     /// Replicas have volatile caches.
     pub volatile: bool,
     /// Per million guest requests: a member leaves for a while.
@@ -314,6 +317,11 @@ impl Profile {
     pub fn is_faultless(&self) -> bool {
         let ends = self.life.is_some_and(|life| life.steps > 0);
         self.rates == QUIET && self.ailment == Ailment::None && !ends
+    }
+
+    /// Whether the front-end keeps a record of what is in flight.
+    pub fn is_tracked(&self) -> bool {
+        self.life.is_some_and(|life| life.warm > 0)
     }
 
     /// Copies that may be bad at once. A minority threshold decides by the larger group, and two

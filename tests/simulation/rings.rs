@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 
 use crate::clock::Happening;
+use crate::faults::MS;
 use crate::guest::{GuestRequest, Kind};
 use crate::quorum::{BufferId, Event, Request, RequestId, Tag};
 use crate::trace::Verdict;
@@ -31,8 +32,14 @@ struct Part {
 /// A request of the guest, by its parts.
 #[derive(Default)]
 struct Entry {
+    /// Its name for the front-end.
+    id: u64,
+    /// It was in flight when the last daemon ended, and may change sectors.
+    repeated: bool,
     parts: Vec<Part>,
     unsent: usize,
+    /// The lane knows that it is published.
+    told: bool,
 }
 
 impl Entry {
@@ -50,21 +57,32 @@ pub struct Rings {
     sending: usize,
     /// A look at what can be published is to come.
     due: bool,
+    /// As they complete, not in the order of the ring: the front-end remembers what is in flight.
+    any_order: bool,
+    /// Of each ring, what the guest sees complete and whose marks are still set.
+    uncleared: Vec<Vec<Entry>>,
     /// Replied reads: their buffers go back at once.
     copied: Vec<RequestId>,
 }
 
 impl Rings {
-    pub fn new(count: usize) -> Self {
+    pub fn new(count: usize, any_order: bool) -> Self {
         Self {
             rings: (0..count).map(|_| VecDeque::new()).collect(),
+            uncleared: (0..count).map(|_| Vec::new()).collect(),
+            any_order,
             ..Self::default()
         }
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.rings.len()
+    }
+
     /// Whether nothing that was begun is unpublished.
     pub fn is_idle(&self) -> bool {
-        self.rings.iter().all(VecDeque::is_empty)
+        self.rings.iter().all(VecDeque::is_empty) && self.uncleared.iter().all(Vec::is_empty)
     }
 
     /// Whether all parts of all requests are in the lane.
@@ -82,10 +100,16 @@ impl Rings {
         parts.into_iter().find(|part| part.tag == tag)
     }
 
-    /// Takes the first request of a ring whose turn it is.
-    fn take_complete(&mut self) -> Option<Entry> {
-        let complete = |ring: &&mut VecDeque<Entry>| ring.front().is_some_and(Entry::is_complete);
-        self.rings.iter_mut().find(complete)?.pop_front()
+    /// Takes the requests of a ring whose turn it is.
+    fn take_batch(&mut self, ring: usize) -> Vec<Entry> {
+        let entries = &mut self.rings[ring];
+        if !self.any_order {
+            let first = entries.iter().position(|entry| !entry.is_complete());
+            return entries.drain(..first.unwrap_or(entries.len())).collect();
+        }
+        let (batch, left) = entries.drain(..).partition(Entry::is_complete);
+        *entries = left;
+        Vec::from_iter::<VecDeque<Entry>>(batch)
     }
 
     /// Takes note of a reply that has to wait for an earlier request, once.
@@ -99,23 +123,63 @@ impl Rings {
 
 impl World {
     /// Begins a request of `parts` in one of the rings of the lane.
-    pub fn begin(&mut self, lane: usize, mut parts: Vec<Planned>) -> Verdict {
+    pub fn begin(&mut self, lane: usize, parts: Vec<Planned>) -> Verdict {
+        let ring = self.rng.index(self.workers[lane].rings.rings.len());
+        self.begin_in(lane, ring, parts)
+    }
+
+    /// Begins a request of `parts` in a ring of the lane: marks it first.
+    pub fn begin_in(&mut self, lane: usize, ring: usize, parts: Vec<Planned>) -> Verdict {
+        let id = self.inflight.mark(lane, ring, &parts);
+        let entry = Entry {
+            id,
+            unsent: parts.len(),
+            ..Entry::default()
+        };
+        self.fetch(lane, ring, entry, parts)
+    }
+
+    /// Begins a request once more that was in flight when the last daemon ended.
+    pub fn repeat(&mut self, lane: usize, ring: usize, id: u64, parts: Vec<Planned>) -> Verdict {
+        let repeated = parts[0].guest.kind == Kind::Write;
+        let entry = Entry {
+            id,
+            repeated,
+            unsent: parts.len(),
+            ..Entry::default()
+        };
+        if !repeated {
+            self.end_repeat();
+        }
+        self.fetch(lane, ring, entry, parts)
+    }
+
+    fn fetch(
+        &mut self,
+        lane: usize,
+        ring: usize,
+        entry: Entry,
+        mut parts: Vec<Planned>,
+    ) -> Verdict {
         let several = parts.len() > 1 && parts[0].guest.kind == Kind::Write;
         if several && !self.broken.is(Breach::PartsNotAnnounced) {
             let ranges = parts.iter().map(|part| part.guest.range);
             self.workers[lane].lane.announce(ranges, &self.shared);
-            for part in &mut parts {
-                self.number(&mut part.guest);
+            for (number, part) in parts.iter_mut().enumerate() {
+                self.number(&mut part.guest, (lane, ring));
+                self.inflight.note_part(lane, ring, entry.id, number, part);
             }
         }
-        let worker = &mut self.workers[lane];
-        let ring = self.rng.index(worker.rings.rings.len());
-        worker.rings.sending = ring;
-        worker.rings.rings[ring].push_back(Entry {
-            parts: Vec::new(),
-            unsent: parts.len(),
-        });
-        worker.rings.unsent.extend(parts);
+        let rings = &mut self.workers[lane].rings;
+        rings.sending = ring;
+        rings.rings[ring].push_back(entry);
+        rings.unsent.extend(parts);
+        if rings.any_order && self.rng.chance(20_000) {
+            // It may be killed when it has marked the request and done nothing else.
+            let later = self.rng.below(100_000);
+            self.clock.after(later, Happening::Resume { lane });
+            return Ok(());
+        }
         self.send_parts(lane)
     }
 
@@ -125,8 +189,9 @@ impl World {
         while let Some(&Planned { mut guest, request }) = self.workers[lane].rings.unsent.front() {
             let mut request = request;
             let mut room = self.workers[lane].lane.has_room();
+            let ring = self.workers[lane].rings.sending;
             if room {
-                self.number(&mut guest);
+                self.number(&mut guest, (lane, ring));
             }
             let worker = &mut self.workers[lane];
             if room && let Request::Write { data, .. } = &mut request {
@@ -150,6 +215,9 @@ impl World {
             rings.unsent.pop_front();
             let sending = rings.sending;
             let entry = rings.rings[sending].back_mut().expect("begun last");
+            let (id, number) = (entry.id, entry.parts.len());
+            let known = Planned { guest, request };
+            self.inflight.note_part(lane, sending, id, number, &known);
             entry.unsent -= 1;
             entry.parts.push(Part {
                 tag,
@@ -194,20 +262,77 @@ impl World {
     /// Shows the guest what is complete and whose turn it is; the rest is deferred.
     pub fn publish(&mut self, lane: usize) -> Verdict {
         self.workers[lane].rings.due = false;
-        while let Some(entry) = self.workers[lane].rings.take_complete() {
-            for part in &entry.parts {
-                self.guests.published(lane, part.tag);
+        for ring in 0..self.workers[lane].rings.rings.len() {
+            let rings = &mut self.workers[lane].rings;
+            let careless = self.broken.is(Breach::MarksClearedLate);
+            if !rings.uncleared[ring].is_empty() && !careless {
+                // The list of the last batch is in use.
+                continue;
             }
-            for part in entry.parts.iter().filter(|part| !part.reads) {
-                let request = part.replied.expect("complete");
-                self.deliver(lane, Event::Published { request })?;
+            let batch = rings.take_batch(ring);
+            if batch.is_empty() {
+                continue;
             }
-            let think = self.rng.below(100_000);
-            self.clock.after(think, Happening::Guest { lane });
+            let ids: Vec<u64> = batch.iter().map(|entry| entry.id).collect();
+            self.publish_batch(lane, ring, &ids)?;
+            for entry in &batch {
+                for part in &entry.parts {
+                    self.guests.published(lane, part.tag);
+                }
+                let think = self.rng.below(100_000);
+                self.clock.after(think, Happening::Guest { lane });
+            }
+            self.workers[lane].rings.uncleared[ring].extend(batch);
+            if careless {
+                self.tell_published(lane, ring)?;
+                self.clock.after(MS, Happening::Clear { lane, ring });
+                continue;
+            }
+            if !self.workers[lane].rings.any_order {
+                self.clear(lane, ring)?;
+                continue;
+            }
+            let later = match self.rng.below(10) {
+                0 => self.rng.below(100_000),
+                _ => 0,
+            };
+            self.clock.after(later, Happening::Clear { lane, ring });
         }
         while let Some(request) = self.workers[lane].rings.take_undeferred() {
             self.tally.count("deferred replies");
             self.deliver(lane, Event::Deferred { request })?;
+        }
+        Ok(())
+    }
+}
+
+impl World {
+    /// The marks of the last batch are cleared, and then the lane hears of it (rule L3).
+    pub fn clear(&mut self, lane: usize, ring: usize) -> Verdict {
+        let batch = &self.workers[lane].rings.uncleared[ring];
+        let ids: Vec<u64> = batch.iter().map(|entry| entry.id).collect();
+        let repeated = batch.iter().filter(|entry| entry.repeated).count();
+        self.inflight.clear(lane, ring, &ids);
+        self.tell_published(lane, ring)?;
+        self.workers[lane].rings.uncleared[ring].clear();
+        for _ in 0..repeated {
+            self.end_repeat();
+        }
+        Ok(())
+    }
+
+    /// The lane hears of what was published; it releases the locks of writes.
+    fn tell_published(&mut self, lane: usize, ring: usize) -> Verdict {
+        let batch = &mut self.workers[lane].rings.uncleared[ring];
+        let untold = batch.iter_mut().filter(|entry| !entry.told);
+        let mut requests = Vec::new();
+        for entry in untold {
+            entry.told = true;
+            let parts = entry.parts.iter().filter(|part| !part.reads);
+            requests.extend(parts.map(|part| part.replied.expect("complete")));
+        }
+        for request in requests {
+            self.deliver(lane, Event::Published { request })?;
         }
         Ok(())
     }

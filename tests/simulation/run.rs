@@ -174,6 +174,9 @@ const EXERCISED_HARD: [(&str, u64); 18] = [
     ("members replaced", 100),
 ];
 
+/// The same for runs in which the guest outlives the daemon.
+const EXERCISED_WARM: [(&str, u64); 1] = [("requests", 2_500_000)];
+
 /// Requests of each test. Unoptimised builds make fewer.
 const QUICK: u64 = if cfg!(debug_assertions) {
     100_000
@@ -223,6 +226,11 @@ fn hard_lives_hold_every_invariant() {
     campaigns(&lives::HARD, &EXERCISED_HARD);
 }
 
+#[test]
+fn warm_lives_hold_every_invariant() {
+    campaigns(&lives::WARM, &EXERCISED_WARM);
+}
+
 /// Beyond the budget nothing is promised but that whatever is silently wrong has its reason: more
 /// bad copies of that very sector than any quorum survives.
 #[test]
@@ -241,6 +249,7 @@ fn replay() {
         .into_iter()
         .chain(lives::REMEMBERED)
         .chain(lives::HARD)
+        .chain(lives::WARM)
         .chain(lives::BEYOND_ALL);
     let profile = known.find(|p| p.name == name);
     let profile = profile.unwrap_or_else(|| panic!("there is no profile {name}"));

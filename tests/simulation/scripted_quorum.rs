@@ -196,6 +196,7 @@ fn write_that_paused_after_it_was_sent_fails_when_paused_requests_do() {
     script.complete(|op| (op.replica.index() == 0).then_some(Outcome::Done));
     script.lose(1);
     script.lose(2);
+    assert_eq!(script.status(0), None);
     script.tell(Event::Wake(Wakeup::FailPaused));
     assert_eq!(script.status(0), Some(Status::IoError));
     assert!(
@@ -302,51 +303,42 @@ fn reads_that_wait_for_replicas_take_up_room() {
     assert!(script.lane.has_room());
 }
 
-/// The order in which overlapping writes reach the first replica, when they are sent as 0, 1, 2 and
-/// only the first is free to go.
-fn order_of_overlapping_writes(mutation: Option<Mutation>) -> Vec<u64> {
-    let mut script = Script::new();
-    script.shared.mutation = mutation;
-    // 1 overlaps 0, and 2 overlaps 1 alone.
-    for (tag, start) in [(0, 0), (1, 4), (2, 8)] {
-        script.write_values(tag, start, |_| u64::from(tag));
-    }
-    let mut order = Vec::new();
-    script.complete(|op| {
-        if op.replica.index() == 0
-            && let OperationKind::Write { range, .. } = op.kind
-        {
-            order.push(range.start());
-        }
-        DONE
-    });
-    let last = &script.disks[0][..16];
-    if mutation.is_none() {
-        assert_eq!(last[..4], [0; 4]);
-        assert_eq!(last[4..8], [1; 4]);
-        assert_eq!(last[8..], [2; 8]);
-    }
-    order
-}
-
 /// L1: overlapping requests are served in the order of their arrival, also where only one that waits
 /// is in between.
 #[test]
-fn overlapping_writes_keep_their_order() {
+fn overlapping_requests_keep_their_order() {
     let mut script = Script::new();
+    // 1 overlaps 0, and 2 overlaps 1 alone.
     for (tag, start) in [(0, 0), (1, 4), (2, 8)] {
-        script.write(tag, start);
+        script.write_values(tag, start, |_| u64::from(tag) + 1);
     }
     assert_eq!(script.submitted.len(), 3, "the first one alone");
     // A check wants a shared lock, and waits for those that came before it.
     let range = eight(8);
     let repair = false;
     script.request(3, Request::Check { range, repair });
-    assert_eq!(script.submitted.len(), 3);
-    assert_eq!(order_of_overlapping_writes(None), [0, 4, 8]);
-    script.complete_all();
+    // Nothing bars the last one.
+    script.write(4, 16);
+    assert_eq!(script.submitted.len(), 6);
+    let mut order = Vec::new();
+    script.complete(|op| {
+        if let (0, OperationKind::Write { range, .. } | OperationKind::Read { range, .. }) =
+            (op.replica.index(), op.kind)
+        {
+            order.push((range.start(), is_write(op)));
+        }
+        DONE
+    });
+    let expected = [(0, true), (16, true), (4, true), (8, true), (8, false)];
+    assert_eq!(order, expected);
+    let last = &script.disks[0][..16];
+    assert_eq!(
+        (&last[..4], &last[4..8], &last[8..]),
+        (&[1; 4][..], &[2; 4][..], &[3; 8][..])
+    );
     let tags: Vec<_> = script.replies.iter().map(|&(Tag(tag), _)| tag).collect();
-    assert_eq!(tags, [0, 1, 2, 3]);
+    assert_eq!(tags, [0, 4, 1, 2, 3]);
+    assert!(script.lane.is_idle() && script.shared.order.is_empty());
 }
 
 /// M1, M4, M5 (Y1): after a failed write, the first read shows nothing before the replica it had
@@ -368,21 +360,30 @@ fn sectors_leave_u_after_the_flush_and_the_marks() {
     });
     assert_eq!(script.status(1), Some(Status::IoError));
     assert!(script.shared.unresolved.touches(eight(0)));
-    // Nobody has asked for the mark of the one that is gone to be durable.
-    script.lose(2);
-    script.read(2, 0);
+    // Another write leaves the third behind in the extent, but that is not durable.
+    script.write(2, 8);
+    script.complete(|op| {
+        Some(if op.replica.index() == 2 {
+            EIO
+        } else {
+            Outcome::Done
+        })
+    });
+    assert!(script.is_behind(0, 2));
+    assert_eq!(script.status(2), None);
+    script.read(3, 0);
     script.complete(|op| (!is_flush(op)).then_some(Outcome::Done));
     assert!(
         script.submitted.iter().any(is_flush),
         "what was rewritten is flushed"
     );
-    assert_eq!(script.status(2), None);
+    assert_eq!(script.status(3), None);
     assert!(script.shared.unresolved.touches(eight(0)));
     script.complete_all();
-    assert_eq!(script.status(2), None, "the mark is not durable");
+    assert_eq!(script.status(3), None, "the mark is not durable");
     assert!(script.shared.unresolved.touches(eight(0)));
     script.record();
-    assert_eq!(script.status(2), Some(Status::Ok));
+    assert_eq!(script.status(3), Some(Status::Ok));
     assert!(!script.shared.unresolved.touches(eight(0)));
     assert_eq!(script.disks[0][..8], script.disks[1][..8]);
     assert_eq!(script.shown[0].1, script.disks[0][..8]);
@@ -407,4 +408,35 @@ fn sectors_that_could_not_be_flushed_stay_in_u() {
     assert!(script.shared.unresolved.touches(eight(0)));
     let failed = |report: &Report| matches!(report, Report::FlushFailed { .. });
     assert!(script.reports.iter().any(failed));
+}
+
+/// W6, V6: a write leaves a late replica behind, and before that is durable another one goes. The
+/// extent is not brought into order on the late one while its write may still land there.
+#[test]
+fn late_write_of_a_suspended_one_is_waited_for() {
+    let mut script = Script::with(Policy::new(3), true);
+    script.write(0, 0);
+    script.record();
+    script.complete_all();
+    script.write_values(1, 0, |_| 7);
+    script.complete(|op| (op.replica.index() != 2).then_some(Outcome::Done));
+    script.pass(Duration::from_secs(2));
+    assert!(script.is_behind(0, 2), "too late");
+    script.lose(1);
+    script.record();
+    assert_eq!(script.status(1), None);
+    assert!(script.shared.membership.has_stray(0, ReplicaId::new(2)));
+    script.complete(|op| (op.replica.index() != 2).then_some(Outcome::Done));
+    let transfers = script.submitted.iter().filter(|op| !is_flush(op));
+    assert_eq!(transfers.count(), 1, "nothing but the late write");
+    script.complete_all();
+    assert_eq!(script.status(1), None, "another attempt is made in a while");
+    for _ in 0..8 {
+        script.pass(Duration::from_millis(500));
+        script.complete_all();
+        script.record();
+    }
+    assert_eq!(script.status(1), Some(Status::Ok));
+    assert_eq!(script.disks[2][..8], [7; 8]);
+    assert!(script.lane.is_idle() && script.pool.all_free());
 }

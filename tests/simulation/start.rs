@@ -9,7 +9,7 @@ use crate::copies::{Copies, DISK};
 use crate::faults::MS;
 use crate::life::{Event, Stop};
 use crate::maintenance::{Maintenance, saved_states};
-use crate::quorum::{Bitmap, CrashTie, KeeperConfig, Marks, ReplicaState, Shared};
+use crate::quorum::{Bitmap, KeeperConfig, Marks, ReplicaState, Shared};
 use crate::record::{
     EpochEntry, EpochId, Expected, History, Member, MemberState, OpenOptions, Opened, Recorder,
     Refusal, Superblock, open,
@@ -53,6 +53,7 @@ impl World {
             resync_bytes_per_s: self.rng.pick(&[0, 4 << 20]),
             scrub_bytes_per_s: 16 << 20,
             scrub_interval: self.rng.chance(300_000).then_some(ms(20)),
+            scrub_first: None,
             scrub_repairs: self.rng.chance(500_000),
             sweep_interval: ms(self.rng.between(2, 20)),
             idle_before_clean: ms(idle),
@@ -100,6 +101,8 @@ impl World {
             clean: false,
             cold: false,
             forced: false,
+            few_replicas: false,
+            scrubbed_at: 0,
             assume_clean: verify == u64::MAX,
             boot_id: [0; 16],
             verify_cursor: verify,
@@ -190,6 +193,7 @@ impl World {
     fn begin_daemon(&mut self, opened: Opened, marks: Marks, missing: u8, clean: bool) -> Verdict {
         self.life.daemons += 1;
         self.life.stop = Stop::No;
+        self.life.connected = false;
         self.life.opened = opened.superblock.epoch();
         let saved = saved_states(&opened.superblock);
         let members = opened.superblock.members;
@@ -211,8 +215,8 @@ impl World {
         if !clean && !self.broken.is(Breach::DirtyTrusted) {
             shared.resolve_dirty();
         }
-        if self.rng.chance(self.life.cautious) {
-            shared.decide_crash_ties(CrashTie::MajorityOnly);
+        if shared.unresolved.extents() > 0 {
+            shared.await_front_end(opened.superblock.cold);
         }
         self.shared = shared;
         self.take_marks();

@@ -7,6 +7,7 @@ use std::fmt;
 use crate::faults::Fault;
 use crate::life;
 use crate::quorum::{Action, Event, KeeperAction, Operation};
+use crate::units::SectorRange;
 
 /// Lines that a failure shows.
 const LINES: usize = 60;
@@ -56,6 +57,12 @@ pub enum Line {
         marks: String,
     },
     Kept(KeeperAction),
+    Placed {
+        ring: (usize, usize),
+        range: SectorRange,
+        version: u64,
+        order: u64,
+    },
 }
 
 /// The last lines of a run.

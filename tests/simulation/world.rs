@@ -7,6 +7,7 @@ use crate::copies::Copies;
 use crate::disk::Disk;
 use crate::faults::{MS, Plan};
 use crate::guest::{GuestRequest, Guests};
+use crate::inflight::Inflight;
 use crate::life::Life;
 use crate::maintenance::Maintenance;
 use crate::model::Model;
@@ -42,6 +43,16 @@ pub enum Breach {
     DirtyTrusted,
     /// K2: writes of the killed daemon land after the next one has begun.
     FlightOutlivesLock,
+    /// L3: a write is published and its lock released while its mark is still set.
+    MarksClearedLate,
+    /// Q1: the next daemon does not look whether the last batch was published.
+    LastBatchForgotten,
+    /// Q2: nothing is repeated.
+    MarksIgnored,
+    /// Q2: what was in flight is repeated after new requests.
+    RepeatsComeLast,
+    /// Q2: what was in flight is repeated, last things first.
+    RepeatsOutOfOrder,
 }
 
 /// What a run is to break.
@@ -50,6 +61,8 @@ pub struct Broken {
     pub mutation: Option<Mutation>,
     pub record: Option<RecordMutation>,
     pub breach: Option<Breach>,
+    /// The rule that is broken is not looked at itself, so that it shows what it is good for.
+    pub unseen: bool,
 }
 
 impl Broken {
@@ -68,11 +81,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    fn new(lane: usize, buffers: usize, reserve: usize, rings: u64) -> Self {
+    fn new(lane: usize, buffers: usize, reserve: usize, rings: Rings) -> Self {
         Self {
             lane: Lane::new(LaneId(u8::try_from(lane).expect("few lanes"))),
             pool: Pool::new(buffers, reserve),
-            rings: Rings::new(usize::try_from(rings).expect("few")),
+            rings,
             tick_pending: false,
         }
     }
@@ -93,6 +106,7 @@ pub struct World {
     pub plan: Plan,
     pub operations: Operations,
     pub guests: Guests,
+    pub inflight: Inflight,
     pub model: Model,
     pub trace: Trace,
     pub tally: Tally,
@@ -138,6 +152,7 @@ impl World {
             plan: Plan::new(profile.rates),
             operations: Operations::new(replicas, geometry.extents()),
             guests: Guests::new(shape.lanes, requests, geometry.extents()),
+            inflight: Inflight::default(),
             model: Model::new(sectors, volatile),
             disks: (0..replicas)
                 .map(|_| Disk::new(sectors, volatile))
@@ -174,14 +189,21 @@ impl World {
         let buffers = self.shape.buffers + if ailing { 800 } else { 0 };
         let reserve = self.shape.policy.replicas + 1;
         self.workers.clear();
+        let tracked = self.profile.is_tracked();
+        if !self.inflight.has_regions() {
+            let lanes = 0..self.shape.lanes;
+            let rings: Vec<usize> = lanes.map(|_| 1 + self.rng.index(3)).collect();
+            self.inflight = Inflight::new(&rings, tracked);
+        }
         for lane in 0..self.shape.lanes {
-            let rings = self.rng.between(1, 3);
+            let rings = Rings::new(self.inflight.rings(lane), tracked);
             self.workers
                 .push(Worker::new(lane, buffers, reserve, rings));
         }
         if self.profile.life.is_some() {
             let lane = self.shape.lanes;
-            self.workers.push(Worker::new(lane, 64, reserve, 1));
+            let rings = Rings::new(1, false);
+            self.workers.push(Worker::new(lane, 64, reserve, rings));
         }
     }
 
@@ -192,7 +214,7 @@ impl World {
         } else {
             self.connect();
         }
-        while !self.guests.all_replied() || self.workers.iter().any(|w| !w.rings.all_sent()) {
+        while !self.is_served() {
             if !self.advance()? {
                 let waiting = self.guests.list_waiting();
                 return violation("I14", format!("nothing will happen any more{waiting}"));
@@ -221,6 +243,12 @@ impl World {
         self.check_end()?;
         self.collect();
         Ok(())
+    }
+
+    /// Whether all requests were sent and replied to.
+    fn is_served(&self) -> bool {
+        let repeats = (0..self.shape.lanes).any(|lane| self.inflight.has_repeats(lane));
+        self.guests.all_replied() && !repeats && self.workers.iter().all(|w| w.rings.all_sent())
     }
 
     /// The guest begins to send requests.
@@ -282,11 +310,16 @@ impl World {
         self.step += 1;
         self.budget.now = self.clock.now();
         self.budget.step = self.step;
+        self.model.step = self.step;
         match what {
             Happening::Guest { lane } => self.guest_turn(lane)?,
             Happening::Complete { slot } => self.complete(slot)?,
             Happening::Publish { lane } => self.publish(lane)?,
             Happening::Resume { lane } => self.send_parts(lane)?,
+            Happening::Clear { lane, ring } => {
+                self.clear(lane, ring)?;
+                self.publish(lane)?;
+            }
             Happening::Wake { lane, wakeup } => self.deliver(lane, Event::Wake(wakeup))?,
             Happening::Tick { lane } => {
                 self.workers[lane].tick_pending = false;

@@ -3,11 +3,17 @@
 //! completed exactly once (rule I11). The front-end fails on a completion of what is not in
 //! flight, and waits for what is.
 
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use quorum_blk::front_end::{Completion, Framing, FrontEnd, Options, Request, Status, Token};
+use quorum_blk::front_end::{
+    Completion, Framing, FrontEnd, Options, Request, Status, Token, features,
+};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
 
-use crate::common::{Disk, Random, SECTOR, Setup, Signal};
+use crate::common::{Disk, FaultyFile, Random, SECTOR, Setup, Signal, eventually};
 
 /// How long a restarted daemon may take for anything.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -195,6 +201,8 @@ fn storm(manners: Options, seed: u64, kills: usize) {
         let available = front_end.queue(queue).ring_mut().avail_index();
         assert_eq!(position, u32::from(available), "queue {queue}");
     }
+    let log = disk.process().log();
+    assert!(log.contains(AGAIN), "nothing was in flight at any kill");
     let image = guest.image(8 << 20);
     disk.stop_and_expect(&image);
 }
@@ -207,4 +215,278 @@ fn killed_as_qemu_sees_it_completes_every_request_once() {
 #[test]
 fn killed_as_cloud_hypervisor_sees_it_completes_every_request_once() {
     storm(Options::cloud_hypervisor(), 2, 12);
+}
+
+/// A disk of which two replicas can be made to go wrong, the disk's majority with them.
+struct Faulty {
+    // Before the disk: what hangs fails when its server ends, and then the daemon can end too.
+    files: Vec<FaultyFile>,
+    disk: Disk,
+}
+
+impl Faulty {
+    fn new() -> Self {
+        let mut disk = Setup::new().start();
+        disk.stop();
+        let mut files = Vec::new();
+        for (index, image) in disk.images.iter_mut().enumerate() {
+            // As if they had never been served.
+            let record = format!("{}.qrec", image.display());
+            std::fs::remove_file(record).expect("a copy of the record");
+            if index > 0 {
+                let file = FaultyFile::new(image);
+                image.clone_from(&file.path);
+                files.push(file);
+            }
+        }
+        disk.start_again();
+        Self { files, disk }
+    }
+
+    fn tell(&self, command: &str) {
+        for file in &self.files {
+            file.tell(command);
+        }
+    }
+
+    /// Kills the daemon, lets what it had under way land, and starts another one, which has the
+    /// locks when all has landed.
+    fn replace(&mut self) {
+        self.disk.process().signal(Signal::Kill);
+        self.tell("resume");
+        self.disk.process().wait(LIMIT);
+        self.disk.start_again();
+    }
+}
+
+const HELD: usize = 6;
+
+/// What the daemon says when a queue begins with requests of its predecessor.
+const AGAIN: &str = "requests in flight are executed again";
+
+/// Writes that cannot end, then reads that can, in one queue.
+fn writes_then_reads(front_end: &mut FrontEnd) -> (Vec<Token>, Vec<Token>) {
+    let queue = front_end.queue(0);
+    let mut writes = Vec::new();
+    for slot in 0..HELD {
+        let data = content(slot, 1);
+        let sector = (slot * SLOT_SECTORS) as u64;
+        let write = Request::Write {
+            sector,
+            data: &data,
+        };
+        writes.push(queue.submit(&write).expect("room"));
+    }
+    let mut reads = Vec::new();
+    for slot in 100..100 + HELD {
+        let sector = (slot * SLOT_SECTORS) as u64;
+        let read = Request::Read {
+            sector,
+            len: SECTOR,
+        };
+        reads.push(queue.submit(&read).expect("room"));
+    }
+    reads.push(queue.submit(&Request::GetId).expect("room"));
+    (writes, reads)
+}
+
+fn all_done(front_end: &mut FrontEnd, tokens: Vec<Token>) {
+    let queue = front_end.queue(0);
+    queue.set_timeout(LIMIT);
+    for token in tokens {
+        let done = queue.wait(token).expect("an end");
+        assert_eq!(done.status, Status::Ok);
+    }
+    assert_eq!(queue.in_flight(), 0);
+}
+
+fn assert_written(front_end: &mut FrontEnd) {
+    for slot in 0..HELD {
+        let mut back = vec![0; SLOT_SECTORS * SECTOR];
+        let sector = (slot * SLOT_SECTORS) as u64;
+        front_end.queue(0).read(sector, &mut back).expect("a read");
+        assert!(back == content(slot, 1), "slot {slot}");
+    }
+}
+
+/// The real test: without a record of what is in flight the used index would be taken for the
+/// first request that is not complete.
+#[test]
+fn requests_completed_out_of_order_are_not_repeated_and_none_is_lost() {
+    for (features, manners) in [
+        (features::LINUX, Options::default()),
+        (features::LINUX & !features::INDIRECT, Options::default()),
+        (features::LINUX, Options::cloud_hypervisor()),
+    ] {
+        let mut site = Faulty::new();
+        let options = Options {
+            features,
+            ..manners
+        };
+        let mut front_end = site.disk.connect(&options);
+        site.tell("hang write");
+        let (writes, reads) = writes_then_reads(&mut front_end);
+        // Completed and published before what came first.
+        all_done_but(&mut front_end, reads, HELD);
+        let positions = front_end.queue(0).ring_mut();
+        let (used, available) = (positions.used_index(), positions.avail_index());
+        assert_eq!(available - used.expect("a ring"), 6);
+
+        // Twice: the first successor gets no further either.
+        site.replace();
+        site.tell("hang write");
+        front_end
+            .reconnect(&site.disk.socket)
+            .expect("it serves again");
+        let repeated = |site: &mut Faulty| {
+            let log = site.disk.process().log();
+            let lines = log.lines().filter(|line| line.contains(AGAIN));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let begun = eventually(|| (repeated(&mut site).len() == 1).then_some(()));
+        assert!(begun.is_some(), "{}", site.disk.process().log());
+        assert_eq!(front_end.queue(0).in_flight(), HELD);
+        // And the second is killed before anybody connects.
+        site.replace();
+        site.replace();
+        front_end
+            .reconnect(&site.disk.socket)
+            .expect("it serves again");
+        all_done(&mut front_end, writes);
+        assert_written(&mut front_end);
+        let lines = repeated(&mut site);
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert!(
+            lines.iter().all(|line| line.contains("marked=6")),
+            "{lines:?}"
+        );
+        drop(front_end);
+        site.disk.stop_and_compare();
+    }
+}
+
+/// Waits for all of `tokens`, after which `left` others are in flight.
+fn all_done_but(front_end: &mut FrontEnd, tokens: Vec<Token>, left: usize) {
+    let queue = front_end.queue(0);
+    for token in tokens {
+        assert_eq!(queue.wait(token).expect("an end").status, Status::Ok);
+    }
+    assert_eq!(queue.in_flight(), left);
+}
+
+/// Rule Q3: what comes later in the ring is not shown before what comes first.
+#[test]
+fn front_end_that_tracks_nothing_sees_completions_in_ring_order() {
+    let mut site = Faulty::new();
+    let options = Options {
+        inflight: false,
+        ..Options::default()
+    };
+    let mut front_end = site.disk.connect(&options);
+    site.tell("hang write");
+    let (writes, reads) = writes_then_reads(&mut front_end);
+    for file in &site.files {
+        file.wait_until("held", HELD as u64);
+    }
+    front_end.queue(0).set_timeout(Duration::from_millis(300));
+    front_end.queue(0).wait_any().expect_err("nothing is shown");
+    assert_eq!(
+        front_end.queue(0).ring_mut().used_index().expect("a ring"),
+        0
+    );
+    site.replace();
+    front_end
+        .reconnect(&site.disk.socket)
+        .expect("it serves again");
+    all_done(&mut front_end, [writes, reads].concat());
+    assert_written(&mut front_end);
+    let log = site.disk.process().log();
+    assert!(!log.contains(AGAIN));
+    drop(front_end);
+    site.disk.stop_and_compare();
+}
+
+#[test]
+fn what_was_in_flight_on_another_disk_is_refused() {
+    let mut ours = Setup::new().start();
+    let mut other = Setup::new().start();
+    let mut front_end = ours.connect(&Options::default());
+    front_end.queue(0).flush().expect("a flush");
+    front_end
+        .reconnect(&other.socket)
+        .expect_err("another disk");
+    let told = eventually(|| {
+        let log = other.process().log();
+        log.contains("what was in flight on another disk")
+            .then_some(())
+    });
+    assert!(told.is_some(), "{}", other.process().log());
+    other.assert_serves();
+    front_end.reconnect(&ours.socket).expect("its own disk");
+    front_end.queue(0).flush().expect("a flush");
+    drop(front_end);
+    ours.stop_and_compare();
+    other.stop_and_compare();
+}
+
+#[test]
+fn impossible_region_stops_its_queue_alone() {
+    let mut disk = Setup::new().start();
+    let options = Options {
+        queues: 2,
+        ..Options::default()
+    };
+    let mut front_end = disk.connect(&options);
+    front_end.queue(0).flush().expect("a flush");
+    disk.end(Signal::Kill);
+    disk.start_again();
+    let (_, file) = front_end.inflight_mut().expect("it is tracked");
+    // The mark of head 3 of queue 0.
+    file.write_all_at(&[7], 16 + 3 * 16).expect("a memory file");
+    front_end.reconnect(&disk.socket).expect("it serves again");
+    let read = |front_end: &mut FrontEnd, queue| {
+        let mut back = [0; SECTOR];
+        front_end.queue(queue).read(0, &mut back)
+    };
+    read(&mut front_end, 1).expect("the other queue lives");
+    front_end.queue(0).set_timeout(Duration::from_millis(200));
+    read(&mut front_end, 0).expect_err("a queue that stopped");
+    let log = disk.process().log();
+    assert!(log.contains("the mark of head 3 is 7"), "{log}");
+    // A driver that starts anew gets a new buffer.
+    front_end.stop().expect("the rings stop");
+    front_end.start().expect("the rings start");
+    read(&mut front_end, 0).expect("the queue is back");
+    drop(front_end);
+    disk.stop_and_compare();
+}
+
+#[test]
+fn impossible_buffers_end_the_connection_with_the_reason() {
+    type Spoil = fn(&mut VhostUserInflight);
+    let cases: [(&str, Spoil); 5] = [
+        ("does not fit in its file", |told| told.mmap_size += 4096),
+        ("does not begin at a page", |told| told.mmap_offset = 8),
+        ("is too short", |told| told.mmap_size = 64),
+        ("is not possible", |told| told.num_queues = 5000),
+        ("was made for 1 of 256", |told| told.queue_size = 128),
+    ];
+    let mut disk = Setup::new().start();
+    for (reason, spoil) in cases {
+        let mut front_end = disk.connect(&Options::default());
+        front_end.stop().expect("the ring stops");
+        let (told, file) = front_end.inflight_mut().expect("it is tracked");
+        let mut lie = *told;
+        spoil(&mut lie);
+        let file = file.as_raw_fd();
+        // Whether the message is answered is a matter of time; the next one is not.
+        let _ = front_end.send("SET_INFLIGHT_FD", |protocol| {
+            protocol.set_inflight_fd(&lie, file)
+        });
+        front_end.config().expect_err("the connection has ended");
+        let told = eventually(|| disk.process().log().contains(reason).then_some(()));
+        assert!(told.is_some(), "{reason}: {}", disk.process().log());
+    }
+    disk.assert_serves();
+    disk.stop_and_compare();
 }

@@ -9,6 +9,7 @@
 //! - `life`: connections and processes, from their start to their end.
 //! - `migration`: two daemons on the same replicas, and the guest on its way.
 //! - `inflight`: back-ends that are killed, and what the front-end remembers for the next one.
+//! - `memory`: guest memory that comes and goes; a reset in the middle of the work.
 //! - `overlaps`: workers that need what others hold.
 //! - `guests`: hostile guests.
 //! - `front_ends`: hostile front-ends.
@@ -21,6 +22,7 @@ mod front_ends;
 mod guests;
 mod inflight;
 mod life;
+mod memory;
 mod migration;
 mod overlaps;
 mod rings;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file system that is one file, and goes wrong on command.
 
-  faulty_file.py [--delay SECONDS] [--cached] IMAGE MOUNT_POINT CONTROL
+  faulty_file.py [--delay SECONDS] [--cached] [--read-only] [--no-locks] IMAGE MOUNT_POINT CONTROL
   faulty_file.py --tell CONTROL COMMAND...
 
 The first form shows IMAGE at MOUNT_POINT, an existing empty file, and listens on CONTROL, a Unix
@@ -33,7 +33,8 @@ read, write (zeroing and discarding included) and fsync.
   unsynced                     The value is how many sectors are in memory only.
 
 --cached lets the host's page cache keep what was read, over closing and opening too, as local file
-systems do; the default is to pass it by. --delay is the command of that name, before anything is
+systems do; the default is to pass it by. --read-only mounts it so that it cannot be opened for
+writing; --no-locks refuses locks, as some network file systems do. --delay is the command of that name, before anything is
 asked.
 
 Speaks the kernel's FUSE protocol itself (include/uapi/linux/fuse.h): programs such as nbdfuse do
@@ -59,6 +60,7 @@ SECTOR_BYTES = 512
 # Operations, by their numbers in the protocol.
 FORGET, GETATTR, SETATTR, OPEN, READ, WRITE = 2, 3, 4, 14, 15, 16
 STATFS, RELEASE, FSYNC, FLUSH, INIT = 17, 18, 20, 25, 26
+GETLK, SETLK, SETLKW = 31, 32, 33
 INTERRUPT, DESTROY, BATCH_FORGET, FALLOCATE = 36, 38, 42, 43
 WITHOUT_ANSWER = (FORGET, INTERRUPT, BATCH_FORGET)
 # Those that can go wrong, by the words of the commands.
@@ -68,6 +70,10 @@ WORDS = ("read", "write", "fsync")
 PROTOCOL_MAJOR, PROTOCOL_MINOR = 7, 31
 # Of INIT: reads side by side, large writes, direct I/O that does not block its caller.
 INIT_FLAGS = 1 << 0 | 1 << 5 | 1 << 15
+# Of INIT: locks are not the kernel's business but ours.
+INIT_LOCKS = 1 << 1
+# Of mount(2).
+MOUNT_READ_ONLY = 1
 # Of OPEN: past the page cache, writes side by side; or keep cached pages when opened again.
 OPEN_PAST_CACHE = 1 << 0 | 1 << 6
 OPEN_KEEP_CACHE = 1 << 1
@@ -232,22 +238,25 @@ class Faults:
 class FaultyFile:
     """Answers the kernel's requests on one image."""
 
-    def __init__(self, image, mount_point, control, delay_seconds, is_cached):
-        self._medium = Medium(image)
-        self._faults = Faults(self._medium, delay_seconds)
-        self._open_flags = OPEN_KEEP_CACHE if is_cached else OPEN_PAST_CACHE
+    def __init__(self, options):
+        self._medium = Medium(options.image)
+        self._faults = Faults(self._medium, options.delay)
+        self._open_flags = OPEN_KEEP_CACHE if options.cached else OPEN_PAST_CACHE
+        self._init_flags = INIT_FLAGS | (INIT_LOCKS if options.no_locks else 0)
         # Requests with the time of their answer, and those without: in the order of arrival.
         self._late = []
         self._held = []
         self._order = 0
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control.bind(control)
+        self._control.bind(options.control)
         self._control.listen()
         self._device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK)
         mode = stat.S_IFREG
-        options = f"fd={self._device},rootmode={mode:o},user_id=0,group_id=0,allow_other"
+        data = f"fd={self._device},rootmode={mode:o},user_id=0,group_id=0,allow_other"
+        mount_point = os.fsencode(options.mount_point)
+        flags = MOUNT_READ_ONLY if options.read_only else 0
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mount(b"faulty", os.fsencode(mount_point), b"fuse", 0, options.encode()) != 0:
+        if libc.mount(b"faulty", mount_point, b"fuse", flags, data.encode()) != 0:
             raise OSError(ctypes.get_errno(), "cannot mount")
 
     def serve(self):
@@ -351,7 +360,7 @@ class FaultyFile:
         if operation == INIT:
             return struct.pack(
                 "<IIIIHHIIHHII24x",
-                *(PROTOCOL_MAJOR, PROTOCOL_MINOR, 0, INIT_FLAGS),
+                *(PROTOCOL_MAJOR, PROTOCOL_MINOR, 0, self._init_flags),
                 *(REQUESTS_AT_ONCE, REQUESTS_AT_ONCE, WRITE_BYTES_MAX, 1, 0, 0, 0, 0),
             )
         if operation == GETATTR:
@@ -377,6 +386,8 @@ class FaultyFile:
             return b""
         if operation in (FLUSH, RELEASE, DESTROY):
             return b""
+        if operation in (GETLK, SETLK, SETLKW):
+            raise OSError(errno.ENOLCK, "not done here")
         if operation == STATFS:
             return bytes(80)
         raise OSError(errno.ENOSYS, "not done here")
@@ -425,14 +436,14 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--cached", action="store_true")
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--no-locks", action="store_true")
     parser.add_argument("image")
     parser.add_argument("mount_point")
     parser.add_argument("control")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    faulty = FaultyFile(
-        options.image, options.mount_point, options.control, options.delay, options.cached
-    )
+    faulty = FaultyFile(options)
     print("ready", flush=True)
     faulty.serve()
 

@@ -16,18 +16,20 @@ pub struct Disk {
     queue: Blkioq,
     _driver: Blkio,
     buffers: *mut u8,
-    block_bytes: usize,
+    /// Of each.
+    buffer_bytes: usize,
     depth: usize,
-    blocks: u64,
+    bytes: u64,
     completions: Vec<MaybeUninit<Completion>>,
 }
 
 impl Disk {
-    /// Connects to the back-end at `socket` for `depth` requests of `block_bytes` at a time.
-    pub fn open(socket: &Path, depth: usize, block_bytes: usize) -> anyhow::Result<Self> {
+    /// Connects to the back-end at `socket` for `depth` requests of at most `buffer_bytes` at a
+    /// time.
+    pub fn open(socket: &Path, depth: usize, buffer_bytes: usize) -> anyhow::Result<Self> {
         ensure!(depth > 0, "the depth must be at least 1");
         ensure!(
-            block_bytes > 0 && block_bytes.is_multiple_of(512),
+            buffer_bytes > 0 && buffer_bytes.is_multiple_of(512),
             "a request must be a multiple of 512 bytes"
         );
         let mut driver = Blkio::new(DRIVER).map_err(plain)?;
@@ -36,7 +38,7 @@ impl Disk {
         driver.connect().map_err(plain)?;
         driver.set_i32("num-queues", 1).map_err(plain)?;
         let alignment = usize::try_from(driver.get_u64("mem-region-alignment").map_err(plain)?)?;
-        let memory_bytes = (depth * block_bytes).next_multiple_of(alignment);
+        let memory_bytes = (depth * buffer_bytes).next_multiple_of(alignment);
         let outcome = driver.start().map_err(plain)?;
         let region = driver.alloc_mem_region(memory_bytes).map_err(plain)?;
         driver.map_mem_region(&region).map_err(plain)?;
@@ -48,9 +50,11 @@ impl Disk {
             // Not all the same, for back-ends that look for zeroes.
             *byte = (index % 251) as u8;
         }
-        let capacity = driver.get_u64("capacity").map_err(plain)?;
-        let blocks = capacity / block_bytes as u64;
-        ensure!(blocks > 0, "the disk is smaller than one request");
+        let bytes = driver.get_u64("capacity").map_err(plain)?;
+        ensure!(
+            bytes >= buffer_bytes as u64,
+            "the disk is smaller than one request"
+        );
         let Some(queue) = outcome.queues.into_iter().next() else {
             bail!("the driver has no queue");
         };
@@ -58,9 +62,9 @@ impl Disk {
             queue,
             _driver: driver,
             buffers,
-            block_bytes,
+            buffer_bytes,
             depth,
-            blocks,
+            bytes,
             completions: (0..depth).map(|_| MaybeUninit::uninit()).collect(),
         })
     }
@@ -70,23 +74,28 @@ impl Disk {
         self.depth
     }
 
-    /// Size of the disk in requests.
-    pub fn blocks(&self) -> u64 {
-        self.blocks
+    /// Size of the disk.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
-    /// Begins to read block `block` into the buffer of `slot`.
-    pub fn read(&mut self, slot: usize, block: u64) {
-        let (offset, buffer) = (block * self.block_bytes as u64, self.buffer(slot));
+    /// Begins to read `len` bytes at `offset` into the buffer of `slot`.
+    pub fn read(&mut self, slot: usize, offset: u64, len: usize) {
+        let buffer = self.buffer(slot, len);
         self.queue
-            .read(offset, buffer, self.block_bytes, slot, ReqFlags::empty());
+            .read(offset, buffer, len, slot, ReqFlags::empty());
     }
 
-    /// Begins to write block `block` from the buffer of `slot`.
-    pub fn write(&mut self, slot: usize, block: u64) {
-        let (offset, buffer) = (block * self.block_bytes as u64, self.buffer(slot));
+    /// Begins to write `len` bytes at `offset` from the buffer of `slot`.
+    pub fn write(&mut self, slot: usize, offset: u64, len: usize) {
+        let buffer = self.buffer(slot, len);
         self.queue
-            .write(offset, buffer, self.block_bytes, slot, ReqFlags::empty());
+            .write(offset, buffer, len, slot, ReqFlags::empty());
+    }
+
+    /// Begins to flush.
+    pub fn flush(&mut self, slot: usize) {
+        self.queue.flush(slot, ReqFlags::empty());
     }
 
     /// Sends what was begun, sleeps until at least one request is complete, and tells which are.
@@ -108,9 +117,9 @@ impl Disk {
         Ok(())
     }
 
-    fn buffer(&self, slot: usize) -> *mut u8 {
-        assert!(slot < self.depth);
-        self.buffers.wrapping_add(slot * self.block_bytes)
+    fn buffer(&self, slot: usize, len: usize) -> *mut u8 {
+        assert!(slot < self.depth && len <= self.buffer_bytes);
+        self.buffers.wrapping_add(slot * self.buffer_bytes)
     }
 }
 

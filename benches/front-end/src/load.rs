@@ -7,6 +7,24 @@ use clap::ValueEnum;
 
 use crate::disk::Disk;
 
+/// Sizes of a mixed load: as often as they stand here.
+const SIZES: [usize; 8] = [
+    4 << 10,
+    4 << 10,
+    4 << 10,
+    8 << 10,
+    8 << 10,
+    16 << 10,
+    64 << 10,
+    256 << 10,
+];
+
+/// Requests of a mixed load that are reads, in tenths.
+const READS_OF_TEN: u64 = 7;
+
+/// Pages that a small database writes before it flushes.
+const PAGES_A_TRANSACTION: u32 = 4;
+
 /// What is asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Mix {
@@ -16,6 +34,24 @@ pub enum Mix {
     Write,
     /// Reads and writes in turn, by chance.
     Half,
+    /// Reads and writes, seven to three, of 4 KiB to 256 KiB, on multiples of their size.
+    Sizes,
+    /// Writes, each flushed before the next of its slot; both together are one request.
+    WriteFlush,
+    /// Four writes, then a flush, as small databases do; the five are one request.
+    Database,
+}
+
+impl Mix {
+    /// The longest single read or write, if the block size does not say it.
+    pub fn bytes_max(self, block_bytes: usize) -> usize {
+        match self {
+            Self::Sizes => SIZES[SIZES.len() - 1],
+            Self::Read | Self::Write | Self::Half | Self::WriteFlush | Self::Database => {
+                block_bytes
+            }
+        }
+    }
 }
 
 /// What was measured in one run.
@@ -26,25 +62,41 @@ pub struct Measured {
     pub latencies_ns: Vec<u64>,
 }
 
+/// A request in flight.
+#[derive(Clone, Copy)]
+struct Slot {
+    started: Instant,
+    /// Writes to come before its flush.
+    writes_left: u32,
+    owes_flush: bool,
+}
+
 /// A disk that is kept busy.
 pub struct Load {
     disk: Disk,
     mix: Mix,
+    block_bytes: usize,
     random: u64,
-    started: Vec<Instant>,
+    slots: Vec<Slot>,
     done: Vec<usize>,
 }
 
 impl Load {
-    /// Prepares a load on `disk`; `seed` chooses the offsets.
-    pub fn new(disk: Disk, mix: Mix, seed: u64) -> anyhow::Result<Self> {
+    /// Prepares a load on `disk` with requests of `block_bytes`; `seed` chooses the offsets.
+    pub fn new(disk: Disk, mix: Mix, block_bytes: usize, seed: u64) -> anyhow::Result<Self> {
         anyhow::ensure!(seed != 0, "the seed must not be 0");
         let depth = disk.depth();
+        let slot = Slot {
+            started: Instant::now(),
+            writes_left: 0,
+            owes_flush: false,
+        };
         Ok(Self {
             disk,
             mix,
+            block_bytes,
             random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15),
-            started: vec![Instant::now(); depth],
+            slots: vec![slot; depth],
             done: Vec::with_capacity(depth),
         })
     }
@@ -54,7 +106,7 @@ impl Load {
         let mut latencies_ns = Vec::with_capacity(1 << 20);
         let begin = Instant::now();
         for slot in 0..self.disk.depth() {
-            self.submit(slot, begin);
+            self.begin(slot, begin);
         }
         let mut in_flight = self.disk.depth();
         let mut now = begin;
@@ -65,10 +117,13 @@ impl Load {
             let go_on = now - begin < duration;
             for index in 0..self.done.len() {
                 let slot = self.done[index];
-                let latency = now - self.started[slot];
+                if self.go_on(slot) {
+                    continue;
+                }
+                let latency = now - self.slots[slot].started;
                 latencies_ns.push(u64::try_from(latency.as_nanos())?);
                 if go_on {
-                    self.submit(slot, now);
+                    self.begin(slot, now);
                 } else {
                     in_flight -= 1;
                 }
@@ -80,19 +135,51 @@ impl Load {
         })
     }
 
-    fn submit(&mut self, slot: usize, now: Instant) {
+    /// Begins a request.
+    fn begin(&mut self, slot: usize, now: Instant) {
         let random = self.next_random();
-        let block = (random >> 1) % self.disk.blocks();
-        let write = match self.mix {
-            Mix::Read => false,
-            Mix::Write => true,
-            Mix::Half => random & 1 == 1,
+        let choice = random % 1000;
+        let (write, len, writes_left, owes_flush) = match self.mix {
+            Mix::Read => (false, self.block_bytes, 0, false),
+            Mix::Write => (true, self.block_bytes, 0, false),
+            Mix::Half => (choice < 500, self.block_bytes, 0, false),
+            Mix::Sizes => {
+                let size = SIZES[(choice / 10) as usize % SIZES.len()];
+                (choice % 10 >= READS_OF_TEN, size, 0, false)
+            }
+            Mix::WriteFlush => (true, self.block_bytes, 0, true),
+            Mix::Database => (true, self.block_bytes, PAGES_A_TRANSACTION - 1, true),
         };
-        self.started[slot] = now;
+        self.slots[slot] = Slot {
+            started: now,
+            writes_left,
+            owes_flush,
+        };
+        self.transfer(slot, write, len);
+    }
+
+    /// Begins the next step of a request that has several. Returns whether there was one.
+    fn go_on(&mut self, slot: usize) -> bool {
+        let state = &mut self.slots[slot];
+        if state.writes_left > 0 {
+            state.writes_left -= 1;
+            self.transfer(slot, true, self.block_bytes);
+            return true;
+        }
+        let flushes = std::mem::take(&mut state.owes_flush);
+        if flushes {
+            self.disk.flush(slot);
+        }
+        flushes
+    }
+
+    fn transfer(&mut self, slot: usize, write: bool, len: usize) {
+        let random = self.next_random() >> 10;
+        let offset = random % (self.disk.bytes() / len as u64) * len as u64;
         if write {
-            self.disk.write(slot, block);
+            self.disk.write(slot, offset, len);
         } else {
-            self.disk.read(slot, block);
+            self.disk.read(slot, offset, len);
         }
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a run amounts to, and the processor time of the process that served it.
+//! What a run amounts to, and what the process that served it took.
 
 use std::fs;
 use std::ops::Sub;
@@ -18,14 +18,32 @@ pub struct Report {
     latency_us_mean: f64,
     latency_us_p50: f64,
     latency_us_p99: f64,
+    latency_us_p999: f64,
     latency_us_max: f64,
     /// Of the server, user and system together; absent if it was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu_us_per_request: Option<f64>,
+    /// Share of one processor that the server took while nothing was asked of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    idle_cpu_percent: Option<f64>,
+    /// Most memory the server ever had resident.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    server_rss_mib: Option<f64>,
+}
+
+/// What the server took.
+#[derive(Default)]
+pub struct Server {
+    /// Processor time during the run.
+    pub cpu: Option<Duration>,
+    /// See [`Report`].
+    pub idle_cpu_percent: Option<f64>,
+    /// See [`Report`].
+    pub rss_mib: Option<f64>,
 }
 
 /// Sums up a run.
-pub fn summarize(measured: Measured, cpu: Option<Duration>) -> Report {
+pub fn summarize(measured: Measured, server: &Server) -> Report {
     let mut latencies = measured.latencies_ns;
     latencies.sort_unstable();
     let requests = latencies.len();
@@ -37,14 +55,17 @@ pub fn summarize(measured: Measured, cpu: Option<Duration>) -> Report {
         latency_us_mean: micros(latencies.iter().sum()) / requests as f64,
         latency_us_p50: rank(0.5),
         latency_us_p99: rank(0.99),
+        latency_us_p999: rank(0.999),
         latency_us_max: rank(1.0),
-        cpu_us_per_request: cpu.map(|cpu| cpu.as_secs_f64() * 1e6 / requests as f64),
+        cpu_us_per_request: (server.cpu).map(|cpu| cpu.as_secs_f64() * 1e6 / requests as f64),
+        idle_cpu_percent: server.idle_cpu_percent,
+        server_rss_mib: server.rss_mib,
     }
 }
 
 /// Reads the processor time of a process, all its threads included (proc(5), `stat`).
 pub struct ServerClock {
-    path: String,
+    pid: u32,
 }
 
 /// Processor time since the process began.
@@ -54,14 +75,25 @@ pub struct CpuTime(Duration);
 impl ServerClock {
     /// The clock of process `pid`.
     pub fn new(pid: u32) -> Self {
-        Self {
-            path: format!("/proc/{pid}/stat"),
-        }
+        Self { pid }
+    }
+
+    /// Most memory it has had resident (proc(5), `status`).
+    pub fn rss_mib(&self) -> anyhow::Result<f64> {
+        let text = self.file("status")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let line = line.context("status has no VmHWM")?;
+        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib / 1024.0)
+    }
+
+    fn file(&self, name: &str) -> anyhow::Result<String> {
+        fs::read_to_string(format!("/proc/{}/{name}", self.pid)).context("the server is gone")
     }
 
     /// The time now.
     pub fn read(&self) -> anyhow::Result<CpuTime> {
-        let text = fs::read_to_string(&self.path).context("the server is gone")?;
+        let text = self.file("stat")?;
         // The second field is the name in parentheses, which may hold anything.
         let (_, fields) = text.rsplit_once(')').context("stat has no name")?;
         let fields: Vec<&str> = fields.split_ascii_whitespace().collect();

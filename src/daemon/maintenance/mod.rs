@@ -9,11 +9,13 @@
 //!
 //! - [`copies`]: copies of the record that are left out and come back.
 //! - [`roster`]: which replicas are open, and how they leave all workers and come back to them.
+//! - [`scrub_times`]: when the last scrub ended.
 //! - [`stop`]: the clean end (rule R8).
 //! - [`ties`]: what a warm or a cold start decides (rules S4, Y3).
 
 mod copies;
 mod roster;
+mod scrub_times;
 mod stop;
 mod ties;
 
@@ -37,8 +39,8 @@ use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Mailbox;
 use crate::io::{BlockWriter, RingError, Written};
 use crate::quorum::{
-    Action, Event, Keeper, KeeperAction, KeeperConfig, KeeperEvent, KeeperStart, KeeperState, Lane,
-    LaneId, OpId, Outcome, Report, Shared, Tag, Wakeup,
+    Action, Event, Keeper, KeeperAction, KeeperConfig, KeeperEvent, KeeperReport, KeeperStart,
+    KeeperState, Lane, LaneId, OpId, Outcome, PassKind, Report, Shared, Tag, Wakeup,
 };
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
@@ -219,8 +221,12 @@ impl Maintenance {
             .add_edge(&executor.wake_fd(), TOKEN_RING)
             .map_err(wait)?;
         events.add(&mailbox.as_fd(), TOKEN_MAILBOX).map_err(wait)?;
-        let record = setup
-            .record
+        let mut keeper_config = setup.keeper_config;
+        let mut record = setup.record;
+        if let (Some(record), Some(interval)) = (&mut record, keeper_config.scrub_interval) {
+            keeper_config.scrub_first = Some(scrub_times::first(&mut record.recorder, interval));
+        }
+        let record = record
             .map(|open| -> Result<Record, MaintenanceError> {
                 let copies = Copies::new(&open, mailbox).map_err(MaintenanceError::Thread)?;
                 let files = open.files.iter();
@@ -257,7 +263,7 @@ impl Maintenance {
             };
             wardens.push(warden::spawn(setup).map_err(MaintenanceError::Thread)?);
         }
-        let keeper = Keeper::new(setup.keeper_config, setup.keeper, &setup.shared);
+        let keeper = Keeper::new(keeper_config, setup.keeper, &setup.shared);
         let ties = Ties::new(setup.shared.crash_tie());
         let unresolved = setup.shared.unresolved.extents() > 0;
         Ok(Self {
@@ -533,6 +539,10 @@ impl Maintenance {
             }
             KeeperAction::Record => self.tell_recorder(RecordEvent::Poll),
             KeeperAction::Report(report) => {
+                let kind = PassKind::Scrub;
+                if matches!(report, KeeperReport::PassDone { kind: of, .. } if of == kind) {
+                    self.note_scrubbed();
+                }
                 self.counters.maintenance().count_keeper_report(&report);
                 self.reports.send(EventData::Keeper(report));
             }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! Running -> Draining -> Flushing -> Cleaning -> Closing -> Landing -> Done
-//!     (lane idle)  (one flush)  (marks cleared) (clean flag) (on the last copy)
+//!     (lane idle)  (one flush)  (marks cleared) (clean flag) (all copies)
 //! ```
 //!
 //! Whatever does not succeed in time is left as it is: the next start then finds an unclean end, and
@@ -30,8 +30,8 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// How long all replicas together may take to tell their fingerprints. They were flushed before.
 const FINGERPRINT_LIMIT: Duration = Duration::from_secs(3);
 
-/// How long the last write of the record may take on copies that are not needed for it to be durable.
-/// Their locks last until it has landed, and who has the disk next waits for them.
+/// How long copies of the record may take that are later than those that make the end durable. A
+/// write that is under way keeps the lock of its copy, and who starts next waits for it.
 const LANDING_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long it may take to give up locks. On network storage that is a request to a server.
@@ -94,12 +94,12 @@ impl Maintenance {
     }
 
     pub(super) fn advance_stop(&mut self) {
-        if self.stop.until.is_some_and(|until| until <= self.now) && !self.stop.is_done() {
-            if self.stop.phase != Phase::Landing {
-                warn!(
-                    "the disk could not be closed in time: the next start resolves what is dirty"
-                );
-            }
+        let over = self.stop.until.is_some_and(|until| until <= self.now);
+        if over && self.stop.phase == Phase::Landing {
+            self.stop.phase = Phase::Done;
+        }
+        if over && !self.stop.is_done() {
+            warn!("the disk could not be closed in time: the next start resolves what is dirty");
             self.stop.phase = Phase::Done;
         }
         // Requests that wait for replicas to come back would hold up the end (rule Q4).
@@ -133,8 +133,7 @@ impl Maintenance {
             }
             Phase::Cleaning => self.stop.phase = Phase::Done,
             Phase::Landing => {
-                let record = self.record.as_ref().expect("it was closed");
-                if record.under_way.iter().all(|count| *count == 0) {
+                if self.copies_have_landed() {
                     self.stop.phase = Phase::Done;
                 }
             }
@@ -150,6 +149,12 @@ impl Maintenance {
                 }
             }
         }
+    }
+
+    /// Whether all copies of the record have taken what was written to them.
+    fn copies_have_landed(&self) -> bool {
+        let record = self.record.as_ref();
+        record.is_none_or(|record| record.under_way.iter().all(|count| *count == 0))
     }
 
     fn only_lost_replicas_are_busy(&self) -> bool {
@@ -247,8 +252,7 @@ impl Maintenance {
 
     /// Whether operations are under way, which only those that hang are after the end.
     pub(super) fn has_operations(&self) -> bool {
-        let writes = |record: &super::Record| record.under_way.iter().any(|count| *count > 0);
-        self.executor.in_flight() > 0 || self.record.as_ref().is_some_and(writes)
+        self.executor.in_flight() > 0 || !self.copies_have_landed()
     }
 
     /// After the end, waits for operations that hang: the disk may be opened again by this process,

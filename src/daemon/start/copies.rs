@@ -2,6 +2,7 @@
 //! The copies of the record at a start: which of them are written from now on.
 
 use super::advice::Advice;
+use super::decision::Refused;
 use crate::daemon::record_files::{RecordFiles, has_replica};
 use crate::record::{CopyState, Note, Opened};
 
@@ -69,6 +70,29 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<b
         advice.push(Advice::Copy { text });
     }
     (writable, advice)
+}
+
+/// Whether each copy that counts is the one that belongs in its place. Where the copies are beside
+/// replicas, or have their names, a copy in the place of another one shows that replicas were given
+/// in another order, also when all of them have changed since and nothing else tells.
+///
+/// # Errors
+/// [`Refused::Places`].
+pub fn check_places(files: &RecordFiles, opened: &Opened) -> Result<(), Refused> {
+    let counts = |copy: &usize| *opened.state(*copy) == CopyState::Current;
+    let moved = (0..files.files().len()).filter(counts).filter_map(|place| {
+        let index = opened.index(place);
+        (index != place).then(|| {
+            let path = files.files()[place].path().display();
+            format!("{path} is number {} and was {}", place + 1, index + 1)
+        })
+    });
+    let moves = moved.collect::<Vec<_>>().join(", ");
+    if moves.is_empty() {
+        Ok(())
+    } else {
+        Err(Refused::Places { moves })
+    }
 }
 
 fn of_note(note: &Note) -> Option<Advice> {

@@ -90,6 +90,13 @@ pub struct Decision {
 }
 
 impl Decision {
+    /// Whether every replica is there and known to be the one that was left in its slot.
+    #[must_use]
+    pub fn is_as_left(&self) -> bool {
+        let odd = [self.absent, self.changed, self.replaced, self.written_off];
+        odd.iter().all(|replicas| replicas.is_empty()) && !self.verify
+    }
+
     /// Of plain images, which are all there (rule S5).
     #[must_use]
     pub fn of_first_use(threshold: usize) -> Self {
@@ -181,6 +188,16 @@ pub enum Refused {
         /// What is wrong with the others.
         why: String,
     },
+    /// Copies of the record lie beside other replicas than they were written beside.
+    #[error(
+        "the copies of the state record are not where they were written ({moves}). If the replicas \
+         were given in another order than before, give them as before: the record knows them by \
+         their order. If only files of the record were moved, move them back"
+    )]
+    Places {
+        /// Which copy is where.
+        moves: String,
+    },
     /// Nothing can be settled where nothing may be written (rule Z4).
     #[error(
         "the disk did not stop cleanly, {dirty} extents have to be made equal on its replicas, \
@@ -217,7 +234,7 @@ pub fn decide(facts: &Facts) -> Result<Decision, Refused> {
         past,
         replicas,
     } = facts;
-    check_count(past.members.len(), replicas.len())?;
+    assert_eq!(past.members.len(), replicas.len(), "counted before");
     let mut verdicts = Vec::with_capacity(replicas.len());
     for (candidate, member) in replicas.iter().zip(&past.members) {
         verdicts.push(Verdict::of(candidate, member, past.clean));

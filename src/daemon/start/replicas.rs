@@ -11,12 +11,13 @@ use tracing::{info, warn};
 
 use crate::config::{self, Config};
 use crate::replica::{
-    Cache, Format, OpenError, RawOptions, Replica, SetShape, check_member, open_each, open_within,
+    Cache, Format, OpenError, RawOptions, Replica, SetShape, check_distinct_within, check_member,
+    common_order, open_each, open_within,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 
-/// Pause between two looks at a lock.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Pause between two looks at a lock, as short as that for the record's.
+const LOCK_RETRY: Duration = Duration::from_millis(4);
 
 /// How long anything is waited for.
 #[derive(Clone, Copy, Debug)]
@@ -105,7 +106,9 @@ pub fn open_waiting(
     Ok(all)
 }
 
-/// The same if all of them are needed.
+/// Opens the replicas if all of them are needed, waiting for locks as [`open_waiting`] does. Two
+/// daemons that start on plain images at the same time have nothing to lock but those: they open
+/// them in the same order, so that one gets all and the other one none.
 ///
 /// # Errors
 /// Of the first one that cannot be opened; nothing stays open.
@@ -113,8 +116,26 @@ pub fn open_all_waiting(
     options: &[RawOptions],
     waits: Waits<'_>,
 ) -> Result<Vec<Option<Arc<Replica>>>, OpenError> {
-    let results = open_waiting(options, ReplicaSet::EMPTY, waits)?;
-    results.into_iter().map(Option::transpose).collect()
+    let begin = Instant::now();
+    let patient = || begin.elapsed() < waits.lock && !waits.given_up.load(Ordering::Relaxed);
+    check_distinct_within(options, waits.answer)?;
+    let mut open: Vec<Option<Arc<Replica>>> = vec![None; options.len()];
+    for slot in common_order(options, waits.answer) {
+        let others: Vec<_> = open.iter().flatten().cloned().collect();
+        let mut told = false;
+        open[slot] = Some(loop {
+            match open_within(&options[slot], &others, waits.answer) {
+                Err(error) if error.is_in_use() && patient() => {
+                    if !std::mem::replace(&mut told, true) {
+                        info!("{error}; waiting up to {} s for it", waits.lock.as_secs());
+                    }
+                    thread::sleep(LOCK_RETRY);
+                }
+                opened => break opened?,
+            }
+        });
+    }
+    Ok(open)
 }
 
 /// Closes a replica that cannot serve a disk of `sectors` sectors (rules Z3, L2). The error names

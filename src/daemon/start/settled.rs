@@ -107,6 +107,7 @@ impl SettledDisk {
         superblock.clean = false;
         // Set by a cold start alone, and kept until everything is resolved (rule S4).
         superblock.cold &= self.shared.unresolved.extents() > 0;
+        superblock.few_replicas = decision.forced;
         superblock.boot_id = ids.boot;
         superblock.threshold = u8::try_from(decision.threshold).expect("at most 16");
         superblock.pattern = config.read_pattern;

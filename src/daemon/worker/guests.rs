@@ -55,6 +55,9 @@ pub(super) struct Guest {
     issued: bool,
     /// A flush is owed before the completion (rule F5).
     owes_flush: bool,
+    /// It was in flight when the last daemon ended, and changes sectors: until it is published, they
+    /// may differ (rule Y3).
+    pub(super) repeats: bool,
     /// Its parts, linked.
     last_part: Option<u32>,
 }
@@ -74,6 +77,7 @@ impl Guest {
             },
             issued: false,
             owes_flush: false,
+            repeats: false,
             last_part: None,
         }
     }
@@ -94,8 +98,14 @@ impl Guest {
             data_offset: 0,
         };
         self.issued = false;
-        self.owes_flush = write_through && !matches!(self.kind(), Kind::Read | Kind::Flush);
+        self.owes_flush = write_through && self.changes_sectors();
+        self.repeats = false;
         self.last_part = None;
+    }
+
+    /// Whether it is more than a read or a flush.
+    pub(super) fn changes_sectors(&self) -> bool {
+        !matches!(self.kind(), Kind::Read | Kind::Flush)
     }
 
     pub(super) fn kind(&self) -> Kind {

@@ -13,8 +13,10 @@
 //! anything else, because the data it names may be used again after that.
 
 mod guests;
+mod polling;
 mod queues;
 
+use std::hint::spin_loop;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, sync_channel};
@@ -28,6 +30,7 @@ use super::copy_warden::CopyBack;
 use super::event_loop::{EventLoop, Token};
 use super::process_age::process_age;
 use super::warden::Reopened;
+use crate::config::Polling;
 use crate::control::counters::{RequestKind as Kind, WorkerCounters};
 use crate::control::events::EventData;
 use crate::control::{DiskFacts, ReportSender};
@@ -42,6 +45,7 @@ use crate::quorum::{
 use crate::replica::{Executor, ExecutorConfig, ExecutorError, Replica};
 use crate::units::{ReplicaId, ReplicaSet, Time};
 use guests::{Guests, Piece};
+use polling::Poller;
 use queues::Queues;
 
 /// Requests a worker takes on at once; more stay in their rings.
@@ -54,6 +58,9 @@ const BATCH_BYTES: u64 = 192 << 10;
 
 /// Batches after which a busy worker looks whether another queue was kicked or a message came.
 const BATCHES_PER_LOOK: u32 = 4;
+
+/// Turns of a worker that polls after which it does the same: some microseconds.
+const POLLS_PER_LOOK: u32 = 64;
 
 const TOKEN_RING: Token = u64::MAX;
 const TOKEN_MAILBOX: Token = u64::MAX - 1;
@@ -144,6 +151,8 @@ pub struct WorkerSetup {
     pub executor: ExecutorConfig,
     /// The mailboxes of all workers, this one's at `index`.
     pub mailboxes: Vec<Arc<Mailbox<Message>>>,
+    /// What it does with nothing to do.
+    pub polling: Polling,
     /// Where reports go.
     pub reports: ReportSender,
     /// What it counts in.
@@ -248,6 +257,7 @@ struct Worker {
     now: Time,
     events: EventLoop,
     queues: Queues,
+    poller: Poller,
     memory: Arc<GuestMemory>,
     guests: Guests,
     /// Replicas that were kicked and have operations under way.
@@ -295,6 +305,7 @@ impl Worker {
             now: setup.clock.now(),
             events,
             queues: Queues::default(),
+            poller: Poller::new(setup.polling),
             memory: Arc::new(GuestMemory::new()),
             guests: Guests::default(),
             leaving: ReplicaSet::EMPTY,
@@ -313,7 +324,7 @@ impl Worker {
     }
 
     fn run(&mut self) {
-        let mut batches: u32 = 0;
+        let mut turns: u32 = 0;
         loop {
             let busy = self
                 .turn()
@@ -321,14 +332,25 @@ impl Worker {
             if self.shutting_down && self.is_idle() {
                 break;
             }
-            if !busy && !self.has_more() {
-                batches = 0;
-                self.sleep();
-            } else {
-                batches = batches.wrapping_add(1);
-                if batches.is_multiple_of(BATCHES_PER_LOOK) {
-                    self.wait(Some(Duration::ZERO));
+            if busy {
+                self.poller.found(self.now);
+            }
+            self.queues.polled = !busy && self.poller.goes_on(self.now);
+            let turns_per_look = match (busy, self.queues.polled) {
+                (true, _) => BATCHES_PER_LOOK,
+                (false, true) => POLLS_PER_LOOK,
+                (false, false) if self.has_more() => BATCHES_PER_LOOK,
+                (false, false) => {
+                    turns = 0;
+                    self.sleep();
+                    continue;
                 }
+            };
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(turns_per_look) {
+                self.wait(Some(Duration::ZERO));
+            } else if self.queues.polled {
+                spin_loop();
             }
         }
         self.mailboxes[self.index].close();
@@ -534,12 +556,18 @@ impl Worker {
                 let guest = self.guests.take();
                 let slot = self.guests.get(guest);
                 let entry = self.queues.get(queue);
+                let repeats = entry.virtqueue.repeats() > 0;
                 match entry.virtqueue.fetch(&memory, &mut slot.request) {
                     Fetched::Request(ticket) => {
                         slot.begin(queue, ticket, entry.virtqueue.write_through());
+                        slot.repeats = repeats && slot.changes_sectors();
+                        let over = repeats && !slot.repeats;
                         fetched += 1;
                         bytes += slot.bytes();
                         any = true;
+                        if over {
+                            self.end_repeat();
+                        }
                         self.announce(guest);
                         if !self.issue(guest) {
                             return any;
@@ -551,6 +579,9 @@ impl Worker {
                         any = true;
                         self.guests.free(guest);
                         self.count_answer(answer);
+                        if repeats {
+                            self.end_repeat();
+                        }
                     }
                     Fetched::Empty => {
                         self.guests.free(guest);
@@ -563,6 +594,18 @@ impl Worker {
         self.queues.drop_quiet();
         self.blocked = false;
         any
+    }
+
+    /// A request of before the end of the last daemon makes no difference to any sector any more.
+    fn end_repeat(&mut self) {
+        if self.shared.end_repeat() {
+            for (index, mailbox) in self.mailboxes.iter().enumerate() {
+                if index != self.index {
+                    mailbox.post(Message::Wake(Wakeup::TiesDecided));
+                }
+            }
+            self.tell(Event::Wake(Wakeup::TiesDecided));
+        }
     }
 
     fn count_answer(&self, answer: Answer) {
@@ -702,6 +745,9 @@ impl Worker {
                     self.tell(Event::Published { request });
                 }
                 part = self.guests.part_before(slot);
+            }
+            if self.guests.get(guest).repeats {
+                self.end_repeat();
             }
             self.guests.free(guest);
         }

@@ -36,6 +36,8 @@ pub(super) struct Queues {
     entries: Vec<Option<Entry>>,
     active: Vec<usize>,
     stopping: usize,
+    /// The worker looks instead of sleeping: looks that find nothing do not count.
+    pub(super) polled: bool,
 }
 
 impl Queues {
@@ -74,8 +76,13 @@ impl Queues {
 
     /// Notes whether a look at `queue` found something. One that stays empty goes back to kicks.
     pub(super) fn looked_at(&mut self, queue: usize, found: bool, memory: &GuestMemory) {
+        let polled = self.polled;
         let entry = self.get(queue);
-        entry.quiet = if found { 0 } else { entry.quiet + 1 };
+        entry.quiet = match (found, polled) {
+            (true, _) => 0,
+            (false, true) => return,
+            (false, false) => entry.quiet + 1,
+        };
         if entry.quiet > QUIET_LOOKS && !entry.virtqueue.enable_kicks(memory) {
             entry.active = false;
         }
@@ -216,6 +223,7 @@ impl Worker {
             } => {
                 self.memory = memory;
                 let virtqueue = VirtQueue::new(*setup, &self.memory);
+                self.shared.expect_repeats(virtqueue.repeats() as u64);
                 self.watch(&virtqueue, queue);
                 self.queues.insert(usize::from(queue), virtqueue);
                 self.queues.activate(usize::from(queue), &self.memory);

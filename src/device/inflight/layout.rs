@@ -16,8 +16,8 @@
 //!        8  u64 counter    requests were fetched in this order
 //! ```
 //!
-//! All in the machine's byte order: both sides are on one machine. Our private page follows the
-//! regions at the next multiple of [`PAGE_BYTES`].
+//! All in the machine's byte order: both sides are on one machine. Our private page is the last of
+//! the buffer: it is found whatever the front-end says the regions are.
 
 use crate::device::config_space::QUEUE_SIZE_MAX;
 
@@ -44,6 +44,9 @@ pub const VERSION: u16 = 1;
 
 /// Alignment of the private page, and of a buffer in its file: what can be mapped.
 pub const PAGE_BYTES: usize = 4096;
+
+/// Bytes of the largest buffer that we make: 256 queues of [`QUEUE_SIZE_MAX`].
+pub const BUFFER_BYTES_MAX: usize = 5 << 20;
 
 /// Offset of the mark of `head` in its region.
 pub fn mark_at(head: u16) -> usize {
@@ -88,16 +91,20 @@ impl Shape {
         self.region_bytes() * usize::from(self.queues)
     }
 
-    /// Where our private page begins.
-    #[must_use]
-    pub fn page_at(self) -> usize {
-        self.regions_bytes().next_multiple_of(PAGE_BYTES)
-    }
-
-    /// Bytes of a buffer with our private page. At most 4.1 MiB.
+    /// Bytes of a buffer with our private page. At most [`BUFFER_BYTES_MAX`].
     #[must_use]
     pub fn buffer_bytes(self) -> usize {
-        self.page_at() + PAGE_BYTES
+        self.regions_bytes().next_multiple_of(PAGE_BYTES) + PAGE_BYTES
+    }
+
+    /// Where our private page is in a buffer of `size` bytes, if there is room for one and it is
+    /// no larger than any that we make.
+    #[must_use]
+    pub fn page_of(self, size: u64) -> Option<usize> {
+        let size = usize::try_from(size).ok()?;
+        let possible = size.is_multiple_of(PAGE_BYTES) && size <= BUFFER_BYTES_MAX;
+        let at = size.checked_sub(PAGE_BYTES)?;
+        (possible && at >= self.regions_bytes()).then_some(at)
     }
 }
 
@@ -165,13 +172,17 @@ mod tests {
         assert_eq!((mark_at(0), next_at(0), counter_at(0)), (16, 22, 24));
         assert_eq!((mark_at(127), counter_at(127)), (2048, 2056));
         assert_eq!(shape.region_bytes(), 2112);
-        assert_eq!(shape.page_at(), 12288);
         assert_eq!(shape.buffer_bytes(), 16384);
+        assert_eq!(shape.page_of(16384), Some(12288));
+        assert_eq!(shape.page_of(20480), Some(16384), "always the last");
+        assert_eq!(shape.page_of(12288), None, "no room behind the regions");
+        assert_eq!(shape.page_of(16385), None);
+        assert_eq!(shape.page_of(1 << 40), None);
         let largest = Shape {
             queues: 256,
             queue_size: 1024,
         };
-        assert!(largest.is_possible(256) && largest.buffer_bytes() < 5 << 20);
+        assert!(largest.is_possible(256) && largest.buffer_bytes() <= BUFFER_BYTES_MAX);
     }
 
     #[test]

@@ -119,6 +119,8 @@ pub enum InflightError {
 pub struct InflightBuffer {
     mapping: Mapping,
     shape: Shape,
+    /// Where our page is, if there is room for one.
+    page_at: Option<usize>,
     /// What our page said when the buffer came, or what we have written since; `None`: there is
     /// none.
     page: Mutex<Option<Page>>,
@@ -158,7 +160,7 @@ pub fn create(
         // Marked when a ring is started with it: until then nobody need know of it.
         run: [0; 16],
     };
-    page.write(&Mapping::new(copy, 0, size, len)?, shape.page_at());
+    page.write(&Mapping::new(copy, 0, size, len)?, len - layout::PAGE_BYTES);
     let description = Description {
         size,
         offset: 0,
@@ -189,17 +191,13 @@ impl InflightBuffer {
             return Err(InflightError::Size { size, needed });
         }
         // A buffer that another back-end has made has no page of ours, and maybe no room for one.
-        let whole = shape.buffer_bytes();
-        let has_room = size >= whole as u64;
-        let len = if has_room {
-            whole
-        } else {
-            shape.regions_bytes()
+        let page_at = shape.page_of(size);
+        let len = match page_at {
+            Some(at) => at + layout::PAGE_BYTES,
+            None => shape.regions_bytes(),
         };
         let mapping = Mapping::new(file, offset, size, len)?;
-        let page = has_room
-            .then(|| Page::read(&mapping, shape.page_at()))
-            .flatten();
+        let page = page_at.and_then(|at| Page::read(&mapping, at));
         if let Some(page) = page {
             if page.shape != shape {
                 return Err(InflightError::OtherShape {
@@ -213,6 +211,7 @@ impl InflightBuffer {
         let buffer = Self {
             mapping,
             shape,
+            page_at,
             page: Mutex::new(page),
         };
         buffer.began(disk)?;
@@ -244,8 +243,10 @@ impl InflightBuffer {
             run: disk.run,
         };
         let mut page = self.page();
-        if page.is_some_and(|page| page != new) {
-            new.write(&self.mapping, self.shape.page_at());
+        if let (Some(at), Some(old)) = (self.page_at, *page)
+            && old != new
+        {
+            new.write(&self.mapping, at);
             *page = Some(new);
         }
     }
@@ -279,6 +280,12 @@ impl QueueRegion {
         self.buffer.shape.queue_size
     }
 
+    /// Whether `head` is marked, as the region stands.
+    #[cfg(test)]
+    pub fn is_marked(&self, head: u16) -> bool {
+        self.load::<u8>(layout::mark_at(head)) != 0
+    }
+
     fn load<T: vm_memory::AtomicAccess>(&self, at: usize) -> T {
         self.buffer.mapping.load(self.at + at)
     }
@@ -289,5 +296,4 @@ impl QueueRegion {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;

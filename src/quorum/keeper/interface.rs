@@ -15,8 +15,10 @@ pub struct KeeperConfig {
     pub resync_bytes_per_s: u64,
     /// Bytes read from each replica in a second by scrub and verify (rule Y6); 0: no limit.
     pub scrub_bytes_per_s: u64,
-    /// From the end of a scrub, or from the start, to the next one; `None`: only when asked.
+    /// From the end of a scrub to the next one; `None`: only when asked.
     pub scrub_interval: Option<Duration>,
+    /// From the start to the first one; `None`: the interval.
+    pub scrub_first: Option<Duration>,
     /// Whether scrubs that begin on their own, or are resumed at a start, rewrite dissenters.
     pub scrub_repairs: bool,
     /// From one look for extents that may be called clean to the next (rule W8).
@@ -50,6 +52,7 @@ impl Default for KeeperConfig {
             resync_bytes_per_s: 128 << 20,
             scrub_bytes_per_s: 64 << 20,
             scrub_interval: None,
+            scrub_first: None,
             scrub_repairs: true,
             sweep_interval: Duration::from_secs(5),
             idle_before_clean: Duration::from_secs(5),

@@ -153,8 +153,9 @@ impl Members {
     }
 
     /// Bytes brought up to date since the replica began to lack something.
-    pub(super) fn resynced_bytes(&self, replica: ReplicaId) -> u64 {
-        self.each[replica.index()].resync.bytes_done()
+    pub(super) fn resynced_bytes(&self, shared: &Shared, replica: ReplicaId) -> u64 {
+        let resync = &self.each[replica.index()].resync;
+        resync.bytes_done(shared, replica)
     }
 
     /// Whether a state has changed that is to be saved at once.
@@ -298,7 +299,7 @@ impl Members {
         let member = self.of(replica);
         member.leaving = wish.filter(|_| !spared);
         member.detached = false;
-        member.resync = Resync::default();
+        member.resync = Resync::new(turn.shared, replica);
         member.caught_up = None;
         if turn.now.since(member.up_since) >= member.backoff.most() {
             member.backoff.reset();
@@ -345,15 +346,10 @@ impl Members {
         assert!(member.detached, "nothing of before is outstanding");
         member.reopening = None;
         member.up_since = turn.now;
-        member.resync = Resync::default();
+        member.resync = Resync::new(turn.shared, replica);
         turn.shared.membership.admit(replica);
         turn.actions.push(KeeperAction::Admitted { replica });
         self.change(turn, replica, Change::Returned, why);
-    }
-
-    /// These bytes of the replica were brought up to date.
-    pub(super) fn resynced(&mut self, replica: ReplicaId, bytes: u64) {
-        self.of(replica).resync.add(bytes);
     }
 
     /// The operator clears the replica.
@@ -476,9 +472,10 @@ impl Members {
             if !self.is_caught_up(turn, replica) {
                 return;
             }
-            let resync = std::mem::take(&mut self.of(replica).resync);
+            let next = Resync::new(turn.shared, replica);
+            let resync = std::mem::replace(&mut self.of(replica).resync, next);
             self.change(turn, replica, Change::CaughtUp, StateCause::CaughtUp);
-            if let Some(report) = resync.done(replica) {
+            if let Some(report) = resync.done(turn.shared, replica) {
                 turn.actions.push(KeeperAction::Report(report));
             }
             return;

@@ -160,13 +160,6 @@ impl Keeper {
     fn replied(&mut self, turn: &mut Turn<'_>, tag: Tag, status: Status) {
         match self.jobs.end(tag) {
             Job::Reconcile { extent, returning } => {
-                let membership = &turn.shared.membership;
-                let bytes = turn.shared.geometry.extent_range(extent).len_bytes() as u64;
-                for replica in returning.iter() {
-                    if !membership.is_behind(extent, replica) {
-                        self.members.resynced(replica, bytes);
-                    }
-                }
                 self.pump.reconciled(turn, extent, returning, status);
             }
             Job::Resolve { range } => self.pump.resolved(turn, range, status),

@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use super::super::shared::Shared;
 use super::KeeperReport;
 use super::jobs::Turn;
-use super::status::bytes_behind;
+use super::status::{bytes_behind, bytes_caught_up};
 use crate::units::{ReplicaId, Time};
 
 /// From one report of a resync to the next.
@@ -15,19 +16,24 @@ const INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, Default)]
 pub(super) struct Resync {
     begun: bool,
-    bytes_done: u64,
+    /// Bytes that had been brought up to date before.
+    from: u64,
     bytes_told: u64,
     tell_at: Time,
 }
 
 impl Resync {
-    /// So many bytes more were brought up to date.
-    pub(super) fn add(&mut self, bytes: u64) {
-        self.bytes_done += bytes;
+    /// From now on.
+    pub(super) fn new(shared: &Shared, replica: ReplicaId) -> Self {
+        Self {
+            from: bytes_caught_up(shared, replica),
+            ..Self::default()
+        }
     }
 
-    pub(super) fn bytes_done(&self) -> u64 {
-        self.bytes_done
+    /// Bytes that were brought up to date since.
+    pub(super) fn bytes_done(&self, shared: &Shared, replica: ReplicaId) -> u64 {
+        bytes_caught_up(shared, replica).saturating_sub(self.from)
     }
 
     /// When there may be something to tell.
@@ -41,12 +47,13 @@ impl Resync {
             return None;
         }
         self.tell_at = turn.now.after(INTERVAL);
-        if self.begun && self.bytes_done == self.bytes_told {
+        let bytes_done = self.bytes_done(turn.shared, replica);
+        if self.begun && bytes_done == self.bytes_told {
             return None;
         }
         let first = !std::mem::replace(&mut self.begun, true);
-        self.bytes_told = self.bytes_done;
-        let (bytes_left, bytes_done) = (bytes_behind(turn.shared, replica), self.bytes_done);
+        self.bytes_told = bytes_done;
+        let bytes_left = bytes_behind(turn.shared, replica);
         Some(if first {
             KeeperReport::ResyncBegun {
                 replica,
@@ -62,8 +69,8 @@ impl Resync {
     }
 
     /// What there is to tell when it lacks nothing any more.
-    pub(super) fn done(self, replica: ReplicaId) -> Option<KeeperReport> {
-        let bytes_done = self.bytes_done;
+    pub(super) fn done(self, shared: &Shared, replica: ReplicaId) -> Option<KeeperReport> {
+        let bytes_done = self.bytes_done(shared, replica);
         self.begun.then_some(KeeperReport::ResyncDone {
             replica,
             bytes_done,

@@ -37,6 +37,8 @@ struct Pass {
 /// See the module.
 pub(super) struct Scrub {
     interval: Option<Duration>,
+    /// To the first scrub, until that is planned.
+    first: Option<Duration>,
     repairs: bool,
     rate: Bucket,
     pass: Option<Pass>,
@@ -59,6 +61,7 @@ impl Scrub {
         };
         let mut scrub = Self {
             interval: config.scrub_interval,
+            first: config.scrub_first,
             repairs: config.scrub_repairs,
             rate: Bucket::new(config.scrub_bytes_per_s),
             pass: None,
@@ -181,7 +184,9 @@ impl Scrub {
 
     fn schedule(&mut self, now: Time) {
         self.resume_at = None;
-        self.next_at = self.interval.map(|interval| now.after(interval));
+        let first = self.first.take();
+        let next = self.interval.map(|interval| first.unwrap_or(interval));
+        self.next_at = next.map(|next| now.after(next));
     }
 
     /// Carries a command out. Returns whether there is something to save.

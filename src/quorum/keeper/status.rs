@@ -70,6 +70,18 @@ pub(super) fn bytes_behind(shared: &Shared, replica: ReplicaId) -> u64 {
     sectors.saturating_mul(SECTOR_BYTES)
 }
 
+/// Bytes of `replica` that were brought up to date, by the keeper or by requests that could not
+/// wait for it.
+pub(super) fn bytes_caught_up(shared: &Shared, replica: ReplicaId) -> u64 {
+    let (extents, last) = shared.membership.caught_up(replica);
+    let whole = 1u64 << shared.geometry.extent_shift();
+    let of_last = shared.geometry.extent_range(shared.geometry.extents() - 1);
+    let missing = whole - u64::from(of_last.count());
+    let sectors = extents.saturating_mul(whole);
+    let sectors = sectors.saturating_sub(last.saturating_mul(missing));
+    sectors.saturating_mul(SECTOR_BYTES)
+}
+
 impl Keeper {
     /// How the disk is now.
     #[must_use]
@@ -82,7 +94,7 @@ impl Keeper {
             suspect: self.members.suspects().contains(replica),
             behind_extents: membership.behind_extents(replica),
             behind_bytes: bytes_behind(shared, replica),
-            resynced_bytes: self.members.resynced_bytes(replica),
+            resynced_bytes: self.members.resynced_bytes(shared, replica),
             reopens_at: self.members.reopens_at(replica),
         };
         let pass = self.scrub.progress();

@@ -11,6 +11,7 @@
 //! - `reconcile`: a whole extent brought into order: after a crash, and for replicas behind in it.
 //! - `flush`: flush runs over all replicas.
 //! - `probe`: a read of one replica, to see whether it answers.
+//! - `durable`: who waits for marks; `members`: replicas that hang, and who waits for one that went.
 //!
 //! A request waits for locks, for operations, for marks to become durable ([`Action::Record`],
 //! [`Wakeup::Durable`]), for its extent to be reconciled, for replicas to come back
@@ -21,7 +22,9 @@
 //! been replied to, the reply is published, and its last operation has completed: a buffer is
 //! never given back while somebody may still use it (rule V7).
 
+mod durable;
 mod flush;
+mod members;
 mod probe;
 mod read;
 mod reconcile;
@@ -32,8 +35,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::event::{
-    Action, BufferId, During, Event, KickCause, LaneId, LockTicket, OpId, Operation, OperationKind,
-    Outcome, Report, Request, RequestId, Status, Tag, Wakeup,
+    Action, BufferId, During, Event, LaneId, LockTicket, OpId, Operation, OperationKind, Outcome,
+    Report, Request, RequestId, Status, Tag, Wakeup,
 };
 use super::shared::Shared;
 use super::slab::{Slab, SlotId};
@@ -502,122 +505,6 @@ impl Lane {
         }
         self.swept = swept;
         self.next_tick = (self.timed > 0).then(|| turn.now.after(TICK));
-    }
-
-    /// Declares replicas not up on which an operation takes longer than `io-timeout`.
-    fn look_for_hung<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
-        let timeout = turn.shared.policy.io_timeout;
-        if turn.now.since(Time::default()) < timeout {
-            return;
-        }
-        let since = turn.now.before(timeout);
-        let mut overdue = ReplicaSet::EMPTY;
-        let mut swept = std::mem::take(&mut self.swept);
-        swept.clear();
-        swept.extend(self.activities.ids());
-        for &slot in &swept {
-            let late = match self.activities.get_mut(slot) {
-                Some(Activity::Read(read)) => read.overdue(since),
-                Some(Activity::Write(write)) => write.overdue(since),
-                Some(Activity::Settle(settle)) => settle.overdue(since),
-                Some(Activity::FlushRun(run)) => run.overdue(since),
-                Some(Activity::Probe(probe)) => probe.overdue(since),
-                Some(Activity::Reconcile(_) | Activity::FlushRequest(_) | Activity::Replied)
-                | None => ReplicaSet::EMPTY,
-            };
-            overdue = overdue.union(late);
-        }
-        self.swept = swept;
-        for replica in overdue.iter() {
-            self.kick(turn, replica, KickCause::Hung);
-        }
-    }
-
-    /// The replica cannot be relied on any more: everybody is told.
-    fn kick<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, replica: ReplicaId, why: KickCause) {
-        let Some(marked) = turn.shared.membership.kick(replica) else {
-            return;
-        };
-        let extents = marked.extents;
-        turn.report(Report::Kicked {
-            replica,
-            why,
-            extents,
-        });
-        turn.actions.push(Action::Kicked { replica, why });
-        if marked.wait.is_some() {
-            turn.actions.push(Action::Record);
-        }
-        self.members_changed = true;
-    }
-
-    /// Nobody who is not up is waited for any more, and who waited for replicas looks again.
-    fn tell_members_changed<B: Buffers>(&mut self, turn: &mut Turn<'_, B>) {
-        let mut swept = std::mem::take(&mut self.swept);
-        swept.clear();
-        swept.extend(self.activities.ids());
-        for &slot in &swept {
-            match self.activities.get_mut(slot) {
-                Some(Activity::Read(_)) => self.read_members_changed(turn, slot),
-                Some(Activity::Write(_)) => self.write_members_changed(turn, slot),
-                Some(Activity::Settle(_)) => self.settle_members_changed(turn, slot),
-                Some(Activity::FlushRun(_)) => self.flush_members_changed(turn, slot),
-                Some(
-                    Activity::Reconcile(_)
-                    | Activity::FlushRequest(_)
-                    | Activity::Probe(_)
-                    | Activity::Replied,
-                )
-                | None => {}
-            }
-        }
-        self.swept = swept;
-        if !self.paused.is_empty()
-            && turn.shared.membership.up().count() >= turn.shared.policy.threshold
-        {
-            self.resume_paused(turn);
-        }
-    }
-
-    /// The activity goes on when the marks up to `number` are durable, or never will be.
-    fn wait_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId, number: u64) {
-        self.waits.push_back((number, slot));
-        // Before the next look at what is durable: whoever makes it so sees this, or we see that.
-        turn.shared.wait_for_record(self.id);
-        turn.actions.push(Action::Record);
-    }
-
-    /// The first activity whose marks are durable.
-    fn take_durable<B: Buffers>(&mut self, turn: &Turn<'_, B>) -> Option<SlotId> {
-        let &(number, slot) = self.waits.front()?;
-        let shared = turn.shared;
-        let ready = || shared.membership.marks().is_settled(number) || shared.is_record_lost();
-        // The flag first: more may have been made durable, but not these, and it be taken down.
-        let is_ready = ready() || {
-            shared.wait_for_record(self.id);
-            ready()
-        };
-        is_ready.then(|| {
-            self.waits.pop_front();
-            slot
-        })
-    }
-
-    fn run_durable<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        match self
-            .activities
-            .get_mut(slot)
-            .expect("who waits for a mark lives")
-        {
-            Activity::Write(_) => self.write_durable(turn, slot),
-            Activity::Settle(_) => self.settle_durable(turn, slot),
-            Activity::FlushRun(_) => self.flush_durable(turn, slot),
-            Activity::Reconcile(_) => self.reconcile_durable(turn, slot),
-            Activity::Read(_)
-            | Activity::FlushRequest(_)
-            | Activity::Probe(_)
-            | Activity::Replied => unreachable!("waits for no mark"),
-        }
     }
 
     /// Does what became possible: locks granted within the lane, flush runs, reads that waited

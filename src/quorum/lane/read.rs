@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Reads: ask, compare, reply at T equal, look at late ballots too (rules V1-V7).
 
+use std::time::Duration;
+
 use super::super::event::{During, OperationKind, Outcome, Status, Tag};
 use super::super::mutation::broken;
 use super::super::order::ReadStamp;
@@ -10,6 +12,10 @@ use super::super::{Buffers, LockMode, Purpose};
 use super::settle::Matter;
 use super::{Activity, Lane, ReplicaBuffers, STRAGGLERS_MAX, SlotId, Turn};
 use crate::units::{ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
+
+/// How long a check waits for a replica at least, before the range is passed over. Longer than
+/// any disk that works takes, so that a slow replica is still compared.
+const CHECK_GRACE: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -331,6 +337,12 @@ impl Lane {
                 },
             );
         }
+        if thorough {
+            // A scrub must not keep writes out for as long as a replica hangs.
+            let patience = shared.policy.write_grace_max.max(CHECK_GRACE);
+            self.read_mut(slot).deadline = Some(turn.now.after(patience));
+            self.arm(turn.now);
+        }
     }
 
     /// The extent has to be brought into order first, or replicas have to come back (rules V6, Y1).
@@ -463,6 +475,15 @@ impl Lane {
     }
 
     pub(super) fn read_late<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
+        let read = self.read_mut(slot);
+        if read.check.is_some() && !read.differs && read.failed.is_empty() {
+            // Who answered agrees. The range is passed over, and met again by the next pass.
+            let tag = read.tag;
+            read.phase = Phase::Left;
+            self.read_abandon(turn, slot);
+            self.reply_at_once(turn, tag, Status::IoError);
+            return;
+        }
         self.read_arbitrate(turn, slot);
     }
 

@@ -11,18 +11,20 @@
 //! where a block fails, and its vote everywhere else. Two replicas with one bad sector each, in
 //! different places, then still give every sector two votes.
 //!
-//! This file holds the life of a settlement; `verdict` elects and reports, `repair` rewrites.
+//! This file holds the life of a settlement; `reading` asks the copies, `ballots` counts, `verdict`
+//! elects and reports, `repair` rewrites.
 
+mod ballots;
+mod reading;
 mod repair;
 mod verdict;
 
 use super::super::activity::Stamp;
-use super::super::event::{BadCause, BufferId, During, OperationKind, Outcome, Status, Tag};
+use super::super::event::{BadCause, BufferId, During, Outcome, Status, Tag};
 use super::super::membership::Settled;
-use super::super::mutation::broken;
 use super::super::shared::CrashTie;
-use super::super::vote::{Ballots, Rule};
-use super::super::{Buffers, LockMode, Purpose};
+use super::super::vote::Rule;
+use super::super::{Buffers, LockMode};
 use super::reconcile::{PieceResult, Waiter};
 use super::{ACTIVITIES_RESERVED, Activity, EIO, Lane, ReplicaBuffers, SlotId, Turn};
 use crate::units::{REPLICAS_MAX, ReplicaId, ReplicaSet, SECTOR_LEN, SectorRange, Time};
@@ -181,92 +183,6 @@ impl Settle {
     fn resolves(&self) -> bool {
         self.open.contains(&true)
     }
-
-    /// Elects each sector by `rule`, or by the rule of U where it is in U.
-    fn elect<B: Buffers>(&self, buffers: &B, rule: Rule, open_rule: Rule) -> Vec<ReplicaSet> {
-        let mut ballots = Ballots::new();
-        for replica in self.good.minus(self.targets).iter() {
-            ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
-        }
-        let rules = self
-            .open
-            .iter()
-            .map(|&open| if open { open_rule } else { rule });
-        rules
-            .enumerate()
-            .map(|(index, rule)| ballots.elect_without(index, rule, self.unread[index]))
-            .collect()
-    }
-
-    /// The largest group of equal ballots at `index`, without those of `excluded`.
-    fn group_without<B: Buffers>(
-        &self,
-        buffers: &B,
-        index: usize,
-        excluded: ReplicaSet,
-    ) -> ReplicaSet {
-        let mut ballots = Ballots::new();
-        for replica in self.good.minus(self.targets).iter() {
-            ballots.add(replica, buffers.bytes(self.ballots.of(replica)));
-        }
-        let without = self.unread[index].union(excluded);
-        ballots.elect_without(index, Rule::LargestFirst { least: 1 }, without)
-    }
-
-    /// Runs of sectors of the range for whose index `wanted` holds.
-    fn runs(&self, wanted: impl Fn(usize) -> bool) -> Vec<SectorRange> {
-        let mut runs = Vec::new();
-        let mut start = None;
-        let count = self.matter.range.count();
-        for index in 0..=count {
-            let inside = index < count && wanted(index as usize);
-            match (inside, start) {
-                (true, None) => start = Some(index),
-                (false, Some(first)) => {
-                    runs.push(self.sub_range(first, index));
-                    start = None;
-                }
-                _ => {}
-            }
-        }
-        runs
-    }
-
-    /// Whether there is a winner at `index` and `replica` holds something else, or nothing
-    /// readable.
-    fn is_wrong(&self, replica: ReplicaId, index: usize) -> bool {
-        !self.winners[index].is_empty() && !self.winners[index].contains(replica)
-    }
-
-    /// Whether every sector of the block around `index` has a winner: only whole blocks are
-    /// rewritten.
-    fn is_block_decided(&self, index: usize, block_sectors: u32) -> bool {
-        let block = block_sectors as usize;
-        let first = index - index % block;
-        self.winners[first..first + block]
-            .iter()
-            .all(|winner| !winner.is_empty())
-    }
-
-    fn sub_range(&self, first: u32, end: u32) -> SectorRange {
-        let start = self.matter.range.start() + u64::from(first);
-        SectorRange::new(start, end - first).expect("a run is not empty")
-    }
-
-    /// The first run of whole blocks from sector `from` of the range on that `replica` holds
-    /// wrongly and for which there is a winner, as sectors of the range.
-    fn next_run(&self, replica: ReplicaId, from: u32, block_sectors: u32) -> Option<(u32, u32)> {
-        let count = self.matter.range.count();
-        let wrong = |block: u32| {
-            let sectors = &self.winners[block as usize..(block + block_sectors) as usize];
-            sectors.iter().all(|winner| !winner.is_empty())
-                && sectors.iter().any(|winner| !winner.contains(replica))
-        };
-        let blocks = |from: u32| (from..count).step_by(block_sectors as usize);
-        let first = blocks(from).find(|&block| wrong(block))?;
-        let end = blocks(first).find(|&block| !wrong(block)).unwrap_or(count);
-        Some((first, end))
-    }
 }
 
 impl Lane {
@@ -416,63 +332,6 @@ impl Lane {
         }
     }
 
-    pub(super) fn settle_take_buffers<B: Buffers>(
-        &mut self,
-        turn: &mut Turn<'_, B>,
-        slot: SlotId,
-    ) -> bool {
-        let shared = turn.shared;
-        let range = self.settle_mut(slot).matter.range;
-        let mut current = shared
-            .membership
-            .current(shared.geometry.extent_of(range.start()));
-        if broken!(shared, BehindVotes) {
-            current = shared.membership.replicas();
-        }
-        // A target may have gone, or become current by another settlement's doing, meanwhile.
-        let settle = self.settle_mut(slot);
-        let gone = settle.targets.minus(shared.membership.up());
-        settle.lost = settle.lost.union(gone);
-        settle.targets = settle.targets.minus(gone).minus(current);
-        let asked = current.union(settle.targets);
-        let len = range.len_bytes();
-        let purpose = Purpose::Settle;
-        let Some(mut ballots) = ReplicaBuffers::take(turn.buffers, asked, len, purpose) else {
-            return false;
-        };
-        let Some(result) = turn.buffers.take(len, purpose) else {
-            ballots.give_all(turn.buffers);
-            return false;
-        };
-        let until = turn.now.after(shared.policy.write_grace_max);
-        self.arm(turn.now);
-        let settle = self.settle_mut(slot);
-        settle.phase = Phase::Reading;
-        settle.ballots = ballots;
-        settle.result = Some(result);
-        settle.pending = asked;
-        settle.asked_at = turn.now;
-        settle.open = sectors_of(range)
-            .map(|sector| shared.unresolved.touches(sector))
-            .collect();
-        settle.unread = vec![ReplicaSet::EMPTY; settle.open.len()];
-        settle.deadline = Some(until);
-        for replica in asked.iter() {
-            let buffer = ballots.of(replica);
-            let kind = OperationKind::Read {
-                range,
-                buffer,
-                skip_bytes: 0,
-            };
-            turn.submit(slot, replica, kind);
-        }
-        if asked.is_empty() {
-            self.settle_decide(turn, slot);
-            self.settle_wind_up(turn, slot);
-        }
-        true
-    }
-
     pub(super) fn settle_completed<B: Buffers>(
         &mut self,
         turn: &mut Turn<'_, B>,
@@ -506,20 +365,6 @@ impl Lane {
             | Phase::Settled => {}
         }
         self.settle_wind_up(turn, slot);
-    }
-
-    /// Decides once everybody has answered who is still up.
-    fn settle_all_read<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
-        let up = turn.shared.membership.up();
-        let settle = self.settle_mut(slot);
-        if settle.pending.intersection(up).is_empty() {
-            // Whoever was being read block by block has no vote.
-            settle.good = settle.good.minus(settle.pending);
-            settle.lost = settle
-                .lost
-                .union(settle.targets.intersection(settle.pending));
-            self.settle_decide(turn, slot);
-        }
     }
 
     /// A replica went: it is not waited for any more.
@@ -571,69 +416,6 @@ impl Lane {
             | Phase::Settled => unreachable!("waits for no mark"),
         }
         self.settle_wind_up(turn, slot);
-    }
-
-    /// Takes the answer of a replica, or to one block of it, and reads the next block if it has
-    /// come to that.
-    fn settle_read_step<B: Buffers>(
-        &mut self,
-        turn: &mut Turn<'_, B>,
-        slot: SlotId,
-        replica: ReplicaId,
-        outcome: Outcome,
-    ) {
-        let block_sectors = turn.shared.geometry.block_sectors();
-        let silenced = broken!(turn.shared, OneBadBlockSilences);
-        let settle = self.settle_mut(slot);
-        let count = settle.matter.range.count();
-        let cause = match outcome {
-            Outcome::Done => None,
-            Outcome::Short { .. } => Some(BadCause::Short),
-            Outcome::Failed { errno } => Some(BadCause::Error(errno)),
-        };
-        if let Some(cause) = cause {
-            settle.causes[replica.index()] = cause;
-        }
-        let next = match (settle.piecewise[replica.index()], cause) {
-            (None, None) => {
-                settle.good.insert(replica);
-                return;
-            }
-            (None, Some(_)) if count <= block_sectors || silenced => {
-                settle.failed.insert(replica);
-                return;
-            }
-            (None, Some(_)) => 0,
-            (Some(first), cause) => {
-                let end = (first + block_sectors).min(count);
-                if cause.is_none() {
-                    settle.good.insert(replica);
-                } else {
-                    for unread in &mut settle.unread[first as usize..end as usize] {
-                        unread.insert(replica);
-                    }
-                }
-                end
-            }
-        };
-        if next == count {
-            if !settle.good.contains(replica) {
-                settle.failed.insert(replica);
-            }
-            return;
-        }
-        settle.piecewise[replica.index()] = Some(next);
-        settle.pending.insert(replica);
-        settle.asked_at = turn.now;
-        let range = settle.sub_range(next, (next + block_sectors).min(count));
-        let buffer = settle.ballots.of(replica);
-        let skip_bytes = next * u32::try_from(SECTOR_LEN).expect("512");
-        let kind = OperationKind::Read {
-            range,
-            buffer,
-            skip_bytes,
-        };
-        turn.submit(slot, replica, kind);
     }
 
     /// A deadline has passed: go on without those that hang, if that is right.

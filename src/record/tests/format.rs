@@ -167,7 +167,9 @@ prop_compose! {
             clean,
             cold,
             forced: history.newest().forced,
+            few_replicas: clean != assume_clean,
             assume_clean,
+            scrubbed_at: cursor,
             boot_id,
             verify_cursor: if verified { VERIFIED } else { cursor % sectors },
             scrub_cursor: VERIFIED,
@@ -257,9 +259,9 @@ fn superblock_fields_out_of_bounds_are_refused() {
         (110, &[0], field("vote threshold")),
         (110, &[4], field("vote threshold")),
         (111, &[2], field("read pattern")),
-        (112, &[16], field("flags")),
+        (112, &[32], field("flags")),
         (112, &[5], field("history of epochs")),
-        (116, &[1], field("reserved")),
+        (124, &[1], field("reserved")),
         (128 + 16, &[1], field("slot of a member")),
         (128 + 17, &[6], field("state of a member")),
         (128 + 18, &[2], field("flags of a member")),
@@ -306,7 +308,7 @@ fn superblock_fields_out_of_bounds_are_refused() {
 fn unknown_hint_is_passed_over_with_what_it_uses() {
     let superblock = documented_superblock();
     let mut block = superblock.encode();
-    (block[24], block[120], block[1808], block[4095]) = (1, 2, 3, 4);
+    (block[24], block[125], block[1808], block[4095]) = (1, 2, 3, 4);
     seal(&mut block, SUPERBLOCK_CRC_AT);
     assert_eq!(Superblock::decode(&block), Ok(superblock));
 }

@@ -132,6 +132,52 @@ fn returned_replica_is_resynced_and_in_sync_again() {
     );
 }
 
+/// The record writes what there is to write.
+fn record(world: &World) {
+    let mut pages = Vec::new();
+    let marks = world.shared.membership.marks();
+    let number = marks.collect(&mut pages);
+    for &page in &pages {
+        let mut bits = [0; PAGE_WORDS];
+        marks.copy_page(page, &mut bits);
+        marks.made_durable(page, &bits);
+    }
+    marks.settle(number);
+}
+
+#[test]
+fn replica_is_in_sync_once_the_record_says_so() {
+    let setup = Setup {
+        recorded: true,
+        ..Setup::default()
+    };
+    let mut world = setup.build(|shared| fall_behind(shared, 2, [3].into_iter()));
+    record(&world);
+    world.log.clear();
+    world.serve_all();
+    assert_eq!(world.shared.membership.behind_extents(id(2)), 0);
+    assert_eq!(state(&world, 2), ReplicaState::Syncing);
+    assert!(
+        world.did(KeeperAction::Record),
+        "it is not left to a lazy clear"
+    );
+    world.pass(10 * SECOND);
+    assert_eq!(state(&world, 2), ReplicaState::Syncing);
+    // It falls behind and catches up once more before the record has written anything: what it
+    // writes then is of before.
+    let mut pages = Vec::new();
+    let number = world.shared.membership.marks().collect(&mut pages);
+    fall_behind(&world.shared, 2, [5].into_iter());
+    let membership = &world.shared.membership;
+    assert!(membership.clear_behind(5, id(2), membership.counter(id(2))));
+    membership.marks().settle(number);
+    world.pass(10 * SECOND);
+    assert_eq!(state(&world, 2), ReplicaState::Syncing);
+    record(&world);
+    world.pass(SECOND);
+    assert_eq!(state(&world, 2), ReplicaState::InSync);
+}
+
 #[test]
 fn replaced_replica_is_behind_everywhere_for_good_before_it_is_admitted() {
     let mut world = Setup {
@@ -146,15 +192,7 @@ fn replaced_replica_is_behind_everywhere_for_good_before_it_is_admitted() {
     world.pass(10 * SECOND);
     assert!(!world.did(KeeperAction::Admitted { replica: id(1) }));
     assert!(!world.shared.membership.up().contains(id(1)));
-    let mut pages = Vec::new();
-    let marks = world.shared.membership.marks();
-    let number = marks.collect(&mut pages);
-    for &page in &pages {
-        let mut bits = [0; PAGE_WORDS];
-        marks.copy_page(page, &mut bits);
-        marks.made_durable(page, &bits);
-    }
-    marks.settle(number);
+    record(&world);
     world.tick();
     assert!(world.did(KeeperAction::Admitted { replica: id(1) }));
     let behind = world.shared.membership.behind_extents(id(1));

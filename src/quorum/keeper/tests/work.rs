@@ -387,6 +387,33 @@ fn no_flush_is_wasted_on_what_stays_dirty() {
     assert!(!world.open.iter().any(flush));
 }
 
+/// H3: a check would need T current copies; the whole extent is brought into order instead, which
+/// gives it them.
+#[test]
+fn extent_with_sectors_of_a_failed_write_and_too_few_copies_is_reconciled() {
+    let failed = SectorRange::new((9 << 11) + 8, 8).unwrap();
+    let mut world = world(|shared| {
+        shared.membership.intend(9);
+        shared.unresolved.insert(failed);
+        fall_behind(shared, 1, [9].into_iter());
+        fall_behind(shared, 2, [9].into_iter());
+    });
+    world.tick();
+    assert_eq!(world.open[0].1, Request::Reconcile { extent: 9 });
+    // With enough copies, sectors of a failed write are settled on their own.
+    let membership = &world.shared.membership;
+    assert!(membership.clear_behind(9, id(1), membership.counter(id(1))));
+    world.reply_to(
+        |request| *request == Request::Reconcile { extent: 9 },
+        Status::IoError,
+    );
+    world.pass(100 * SECOND);
+    let range = failed;
+    let repair = true;
+    let check = Request::Check { range, repair };
+    assert!(world.open.iter().any(|(_, request)| *request == check));
+}
+
 #[test]
 fn large_sweeps_go_in_steps() {
     let setup = Setup {
@@ -405,4 +432,26 @@ fn large_sweeps_go_in_steps() {
     world.pass(3 * MS);
     assert_eq!(dirty(&world), 0);
     assert_eq!(ids(&[0, 1, 2]), world.shared.membership.current(0));
+}
+
+#[test]
+fn extents_that_requests_brought_up_to_date_count_as_resynced() {
+    let mut world = world(|shared| fall_behind(shared, 1, [3, 9, 199].into_iter()));
+    world.tick();
+    // A lane could not wait for the keeper.
+    let membership = &world.shared.membership;
+    let counter = membership.counter(id(1));
+    assert!(membership.clear_behind(9, id(1), counter));
+    let whole = world.shared.geometry.extent_range(9).len_bytes() as u64;
+    let status = world.keeper.status(&world.shared);
+    assert_eq!(status.replicas[1].resynced_bytes, whole);
+    // Once, and the last extent for what it is.
+    assert!(membership.clear_behind(9, id(1), counter));
+    let last = world.shared.geometry.extents() - 1;
+    membership.marks().set(Bitmap::Behind(id(1)), last);
+    assert!(membership.clear_behind(last, id(1), counter));
+    let rest = world.shared.geometry.extent_range(last).len_bytes() as u64;
+    let status = world.keeper.status(&world.shared);
+    assert_eq!(status.replicas[1].resynced_bytes, whole + rest);
+    assert_eq!(status.replicas[0].resynced_bytes, 0);
 }
