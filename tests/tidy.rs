@@ -12,7 +12,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("record", &["units", "quorum"]),
     ("io", &["units", "quorum"]),
     ("config", &["units", "quorum"]),
-    ("control", &["units", "quorum", "config"]),
+    ("control", &["units", "quorum", "record", "config"]),
     ("replica", &["units", "quorum", "config", "io"]),
     (
         "device",

@@ -56,7 +56,11 @@ impl Region {
         }
         self.used_known = self.used;
         self.marked.sort_by_key(|request| request.counter);
-        for part in self.marked.iter_mut().flat_map(|request| &mut request.parts) {
+        for part in self
+            .marked
+            .iter_mut()
+            .flat_map(|request| &mut request.parts)
+        {
             let guest = &mut part.guest;
             guest.passed = guest.version > 0 && !std::mem::take(&mut guest.placed);
         }
