@@ -154,11 +154,7 @@ impl Model {
             // The latest first: it is nearly always one of these.
             let lives =
                 |&known: &u64| known >= version && !self.dead.contains_key(&(sector, known));
-            return self.sectors[index(sector)]
-                .zeroes
-                .iter()
-                .rev()
-                .any(|v| lives(v));
+            return self.sectors[index(sector)].zeroes.iter().rev().any(lives);
         }
         self.legal(sector, value, version, u64::MAX).is_some()
     }
