@@ -98,10 +98,17 @@ impl Site {
         process.expect("it was started").signal(Signal::Kill);
     }
 
-    /// Waits for the end of a daemon that was killed.
-    pub fn reap(&mut self) {
+    /// Sends the daemon SIGTERM.
+    pub fn ask_to_end(&self) {
+        let process = self.process.as_ref();
+        process.expect("it was started").signal(Signal::Terminate);
+    }
+
+    /// Waits for the end of a daemon that was killed, perhaps while it ended as it was asked to.
+    pub fn reap(&mut self, asked: bool) {
         let status = self.process().wait(PATIENCE);
-        assert_eq!(status.code(), None, "it ended by itself: {}", self.log());
+        let expected = status.code().is_none() || asked && status.code() == Some(0);
+        assert!(expected, "it ended by itself, {status}: {}", self.log());
     }
 
     /// Ends the daemon kindly. Returns whether every extent was clean then.

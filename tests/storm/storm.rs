@@ -79,6 +79,8 @@ impl Kills {
 struct Killer<'a> {
     site: &'a Site,
     killing: &'a AtomicBool,
+    /// It is asked to end so long before.
+    warning: Option<Duration>,
 }
 
 impl Killer<'_> {
@@ -89,6 +91,10 @@ impl Killer<'_> {
             std::thread::sleep(delay);
         }
         self.killing.store(true, Ordering::SeqCst);
+        if let Some(warning) = self.warning {
+            self.site.ask_to_end();
+            std::thread::sleep(warning);
+        }
         self.site.kill();
     }
 }
@@ -102,6 +108,8 @@ pub struct Storm {
     random: Random,
     away: bool,
     pub kills: Kills,
+    /// Ends after which no extent was dirty: what is written next changes the record first.
+    pub clean_stops: usize,
     pub figures: Figures,
 }
 
@@ -115,6 +123,7 @@ impl Storm {
             random: Random::new(weather.seed),
             away: false,
             kills: Kills::default(),
+            clean_stops: 0,
             figures: Figures::default(),
         }
     }
@@ -127,7 +136,10 @@ impl Storm {
             if enough && Instant::now() > deadline {
                 break;
             }
-            for _ in 0..KILLS_BETWEEN_PAUSES {
+            // Among the first writes after a clean stop, for which the record changes first.
+            let soon = End::Work(1 + self.random.below(24));
+            self.live_until(soon);
+            for _ in 1..KILLS_BETWEEN_PAUSES {
                 self.disturb();
                 let end = End::random(&mut self.random);
                 self.live_until(end);
@@ -158,11 +170,18 @@ impl Storm {
     /// A daemon starts, is found by the front-end, serves, and is killed.
     fn live_until(&mut self, end: End) {
         self.site.launch();
+        let warned = self.random.below(8) == 0;
+        let warning = Duration::from_micros(self.random.below(15_000) as u64);
+        let warning = warned.then_some(warning);
         let killing = AtomicBool::new(false);
         let (order, orders) = mpsc::channel();
         let connected = std::thread::scope(|scope| {
             let (site, killing) = (&self.site, &killing);
-            let killer = Killer { site, killing };
+            let killer = Killer {
+                site,
+                killing,
+                warning,
+            };
             scope.spawn(move || killer.run(&orders));
             if let End::Start(delay) = end {
                 let _ = order.send(delay);
@@ -180,7 +199,7 @@ impl Storm {
             }
             found
         });
-        self.site.reap();
+        self.site.reap(warned);
         match connected {
             Found::Nobody => self.kills.before_it_listened += 1,
             Found::Dying => self.kills.during_negotiation += 1,
@@ -201,10 +220,10 @@ impl Storm {
         self.serve_quietly();
         if self.random.below(2) == 0 {
             self.site.kill();
-            self.site.reap();
+            self.site.reap(false);
             self.kills.serving += 1;
         } else {
-            self.site.stop();
+            self.clean_stops += usize::from(self.site.stop());
         }
         self.guest().note_kill();
     }

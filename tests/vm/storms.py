@@ -56,7 +56,7 @@ def kill_storm(bench):
                     expect(machine.is_running("work"), "fio has ended")
                     await_progress(machine)
                 # A third of them before QEMU can have found the daemon, or just when it does.
-                longest = 0.2 if rng.random() < 0.3 else 1.5
+                longest = 0.2 if rng.random() < 0.3 else 1.2
                 time.sleep(rng.uniform(0, longest))
                 served.replace()
             machine.run("touch /tmp/enough")
