@@ -160,20 +160,31 @@ impl Site {
     /// Waits until the daemon says that all replicas are in sync; fails if that takes long.
     #[track_caller]
     pub fn await_healthy(&mut self) {
+        self.await_status("the disk is healthy");
+    }
+
+    /// Waits until nothing is in doubt any more that an unclean end has left.
+    #[track_caller]
+    pub fn await_settled(&mut self) {
+        self.await_status(", 0 to be settled");
+    }
+
+    #[track_caller]
+    fn await_status(&mut self, text: &str) {
         let deadline = Instant::now() + 2 * PATIENCE;
         loop {
             let before = self.log().len();
             self.process().signal(Signal::User1);
             let mut status = String::new();
             while !status.contains("counters") && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(10));
+                std::thread::sleep(Duration::from_millis(5));
                 self.log()[before..].clone_into(&mut status);
             }
-            if status.contains("the disk is healthy") {
+            if status.contains(text) {
                 return;
             }
-            assert!(Instant::now() < deadline, "{status}");
-            std::thread::sleep(Duration::from_millis(50));
+            assert!(Instant::now() < deadline, "not {text:?}: {status}");
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 
