@@ -5,6 +5,7 @@
 //! docs/interop/vhost-user): options without a subcommand, and `--print-capabilities`, which
 //! beats everything else on the line.
 
+mod ctl;
 mod record;
 
 use std::ffi::{OsStr, OsString};
@@ -14,6 +15,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use thiserror::Error;
 
 use crate::config::{self, ByteSize, Config, ConfigError, FileError, Settings};
+pub use ctl::{CtlArgs, CtlCommand};
 use record::RecordLine;
 pub use record::{RecordCommand, RecordTarget};
 
@@ -101,6 +103,9 @@ enum CliCommand {
     Serve(Box<ServeArgs>),
     /// Show in some seconds what voting does: serve three replicas, spoil them, check every byte
     Demo(DemoArgs),
+    /// Ask a daemon how its disk is, make it longer, begin a scrub
+    #[command(after_help = ctl::EXAMPLES)]
+    Ctl(CtlArgs),
     /// Show, make or remove the state record: what a disk remembers of itself
     #[command(subcommand)]
     Record(RecordLine),
@@ -163,6 +168,8 @@ pub enum Command {
     Serve(Box<Config>),
     /// Show what voting does.
     Demo(DemoArgs),
+    /// Ask a daemon for something.
+    Ctl(CtlArgs),
     /// Do something with a state record.
     Record(RecordCommand),
     /// Print [`CAPABILITIES`].
@@ -202,6 +209,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
     }
     match Cli::try_parse_from(arguments)?.command {
         CliCommand::Demo(demo) => Ok(Command::Demo(demo)),
+        CliCommand::Ctl(arguments) => Ok(Command::Ctl(arguments)),
         CliCommand::Record(line) => Ok(Command::Record(line.command()?)),
         CliCommand::Serve(serve) => {
             let settings = match &serve.config {

@@ -15,11 +15,13 @@
 //! - [`daemon`]: how a disk is started, workers, maintenance, signals, the life of the process.
 //! - [`cli`], [`record_cli`]: the command line; `quorum-blk record`, which looks at a disk's record
 //!   while, or before, no daemon has it.
+//! - [`ctl`]: `quorum-blk ctl`, the client of a daemon's control socket.
 //! - [`front_end`], [`demo`]: a small virtio-blk driver of our own and the demonstration that uses it.
 
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod ctl;
 pub mod daemon;
 pub mod demo;
 pub mod device;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use quorum_blk::cli::{self, Command, DemoArgs, UsageError};
 use quorum_blk::control::logging;
+use quorum_blk::ctl;
 use quorum_blk::daemon;
 use quorum_blk::demo::{self, DemoError, DemoOptions};
 use quorum_blk::record_cli;
@@ -29,6 +30,10 @@ fn main() -> ExitCode {
                 Err(error) => fail(&error),
             }
         }
+        Command::Ctl(arguments) => match ctl::run(&arguments, &mut std::io::stdout().lock()) {
+            Ok(()) => ExitCode::from(cli::EXIT_OK),
+            Err(error) => fail(&error),
+        },
         Command::Record(command) => {
             match record_cli::run(&command, &mut std::io::stdout().lock()) {
                 Ok(()) => ExitCode::from(cli::EXIT_OK),

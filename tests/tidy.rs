@@ -12,13 +12,14 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("record", &["units", "quorum"]),
     ("io", &["units", "quorum"]),
     ("config", &["units", "quorum"]),
-    ("control", &["units", "quorum", "config"]),
+    ("control", &["units", "quorum", "record", "config"]),
     ("replica", &["units", "quorum", "config", "io"]),
     (
         "device",
         &["units", "quorum", "config", "io", "replica", "control"],
     ),
     ("cli", &["config"]),
+    ("ctl", &["cli"]),
     (
         "record_cli",
         &[

@@ -93,6 +93,11 @@ fn vm_power_loss_leaves_every_synced_file_intact() {
 }
 
 #[test]
+fn vm_disk_grows_under_a_guest_that_writes() {
+    scenario("grow");
+}
+
+#[test]
 fn vm_firmware_boots_from_the_disk_and_qemu_reconnects() {
     scenario("firmware");
 }

@@ -13,7 +13,8 @@ use super::record::{FirstUse, RecordConfig, named};
 use super::settings::Settings;
 use super::upkeep::{Patience, Upkeep};
 use super::values::{
-    BlockSize, ByteSize, Cache, EventsTarget, Format, LogFormat, LogLevel, Polling, ReadPatternName,
+    BlockSize, ByteSize, Cache, EventsTarget, Format, GrowMode, LogFormat, LogLevel, Polling,
+    ReadPatternName,
 };
 use crate::quorum::{Policy, PolicyError, ReadPattern};
 use crate::units::ReplicaId;
@@ -88,6 +89,10 @@ pub struct Config {
     /// Whether the disk is opened only when its first ring starts: its guest is still being served
     /// by another daemon (rule Q5).
     pub incoming: bool,
+    /// What becomes of a disk whose replicas are longer than it when it is opened (rule Z3).
+    pub grow: GrowMode,
+    /// Where commands are taken.
+    pub control: Option<PathBuf>,
     /// Where events go, besides the log.
     pub events: Option<EventsTarget>,
     /// How the log is written.
@@ -208,6 +213,8 @@ impl Config {
             buffer_memory_bytes,
             lock_timeout: Duration::from_secs(lock_timeout.into()),
             incoming,
+            grow: settings.grow.unwrap_or_default(),
+            control: settings.control,
             events: settings.events,
             log_format: settings.log_format.unwrap_or_default(),
             log_level: settings.log_level.unwrap_or_default(),

@@ -185,6 +185,8 @@ poll-us = 50
 buffer-memory = "32M"
 lock-timeout = 0
 incoming = true
+grow = "found"
+control = "control.sock"
 events = "events.jsonl"
 log-format = "json"
 log-level = "warn"
@@ -238,6 +240,8 @@ log-level = "warn"
             buffer_memory: Some(ByteSize(32 << 20)),
             lock_timeout: Some(0),
             incoming: Some(true),
+            grow: Some(GrowMode::Found),
+            control: Some("control.sock".into()),
             events: Some(EventsTarget::Path("events.jsonl".into())),
             log_format: Some(LogFormat::Json),
             log_level: Some(LogLevel::Warn),

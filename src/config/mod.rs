@@ -37,6 +37,7 @@ pub use replica_argument::{OPTIONS, ReplicaArgument, ReplicaArgumentError};
 pub use settings::Settings;
 pub use upkeep::{Patience, Upkeep};
 pub use values::{
-    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, Interval, LogFormat, LogLevel,
-    OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, ValueError, whole_number,
+    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Format, GrowMode, Interval, LogFormat,
+    LogLevel, OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, ValueError,
+    whole_number,
 };

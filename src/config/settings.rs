@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::inherited::InheritedSocket;
 use super::replica_argument::ReplicaArgument;
 use super::values::{
-    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, Interval, LogFormat, LogLevel,
+    BlockSize, ByteSize, Cache, CrashTie, EventsTarget, GrowMode, Interval, LogFormat, LogLevel,
     OnLostQuorum, OnOff, Polling, ReadPatternName, RecordMode, ScrubMode, whole_number,
 };
 
@@ -268,6 +268,15 @@ pub struct Settings {
     )]
     pub incoming: Option<bool>,
 
+    /// What to do when the replicas are longer than the disk: leave it, or make it longer at the
+    /// start [default: no]
+    ///
+    /// With `found` the disk gets the size of the shortest replica that is up. It never becomes
+    /// shorter. While it is served, `quorum-blk ctl resize` makes it longer.
+    #[arg(long, value_name = "no|found", help_heading = "Device")]
+    #[arg(hide_possible_values = true)]
+    pub grow: Option<GrowMode>,
+
     /// Largest queue accepted, a power of two from 4 to 1024 [default: 256]
     #[arg(long, value_name = "ENTRIES", help_heading = "Device")]
     #[arg(value_parser = whole_number::<u16>)]
@@ -298,6 +307,13 @@ pub struct Settings {
     #[arg(long, value_name = "SECONDS", help_heading = "Resources")]
     #[arg(value_parser = whole_number::<u16>)]
     pub lock_timeout: Option<u16>,
+
+    /// Take commands on this Unix socket: QMP, as from QEMU; `quorum-blk ctl` speaks it
+    ///
+    /// Whoever may open the socket (its owner: it is made with mode 0600) can ask for the status,
+    /// make the disk longer (block_resize), begin scrubs, clear replicas, and is sent all events.
+    #[arg(long, value_name = "PATH", help_heading = "Log and events")]
+    pub control: Option<PathBuf>,
 
     /// Append events (JSON lines, as in QMP) to this file or fifo, or to an open descriptor
     ///
@@ -387,6 +403,8 @@ impl Settings {
             buffer_memory: self.buffer_memory.or(beneath.buffer_memory),
             lock_timeout: self.lock_timeout.or(beneath.lock_timeout),
             incoming: self.incoming.or(beneath.incoming),
+            grow: self.grow.or(beneath.grow),
+            control: self.control.or(beneath.control),
             events: self.events.or(beneath.events),
             log_format: self.log_format.or(beneath.log_format),
             log_level: self.log_level.or(beneath.log_level),
@@ -408,6 +426,9 @@ impl Settings {
         }
         if let Some(path) = &mut self.record_dir {
             *path = folder.join(&*path);
+        }
+        if let Some(path) = &mut self.control {
+            *path = folder.join(&path);
         }
         if let Some(EventsTarget::Path(path)) = &mut self.events {
             *path = folder.join(&*path);

@@ -238,6 +238,19 @@ pub enum OnOff {
     Off,
 }
 
+/// What becomes of a disk whose replicas are longer than it when it is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GrowMode {
+    /// Its size stays; the rest of the replicas is not used.
+    #[default]
+    #[value(name = "no")]
+    #[serde(rename = "no")]
+    Never,
+    /// It becomes as long as the shortest of them.
+    Found,
+}
+
 impl OnOff {
     /// Whether it is [`OnOff::On`].
     #[must_use]

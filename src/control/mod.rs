@@ -9,16 +9,19 @@
 //! - [`sink`]: where they are written to;
 //! - [`report_channel`]: from the workers to the control thread;
 //! - [`reporter`]: a report becomes a log line and an event;
+//! - [`qmp`]: what clients of the control socket say; [`event_hub`]: events on their way to them;
 //! - [`counters`]: what the workers and maintenance count;
 //! - [`status`]: how the disk is: states, progress, what is left to do;
 //! - [`logging`]: the log itself.
 
 pub mod counters;
+pub mod event_hub;
 mod event_line;
 mod event_text;
 pub mod events;
 mod keeper_text;
 pub mod logging;
+pub mod qmp;
 pub mod rate_limit;
 pub mod report_channel;
 pub mod reporter;

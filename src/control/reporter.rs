@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use tracing::warn;
 
+use super::event_hub::EventHub;
 use super::event_text;
 use super::events::{Event, EventData, Names};
 use super::rate_limit::RateLimiter;
@@ -17,6 +18,7 @@ pub struct Reporter {
     names: Names,
     limiter: RateLimiter,
     sink: Option<EventSink>,
+    hub: EventHub,
     /// Lines the sink could not take and has not told about yet.
     events_lost_total: u64,
 }
@@ -29,8 +31,15 @@ impl Reporter {
             names,
             limiter: RateLimiter::default(),
             sink,
+            hub: EventHub::default(),
             events_lost_total: 0,
         }
+    }
+
+    /// Where clients of the control socket listen.
+    #[must_use]
+    pub fn hub(&self) -> &EventHub {
+        &self.hub
     }
 
     /// Takes note that `count` reports were lost on their way here. Nothing for zero.
@@ -89,6 +98,7 @@ impl Reporter {
 
     fn tell(&mut self, event: &Event) {
         event_text::log(event, &self.names);
+        self.hub.publish(|| event.to_line(&self.names));
         let Some(sink) = &mut self.sink else {
             return;
         };

@@ -23,7 +23,7 @@ use super::record_files::file::{self, OpenCopy, Opening};
 use super::record_files::{RecordImage, has_replica};
 use super::worker::Message;
 use crate::device::mailbox::Mailbox;
-use crate::record::BLOCK_BYTES;
+use crate::record::{BLOCK_BYTES, DiskUuid, Layout, ReadBlock, Slot, Superblock};
 
 /// Pause before the first attempt; each one after that is twice as long (CONSISTENCY section 10).
 const PAUSE_LEAST: Duration = Duration::from_secs(1);
@@ -58,6 +58,8 @@ pub struct CopyWardenSetup {
     pub beside: bool,
     /// How long a copy is.
     pub length_bytes: u64,
+    /// Of which disk.
+    pub disk: DiskUuid,
     /// Where it reports.
     pub maintenance: Arc<Mailbox<Message>>,
 }
@@ -202,7 +204,7 @@ impl CopyWarden {
                 Opening::Moved | Opening::Same(_) => return Err(NotYet::Moved),
             },
         };
-        let image = RecordImage::read(&file)?;
+        let mut image = RecordImage::read(&file)?;
         if image.file_bytes() == 0 {
             // Nothing can have been in it: there was no room for it when it was made.
             file::fill(&file, path, self.setup.length_bytes)?;
@@ -210,7 +212,12 @@ impl CopyWarden {
             return Ok(CopyBack { file, image });
         }
         if image.file_bytes() < self.setup.length_bytes {
-            return Err(NotYet::Short);
+            if !is_whole_copy(&image, self.setup.disk) {
+                return Err(NotYet::Short);
+            }
+            // It was away when the disk became longer (rule Z3).
+            file::lengthen(&file, self.setup.length_bytes)?;
+            image = RecordImage::read(&file)?;
         }
         let tried = try_to_write(&file, &image);
         if let Err(error) = tried {
@@ -235,6 +242,19 @@ impl CopyWarden {
 
 fn is_at(path: &std::path::Path, file: &File) -> bool {
     file::number(file).is_ok_and(|number| file::leads_to(path, number))
+}
+
+/// Whether it is a copy of the record of this disk, as long as it says itself.
+fn is_whole_copy(image: &RecordImage, disk: DiskUuid) -> bool {
+    let mut block = [0; BLOCK_BYTES];
+    Slot::BOTH.into_iter().any(|slot| {
+        let mut reader = image;
+        let read = reader.read_block(Layout::superblock_block(slot), &mut block);
+        let superblock = read.ok().and_then(|()| Superblock::decode(&block).ok());
+        superblock.is_some_and(|superblock| {
+            superblock.disk == disk && superblock.layout().length_bytes() <= image.file_bytes()
+        })
+    })
 }
 
 /// Writes the last block as it is.

@@ -2,7 +2,7 @@
 //! The disk that is served: opened and closed as the device in front of it wants, with its replicas
 //! checked and its workers running while it is open.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,16 +12,18 @@ use tracing::{info, warn};
 
 use super::clock::Clock;
 use super::maintenance::{self, MaintenanceError, MaintenanceSetup, STOP_LIMIT};
-use super::start::{self, Looks, Start, StartError};
+use super::resize::ResizeError;
+use super::start::{self, Grow, GrowError, Looks, Start, StartError};
 use super::worker::{self, Message, WorkerError, WorkerSetup};
-use crate::config::Config;
+use crate::config::{Config, GrowMode, RecordConfig};
 use crate::control::{Counters, DiskFacts, ReportSender};
 use crate::device::mailbox::Ack;
 use crate::device::{
     BeganCallback, Device, DeviceOptions, DiskIdentity, Lifecycle, Mailbox, OpenDisk, OpenFailed,
     OptionsError, PublishOrder, Storage, WorkerMailbox,
 };
-use crate::quorum::{Command, KeeperConfig};
+use crate::quorum::{Command, Geometry, KeeperConfig};
+use crate::record::Growth;
 use crate::replica::ExecutorConfig;
 
 /// Longest part of a request, in bytes; what is held back for settlements holds one for each
@@ -109,6 +111,14 @@ pub struct Disk {
     state: Mutex<State>,
     /// What the operator wants as soon as the disk is open for the first time.
     wishes: Mutex<Vec<Command>>,
+    /// What is to become of its size when it is opened the next time.
+    grow: Mutex<Grow>,
+    /// Why it has not become longer then.
+    refusal: Mutex<Option<DiskError>>,
+    /// Held by who resizes it.
+    resizing: Mutex<()>,
+    /// The process ends: nothing is waited for any more.
+    given_up: AtomicBool,
 }
 
 enum State {
@@ -130,6 +140,8 @@ struct Running {
     workers_stop_limit: Duration,
     /// Which disk it is, and which run.
     identity: DiskIdentity,
+    /// Its size, and its extents.
+    geometry: Geometry,
 }
 
 impl Disk {
@@ -142,11 +154,19 @@ impl Disk {
         setup: DiskSetup,
         wishes: Vec<Command>,
     ) -> Result<(Arc<Self>, Arc<Device>), DiskError> {
+        let grow = match setup.config.grow {
+            GrowMode::Never => Grow::No,
+            GrowMode::Found => Grow::Found,
+        };
         let disk = Arc::new(Self {
             setup,
             told: Mutex::new(None),
             state: Mutex::new(State::Closed),
             wishes: Mutex::new(wishes),
+            grow: Mutex::new(grow),
+            refusal: Mutex::default(),
+            resizing: Mutex::default(),
+            given_up: AtomicBool::new(false),
         });
         let open = if disk.setup.config.incoming {
             *lock(&disk.told) = Some(start::look(&disk.setup.config)?);
@@ -247,17 +267,91 @@ impl Disk {
     }
 
     fn open_closed(&self, given_up: &AtomicBool) -> Result<Running, DiskError> {
-        let start = start::start(&self.setup.config, given_up)?;
+        let grow = std::mem::take(&mut *lock(&self.grow));
+        match self.open_sized(grow, given_up) {
+            Err(refusal) if matches!(grow, Grow::To(_)) => {
+                warn!("the disk is opened at its old size: {refusal}");
+                *lock(&self.refusal) = Some(refusal);
+                // Unless the record says by now that it is longer.
+                self.open_sized(Grow::Kept, given_up)
+            }
+            other => other,
+        }
+    }
+
+    fn open_sized(&self, grow: Grow, given_up: &AtomicBool) -> Result<Running, DiskError> {
+        let start = start::start(&self.setup.config, grow, given_up)?;
         let found = Looks {
             sectors: start.shape.sectors,
             block_bytes: start.shape.block_bytes,
             uuid: start.identity.uuid,
         };
-        let told = *lock(&self.told).get_or_insert(found);
-        if told != found {
+        let mut told = lock(&self.told);
+        let told = told.get_or_insert(found);
+        let may_be_longer = matches!(grow, Grow::To(_) | Grow::Kept);
+        if may_be_longer && told.sectors < found.sectors {
+            told.sectors = found.sectors;
+        }
+        if *told != found {
+            let told = *told;
             return Err(DiskError::Changed { told, found });
         }
         Running::start(&self.setup, start)
+    }
+
+    /// The right to resize the disk; `None` if somebody else has it.
+    #[must_use]
+    pub fn turn_to_resize(&self) -> Option<MutexGuard<'_, ()>> {
+        self.resizing.try_lock().ok()
+    }
+
+    /// The disk is to be longer when it is opened the next time. `None`: it has that size.
+    ///
+    /// # Errors
+    /// If it cannot have that size, as far as that can be told while it is open.
+    pub fn growth_to(&self, sectors: u64) -> Result<Option<Growth>, ResizeError> {
+        let geometry = match &*lock(&self.state) {
+            State::Open(running) => running.geometry,
+            State::Closed => return Err(ResizeError::Closed),
+            State::Changing => return Err(ResizeError::Busy),
+        };
+        let growth = Growth::of(&geometry, sectors)?;
+        if growth.is_some()
+            && let Standing::Open(facts) = self.status()
+            && facts.keeper.unresolved_extents > 0
+        {
+            // The guest need not wait to learn that.
+            let dirty = facts.keeper.unresolved_extents;
+            let refusal = StartError::Grow(GrowError::Dirty { dirty });
+            return Err(ResizeError::Kept(refusal.into()));
+        }
+        let config = &self.setup.config;
+        let unwritten = config.read_only && !config.repair;
+        if growth.is_some() && (config.record == RecordConfig::None || unwritten) {
+            let refusal = StartError::Grow(GrowError::NoRecord);
+            return Err(ResizeError::Kept(refusal.into()));
+        }
+        if growth.is_some() {
+            *lock(&self.grow) = Grow::To(sectors);
+        }
+        Ok(growth)
+    }
+
+    /// Why the disk did not become longer when it was opened.
+    #[must_use]
+    pub fn take_refusal(&self) -> Option<DiskError> {
+        lock(&self.refusal).take()
+    }
+
+    /// The process ends: whoever waits for locks gives up.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Set when nothing is to be waited for any more.
+    #[must_use]
+    pub fn given_up(&self) -> &AtomicBool {
+        &self.given_up
     }
 }
 
@@ -333,6 +427,7 @@ impl Running {
             maintenance_end,
             workers_stop_limit: config.patience.io_timeout + WORKERS_STOP_MARGIN,
             identity,
+            geometry: shared.geometry,
         };
         for index in 0..config.workers {
             let worker = worker::spawn(WorkerSetup {
@@ -363,11 +458,12 @@ impl Running {
         let workers = self.mailboxes[..self.workers].iter();
         let workers = workers.map(|mailbox| Arc::clone(mailbox) as Arc<dyn WorkerMailbox>);
         let maintenance = Arc::clone(self.maintenance_mailbox());
-        OpenDisk::new(
+        let disk = OpenDisk::new(
             workers.collect(),
             self.identity,
             began_callback(maintenance),
-        )
+        );
+        disk.with_sectors(self.geometry.sectors())
     }
 
     fn maintenance_mailbox(&self) -> &Arc<Mailbox<Message>> {

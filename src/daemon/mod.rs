@@ -5,6 +5,7 @@
 //! - [`signals`]: signals as something to read;
 //! - [`event_loop`]: waiting for many descriptors;
 //! - [`control_loop`]: what the control thread waits for; `ending`: how long the end may take;
+//! - `control_socket`: commands of programs and people; `resize`: the largest of them;
 //! - [`clock`]: the time all threads agree on;
 //! - [`record_files`], [`file_lock`]: the files of the state record, and their locks;
 //! - [`first_use`]: the record of images that have none;
@@ -14,6 +15,7 @@
 
 pub mod clock;
 pub mod control_loop;
+mod control_socket;
 mod copy_warden;
 mod disk;
 mod ending;
@@ -25,6 +27,7 @@ pub mod listener;
 mod maintenance;
 mod process_age;
 pub mod record_files;
+mod resize;
 mod service_manager;
 pub mod signals;
 mod start;
@@ -48,6 +51,7 @@ use crate::device::{Connection, ConnectionHandle, Device, Storage};
 use crate::quorum::Command;
 use clock::Clock;
 use control_loop::{ControlLoop, Wakeup};
+use control_socket::{ControlSocket, Service};
 use disk::{Disk, DiskError, DiskSetup, Standing};
 use listener::{FrontEndSource, ListenerError};
 use signals::{SignalError, Signals};
@@ -61,6 +65,9 @@ pub enum DaemonError {
     /// No front-end can reach us.
     #[error(transparent)]
     Listener(#[from] ListenerError),
+    /// There can be no control socket.
+    #[error("there can be no control socket (--control)")]
+    ControlSocket(#[source] ListenerError),
     /// There is no place for the state record.
     #[error(transparent)]
     RecordPlace(#[from] RecordPlaceError),
@@ -122,15 +129,28 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         disk_sectors: disk.looks().sectors,
     };
     let reporter = Reporter::new(names.clone(), sink);
+    let service = Service {
+        disk: Arc::clone(&disk),
+        device: Arc::clone(&device),
+        counters: counters.clone(),
+        names: names.clone(),
+        threshold: config.threshold,
+        hub: reporter.hub().clone(),
+    };
     // Last, and with the locks of the replicas in hand (but for --incoming): see `listener`. Whoever waits for the socket
     // to appear may connect at once.
-    let control = FrontEndSource::open(&config.front_end, config.lock_timeout)
+    let patience = config.lock_timeout;
+    let control = FrontEndSource::open(&config.front_end, patience)
         .map_err(DaemonError::from)
         .and_then(|source| {
+            let socket = config.control.as_deref();
+            let socket = socket.map(|path| ControlSocket::open(path, patience, service));
+            let socket = socket.transpose().map_err(DaemonError::ControlSocket)?;
             ControlLoop::new(clock, signals, receiver, reporter, source)
+                .map(|control| (control, socket))
                 .map_err(DaemonError::Control)
         });
-    let mut control = match control {
+    let (mut control, control_socket) = match control {
         Ok(control) => control,
         Err(error) => {
             // A disk that was not even served is no unclean end.
@@ -155,6 +175,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     service_manager::stopping(ending::limit(&config));
     // First, so that a successor can take the socket, and front-ends that come back find it there.
     control.stop_listening();
+    drop(control_socket);
+    disk.give_up();
     let drained = connection.is_none_or(|handle| {
         let limit = ending::drain_limit(&config);
         ending::drain(&mut control, handle, clock, limit, || show.all(&disk))

@@ -236,6 +236,37 @@ impl RecordFiles {
         }
     }
 
+    /// Makes the file of copy `copy` at least `length_bytes` long, with zeroes that are written as
+    /// when it is created. What is in it stays. Nothing for one that cannot be written.
+    ///
+    /// # Errors
+    /// If that cannot be done; the file may be a part of that longer.
+    ///
+    /// # Panics
+    /// If the files were opened for looking only.
+    pub fn lengthen(&mut self, copy: usize, length_bytes: u64) -> Result<(), RecordFileError> {
+        assert!(
+            self.access != Access::Look,
+            "nothing is written when only looking"
+        );
+        let file = &mut self.files[copy];
+        let writable = file.is_writable();
+        let State::Open(open) = &mut file.state else {
+            return Ok(());
+        };
+        if !writable || open.image.file_bytes() >= length_bytes {
+            return Ok(());
+        }
+        let lengthened = file::lengthen(&open.file, length_bytes)
+            .and_then(|()| RecordImage::read(&open.file))
+            .map(|image| open.image = image);
+        lengthened.map_err(|source| RecordFileError::Lengthen {
+            path: file.path.clone(),
+            length_bytes,
+            source,
+        })
+    }
+
     /// Removes the copies that are there, and makes that stable. Returns their paths.
     ///
     /// # Errors

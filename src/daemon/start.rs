@@ -11,12 +11,14 @@
 //! - `copies`: the copies of the record;
 //! - `decision`: what follows, a pure function; `marking`: the marks that follow from that;
 //! - `settled`: what the record and the keeper begin with;
+//! - `growing`: a disk that becomes longer;
 //! - `advice`: what the operator is told; `error`: why a disk is not served.
 
 mod advice;
 mod copies;
 mod decision;
 mod error;
+mod growing;
 mod known;
 mod marking;
 mod replicas;
@@ -32,6 +34,7 @@ use super::fingerprints;
 use super::first_use::{self, RunIds};
 use super::maintenance::OpenRecord;
 use super::record_files::{self, Access, RecordFiles};
+use super::warden::Left;
 use crate::config::{Config, FirstUse, RecordConfig, RecordPlaces, beside_all};
 use crate::device::DiskIdentity;
 use crate::quorum::{Bitmap, Geometry, KeeperStart, KeeperState, Marks, Policy, Shared};
@@ -39,13 +42,14 @@ use crate::record::{
     DiskUuid, MemberState, OpenOptions, Opened, Recorder, Refusal, Superblock, open,
 };
 use crate::replica::{
-    Fingerprint, Format, RawOptions, RawReplica, Replica, SetShape, check_distinct_within,
-    check_set,
+    Format, RawOptions, RawReplica, Replica, SetShape, check_distinct_within, check_set,
 };
 use crate::units::{ReplicaId, ReplicaSet};
 use advice::Advice;
 use decision::{Candidate, Decision, Facts, Past, Refused, Wanted};
 pub use error::StartError;
+use growing::ReadyDisk;
+pub use growing::{Grow, GrowError};
 use known::Remembered;
 use replicas::Waits;
 use settled::{ReplicaFiles, SettledDisk};
@@ -65,8 +69,8 @@ pub struct Start {
     pub replicas: Vec<Option<Arc<Replica>>>,
     /// How each of them is opened again.
     pub options: Vec<RawOptions>,
-    /// What each of those that are not up must be like to be the one that left, if that is known.
-    pub left: Vec<Option<Fingerprint>>,
+    /// What each of those that are not up must be like to be the one that left.
+    pub left: Vec<Left>,
     /// The disk that they make.
     pub shape: SetShape,
     /// Its record, locked, with its opening change prepared. `None`: nothing is remembered.
@@ -83,7 +87,7 @@ pub struct Start {
 ///
 /// # Errors
 /// The first thing that stands in the way; all that was opened is closed again.
-pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError> {
+pub fn start(config: &Config, grow: Grow, given_up: &AtomicBool) -> Result<Start, StartError> {
     let options = replicas::options_of(config);
     // Before anything is made of a record: the mistake is in the command line.
     check_distinct_within(&options, config.patience.io_timeout)?;
@@ -91,11 +95,17 @@ pub fn start(config: &Config, given_up: &AtomicBool) -> Result<Start, StartError
         .record
         .places(&config.replicas, record_files::is_file)?;
     let start = match places {
+        None if matches!(grow, Grow::To(_)) => return Err(GrowError::NoRecord.into()),
         None => without_record(config, options, given_up),
+        Some(_)
+            if options.iter().all(|options| options.read_only) && matches!(grow, Grow::To(_)) =>
+        {
+            return Err(GrowError::NoRecord.into());
+        }
         Some(places) if options.iter().all(|options| options.read_only) => {
             only_reading(config, options, &places, given_up)
         }
-        Some(places) => with_record(config, options, &places, given_up),
+        Some(places) => with_record(config, options, &places, grow, given_up),
     }?;
     replicas::describe(&start.replicas, &start.shape, config.read_only);
     Ok(start)
@@ -120,7 +130,7 @@ fn without_record(
     let shared = Shared::new(geometry, policy(config, config.threshold, &shape))?;
     Ok(Start {
         shared: Arc::new(shared),
-        left: vec![None; replicas.len()],
+        left: vec![Left::default(); replicas.len()],
         replicas,
         options,
         shape,
@@ -165,6 +175,7 @@ fn with_record(
     config: &Config,
     options: Vec<RawOptions>,
     places: &RecordPlaces,
+    grow: Grow,
     given_up: &AtomicBool,
 ) -> Result<Start, StartError> {
     let answer = config.patience.io_timeout;
@@ -185,6 +196,18 @@ fn with_record(
     let ids = RunIds::new().map_err(StartError::Random)?;
     let disk = settle(config, set, &opened, ids, true);
     let disk = in_place(config, &files, &opened, disk)?;
+    let growth = match growing::wanted(grow, &disk) {
+        Ok(growth) => growth,
+        // Nobody waits for an answer.
+        Err(why) if grow == Grow::Found => {
+            Advice::NotGrown {
+                why: why.to_string(),
+            }
+            .tell();
+            None
+        }
+        Err(why) => return Err(why.into()),
+    };
     let keeper = disk.keeper_start(&opened.superblock);
     let identity = identity(&opened.superblock, ids);
     // From here on the copies that are missing are made.
@@ -192,6 +215,23 @@ fn with_record(
         copies::prepare(&mut files, &opened, config.record == RecordConfig::Beside);
     advice.iter().for_each(Advice::tell);
     let recorder = Recorder::new(opened, &writable, ids.run)?;
+    let ready = ReadyDisk {
+        disk,
+        keeper,
+        recorder,
+        files,
+        writable,
+    };
+    let ReadyDisk {
+        disk,
+        keeper,
+        recorder,
+        files,
+        writable,
+    } = match growth {
+        None => ready,
+        Some(growth) => ready.grow(&growth, config, ids)?,
+    };
     let record = disk.open_record(config, recorder, files, &writable, ids);
     Ok(disk.into_start(Some(record), keeper, identity))
 }
@@ -252,7 +292,7 @@ fn first_time(
     first_use::mark(config.first_use, replicas.len(), &marks);
     let disk = SettledDisk {
         set: ReplicaFiles {
-            left: vec![None; replicas.len()],
+            left: vec![Left::default(); replicas.len()],
             replicas,
             options,
             shape,
@@ -527,7 +567,10 @@ fn settle(
         Some(opening.block_bytes),
         Some(superblock.sectors),
     )?;
-    decision.advice.iter().for_each(Advice::tell);
+    // Whoever makes it longer has told what there is to tell at its old size.
+    if !opened.has_grown() {
+        decision.advice.iter().for_each(Advice::tell);
+    }
     let advice = marking::apply(&decision, &marks, count);
     advice.iter().for_each(Advice::tell);
     let policy = policy(config, decision.threshold, &shape);
@@ -536,7 +579,10 @@ fn settle(
         shared.resolve_dirty();
     }
     // Without a record nobody could remember that the start was cold.
-    if recorded && shared.unresolved.extents() > 0 {
+    if opened.has_grown() {
+        // All that is unresolved is new: no guest has anything there.
+        shared.begin_cold();
+    } else if recorded && shared.unresolved.extents() > 0 {
         shared.await_front_end(superblock.cold);
     }
     for replica in decision.absent.iter() {

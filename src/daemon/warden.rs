@@ -40,14 +40,23 @@ pub struct Reopened {
     pub same: bool,
 }
 
+/// What is known of a replica that is not open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Left {
+    /// What it must be like to be the one that left, with nothing written to it since.
+    pub same: Option<Fingerprint>,
+    /// What was last written down of its file or device, whatever became of it since.
+    pub file: Option<Fingerprint>,
+}
+
 /// What a warden needs to know.
 pub struct WardenSetup {
     /// The slot of the replica.
     pub id: ReplicaId,
     /// How it is opened.
     pub options: RawOptions,
-    /// What it was like when it was left, if it is not open and that is known.
-    pub left: Option<Fingerprint>,
+    /// What it was like when it was left, if it is not open.
+    pub left: Left,
     /// Sectors of the disk.
     pub sectors: u64,
     /// Logical blocks of the disk, in bytes.
@@ -80,7 +89,7 @@ struct Warden {
 impl Warden {
     fn new(setup: WardenSetup) -> Self {
         Self {
-            left: setup.left,
+            left: setup.left.same,
             setup,
             watched: Weak::new(),
             failures: 0,
@@ -132,30 +141,40 @@ impl Warden {
         self.setup.maintenance.post(Message::Vanished { replica });
     }
 
-    /// A file that was cut short gets its length back: it is the one that was lost, and what is
-    /// missing in it is copied to it like all that it missed.
-    fn restore_length(&self, others: &[Option<Arc<Replica>>]) {
+    /// A file that was cut short, or missed that the disk became longer (rule Z3), gets the length of
+    /// the disk: it is the one that was lost, and what is missing in it is copied to it like all
+    /// that it missed. Returns whether it was, until then, as it was left.
+    fn restore_length(&self, others: &[Option<Arc<Replica>>]) -> bool {
         let path = &self.setup.options.path;
         let length_bytes = self.setup.sectors * SECTOR_BYTES;
-        let (Some(left), Ok(now)) = (self.left, Fingerprint::of_path(path)) else {
-            return;
+        let Ok(now) = Fingerprint::of_path(path) else {
+            return false;
+        };
+        // Where less is known of it, its length must be what it was: else it is not certain that
+        // all it lacks is what was added.
+        let file = self.setup.left.file;
+        let file = file.filter(|file| file.size_bytes == now.size_bytes);
+        let Some(left) = self.left.or(file) else {
+            return false;
         };
         let ours = (now.inode, now.device) == (left.inode, left.device);
         if !ours || now.size_bytes >= length_bytes || self.setup.options.read_only {
-            return;
+            return false;
         }
         let restored = lengthen(&self.setup.options, others, length_bytes);
         if restored.is_ok() {
             let name = &self.setup.options.name;
             info!(
                 replica = name,
-                "replica {name} was cut short and has its length again"
+                "replica {name} was {} bytes long and has the length of the disk again",
+                now.size_bytes
             );
         }
+        restored.is_ok() && self.left.is_some_and(|left| now.is_unchanged_since(&left))
     }
 
     fn open(&mut self, others: &[Option<Arc<Replica>>]) {
-        self.restore_length(others);
+        let untouched = self.restore_length(others);
         let setup = &self.setup;
         let name = &setup.options.name;
         let opened = open_one_beside(&setup.options, others, setup.sectors, setup.block_bytes);
@@ -165,9 +184,10 @@ impl Warden {
                     info!("{note}");
                 }
                 let found = replica.found();
-                let same = self
-                    .left
-                    .is_some_and(|left| found.is_unchanged_since(&left));
+                let same = untouched
+                    || self
+                        .left
+                        .is_some_and(|left| found.is_unchanged_since(&left));
                 info!(
                     replica = name,
                     "replica {name} is back{}",

@@ -223,6 +223,7 @@ fn serve(stream: &UnixStream, device: &Arc<Device>) -> Result<ConnectionEnd, Con
     };
     let mut session = Session::new(limits, Arc::clone(backend.context()));
     let relayed = shim::relay(stream, &private, &mut session);
+    device.line().clear();
     // Before the back-end is waited for: it may be waiting for locks. What has failed before that
     // is the reason of the end, and not a consequence.
     let failure = backend.context().failure();

@@ -4,7 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::config_space::{CONFIG_BYTES_MAX, DeviceOptions, OptionsError};
+use super::config_space::{DeviceOptions, OptionsError};
+use super::front_end_line::FrontEndLine;
 use super::lifecycle::Lifecycle;
 use super::mailbox::WorkerGone;
 use super::queue::PublishOrder;
@@ -49,8 +50,9 @@ pub type BeganCallback = Box<dyn Fn(Began) -> Result<(), WorkerGone> + Send + Sy
 
 /// One virtual disk as front-ends see it, and what is behind it. Outlives connections.
 pub struct Device {
-    options: Arc<DeviceOptions>,
-    config_space: [u8; CONFIG_BYTES_MAX],
+    /// As it was made; its disk may be longer since.
+    options: DeviceOptions,
+    line: FrontEndLine,
     order: PublishOrder,
     lifecycle: Lifecycle,
 }
@@ -67,8 +69,8 @@ impl Device {
     ) -> Result<Self, OptionsError> {
         options.validate()?;
         Ok(Self {
-            config_space: options.config_space(),
-            options: Arc::new(options),
+            options,
+            line: FrontEndLine::default(),
             order,
             lifecycle,
         })
@@ -82,8 +84,18 @@ impl Device {
 
     /// What is served.
     #[must_use]
-    pub fn options(&self) -> &Arc<DeviceOptions> {
-        &self.options
+    pub fn options(&self) -> Arc<DeviceOptions> {
+        let sectors = self.lifecycle.sectors().unwrap_or(self.options.sectors);
+        Arc::new(DeviceOptions {
+            sectors,
+            ..self.options.clone()
+        })
+    }
+
+    /// Where the front-end there is can be told something.
+    #[must_use]
+    pub fn line(&self) -> &FrontEndLine {
+        &self.line
     }
 
     /// In which order completions of queues are published whose front-end does not track what
@@ -104,7 +116,8 @@ impl Device {
     pub fn config_bytes(&self, offset: u32, size: u32) -> Vec<u8> {
         let offset = offset as usize;
         let mut bytes = vec![0u8; size as usize];
-        let known = self.config_space.get(offset..).unwrap_or_default();
+        let config_space = self.options().config_space();
+        let known = config_space.get(offset..).unwrap_or_default();
         let count = known.len().min(bytes.len());
         bytes[..count].copy_from_slice(&known[..count]);
         bytes

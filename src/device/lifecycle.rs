@@ -15,7 +15,7 @@
 
 use std::error::Error;
 use std::fmt;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -47,6 +47,8 @@ pub struct OpenFailed(#[source] pub Arc<dyn Error + Send + Sync>);
 pub struct OpenDisk {
     workers: Vec<Arc<dyn WorkerMailbox>>,
     identity: DiskIdentity,
+    /// 0: what the device was made with.
+    sectors: u64,
     began: BeganCallback,
     /// What came of telling how it began.
     told: Mutex<Option<Result<(), WorkerGone>>>,
@@ -67,9 +69,16 @@ impl OpenDisk {
         Self {
             workers,
             identity,
+            sectors: 0,
             began,
             told: Mutex::new(None),
         }
+    }
+
+    /// The same with this size: a disk may be longer than when it was opened before (rule Z3).
+    #[must_use]
+    pub fn with_sectors(self, sectors: u64) -> Self {
+        Self { sectors, ..self }
     }
 
     /// Which disk it is, and which run: an opening is a run of its own (rule R7).
@@ -129,6 +138,8 @@ pub struct Lifecycle {
     state: Mutex<State>,
     /// Apart from the state, which is held while the disk is being opened.
     identity: Mutex<DiskIdentity>,
+    /// Of the disk when it was last opened; 0: what the device was made with.
+    sectors: AtomicU64,
 }
 
 #[derive(Default)]
@@ -145,6 +156,7 @@ impl Lifecycle {
         Self {
             storage,
             identity: Mutex::new(open.identity),
+            sectors: AtomicU64::new(open.sectors),
             state: Mutex::new(State {
                 open: Some(Arc::new(open)),
                 rings: Vec::new(),
@@ -163,6 +175,7 @@ impl Lifecycle {
                 ..DiskIdentity::NONE
             }),
             state: Mutex::default(),
+            sectors: AtomicU64::new(0),
         }
     }
 
@@ -170,6 +183,13 @@ impl Lifecycle {
     #[must_use]
     pub fn identity(&self) -> DiskIdentity {
         *lock(&self.identity)
+    }
+
+    /// Size of the disk when it was last opened, if that said so.
+    #[must_use]
+    pub fn sectors(&self) -> Option<u64> {
+        let sectors = self.sectors.load(Ordering::Acquire);
+        (sectors > 0).then_some(sectors)
     }
 
     /// Waits until nobody else changes anything. Not for the control thread while there is a
@@ -247,6 +267,9 @@ impl Gate<'_> {
         }
         let open = Arc::new(self.lifecycle.storage.open(given_up)?);
         *lock(&self.lifecycle.identity) = open.identity;
+        self.lifecycle
+            .sectors
+            .store(open.sectors, Ordering::Release);
         self.state.open = Some(Arc::clone(&open));
         Ok(open)
     }

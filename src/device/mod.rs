@@ -10,6 +10,7 @@
 //! - [`mailbox`]: how the threads of a connection tell workers what to do.
 //! - [`vring`], [`backend`]: the crate's view of rings and device, turned into commands.
 //! - [`message`], [`shim`]: what a front-end may send.
+//! - [`front_end_line`]: what we may tell a front-end.
 //! - [`dirty_log`]: which pages of guest memory were written, for live migration.
 //! - [`disk`], [`lifecycle`], [`connection`]: the served device; when the disk behind it is open;
 //!   one front-end from connect to disconnect.
@@ -20,6 +21,7 @@ pub mod config_space;
 pub mod connection;
 pub mod dirty_log;
 pub mod disk;
+pub mod front_end_line;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod inflight;
@@ -38,6 +40,7 @@ pub use config_space::{DeviceOptions, OptionsError};
 pub use connection::{Connection, ConnectionEnd, ConnectionHandle};
 pub use dirty_log::GuestBitmap;
 pub use disk::{Began, BeganCallback, Device, DiskIdentity};
+pub use front_end_line::Told;
 pub use lifecycle::{Lifecycle, OpenDisk, OpenFailed, Storage, SuspendError};
 pub use mailbox::{Ack, Mailbox, QueueCommand, WorkerMailbox};
 pub use notify::{Call, Kick};

@@ -6,7 +6,7 @@
 //! crate cannot do is answered there.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::dirty_log::DirtyLog;
+use super::front_end_line::FrontEndLine;
 use super::inflight::{self, Description, InflightBuffer};
 use super::message::{Message, MessageLimits, Refusal, Request, TransportError};
 use super::notify::Call;
@@ -66,9 +67,8 @@ pub struct Session {
     protocol: VhostUserProtocolFeatures,
     /// Regions of guest memory; each holds a descriptor and a mapping of ours.
     regions: usize,
-    /// The socket on which we may ask the front-end for something. QEMU takes its closing for a
-    /// failure, so a copy is kept until the connection ends.
-    back_end_requests: Option<OwnedFd>,
+    /// The socket on which we may tell the front-end something.
+    line: FrontEndLine,
 }
 
 impl Session {
@@ -77,10 +77,10 @@ impl Session {
     pub fn new(limits: MessageLimits, context: Arc<RingContext>) -> Self {
         Self {
             limits,
+            line: context.device().line().clone(),
             context,
             protocol: VhostUserProtocolFeatures::empty(),
             regions: 0,
-            back_end_requests: None,
         }
     }
 
@@ -117,7 +117,7 @@ impl Session {
             Request::SetBackendReqFd => {
                 let copy = message.descriptors[0].try_clone();
                 let copy = copy.map_err(|source| Refusal::Exhausted { source })?;
-                self.back_end_requests = Some(copy);
+                self.line.set(copy);
             }
             Request::SetMemTable => self.regions = message.descriptors.len(),
             Request::AddMemReg if self.regions >= MEMORY_REGIONS_MAX => {
@@ -278,6 +278,8 @@ fn front_end_failed(error: TransportError) -> RelayEnd {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
     use super::*;
     use crate::device::test_support::{device, options};
 

@@ -341,7 +341,7 @@ impl DeviceVring {
             size: ring.size?,
             rings: ring.rings?,
             features: self.context.features.load(Ordering::Relaxed),
-            options: Arc::clone(device.options()),
+            options: device.options(),
             order: device.order(),
             inflight: buffer.and_then(|buffer| buffer.region(self.index)),
             kick: ring.kick.clone()?,

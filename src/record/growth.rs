@@ -147,6 +147,14 @@ impl Growth {
 }
 
 impl Opened {
+    /// Whether [`Opened::grow`] was used.
+    #[must_use]
+    pub fn has_grown(&self) -> bool {
+        self.superblock
+            .growing
+            .is_some_and(|growing| growing.epoch == 0)
+    }
+
     /// What is being added to the disk, by [`Opened::grow`] or by a run that was cut short.
     #[must_use]
     pub fn growth(&self) -> Option<&Growth> {
@@ -166,6 +174,9 @@ impl Opened {
         let old_pages = self.superblock.layout().pages();
         assert_eq!(self.growth, None, "one after the other");
         self.growth = Some(*growth);
+        // No guest has anything there: what nobody agrees on is chosen, also by a later run, until
+        // all of it is equal (rule Y3).
+        self.superblock.cold = true;
         self.superblock.sectors = growth.to_sectors;
         self.superblock.growing = Some(Growing {
             from_sectors: growth.from_sectors,
@@ -233,6 +244,40 @@ fn truncate(bits: &mut PageBits, kept: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_those_that_can_be() {
+        // 100 sectors in blocks of 4 and extents of 8: 13 extents, the last one cut off.
+        let geometry = Geometry::with_extent_shift(100, 4, 3).unwrap();
+        let of = |to| Growth::of(&geometry, to);
+        assert_eq!(of(100), Ok(None));
+        assert!(matches!(
+            of(96),
+            Err(GrowthError::Shrinks { from: 100, to: 96 })
+        ));
+        assert!(matches!(of(102), Err(GrowthError::NotWholeBlocks { .. })));
+        let most = EXTENTS_MAX * 8;
+        let refused = of(most + 4).unwrap_err();
+        let sectors_max = most;
+        let extent_sectors = 8;
+        let expected = GrowthError::TooLarge {
+            extent_sectors,
+            sectors_max,
+        };
+        assert_eq!(refused, expected);
+        assert_eq!(
+            of(most).unwrap().unwrap().layout(),
+            Layout::new(EXTENTS_MAX)
+        );
+        // Inside the extent that was cut off, and beyond it.
+        for (to, extents) in [(104, 12..13), (108, 12..14), (116, 12..15)] {
+            let growth = of(to).unwrap().unwrap();
+            let marks = Marks::new(1, to.div_ceil(8), true);
+            growth.mark(&marks);
+            assert!(marks.iter(Bitmap::Dirty).eq(extents.clone()), "{to}");
+            assert_eq!(growth.extents(), extents.end - extents.start);
+        }
+    }
 
     #[test]
     fn truncate_keeps_what_is_before() {

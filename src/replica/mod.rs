@@ -71,6 +71,16 @@ impl Replica {
         }
     }
 
+    /// Makes it longer; see [`RawReplica::lengthen`].
+    ///
+    /// # Errors
+    /// Of the system calls, or that it cannot be.
+    pub fn lengthen(&mut self, length_bytes: u64) -> io::Result<()> {
+        match self {
+            Self::Raw(raw) => raw.lengthen(length_bytes),
+        }
+    }
+
     /// What offsets, lengths and memory of its I/O must be multiples of, in bytes: a power of two
     /// up to 4096, 1 if anything goes.
     #[must_use]

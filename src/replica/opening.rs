@@ -197,7 +197,7 @@ pub fn lengthen(
         format: Some(Format::Raw),
         ..options.clone()
     };
-    let replica = RawReplica::open_beside(&options, named(others.iter().flatten()))?;
+    let mut replica = RawReplica::open_beside(&options, named(others.iter().flatten()))?;
     replica.lengthen(length_bytes).map_err(|error| OpenError {
         name: options.name,
         path: options.path,

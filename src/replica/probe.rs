@@ -119,6 +119,29 @@ fn punch(file: &File, offset: u64) -> bool {
     unsafe { libc::fallocate64(file.as_raw_fd(), mode, offset, 4096) == 0 }
 }
 
+/// Makes a regular file of `from_bytes` bytes `to_bytes` long, allocated if the rest of it is, and
+/// makes that stable.
+///
+/// # Errors
+/// Of the system calls. The file has its old length then, or the new one.
+pub(super) fn lengthen(file: &File, from_bytes: u64, to_bytes: u64) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+
+    let allocated_bytes = file.metadata()?.blocks().saturating_mul(512);
+    if allocated_bytes >= from_bytes {
+        let from = rustix::fs::FallocateFlags::empty();
+        match rustix::fs::fallocate(file, from, from_bytes, to_bytes - from_bytes) {
+            // Not every file system can; the writes will allocate then.
+            Err(rustix::io::Errno::OPNOTSUPP) => {}
+            other => other?,
+        }
+    }
+    if file.metadata()?.len() < to_bytes {
+        file.set_len(to_bytes)?;
+    }
+    file.sync_all()
+}
+
 /// Whether the device has a command that writes zeroes. A partition has its disk's queue.
 fn device_zeroes(number: u64) -> bool {
     let directory = sysfs_directory(number);

@@ -132,20 +132,29 @@ impl RawReplica {
         &self.path
     }
 
-    /// Its length when it was opened, in bytes.
+    /// Its length when it was opened, or since it was made longer, in bytes.
     #[must_use]
     pub fn length_bytes(&self) -> u64 {
         self.length_bytes
     }
 
-    /// Makes the file longer, up to `length_bytes`; never shorter.
+    /// Makes the file longer, up to `length_bytes`; never shorter. What is new reads as zeroes, and
+    /// is allocated if all of the rest is. The length is stable afterwards.
     ///
     /// # Errors
-    /// Of `ftruncate`.
-    pub fn lengthen(&self, length_bytes: u64) -> io::Result<()> {
-        if self.length_bytes < length_bytes {
-            self.file.set_len(length_bytes)?;
+    /// Of the system calls. `InvalidInput` for a block device that is too short: only whoever made
+    /// it can make it longer.
+    pub fn lengthen(&mut self, length_bytes: u64) -> io::Result<()> {
+        if self.length_bytes >= length_bytes {
+            return Ok(());
         }
+        if self.identity.device_number().is_some() {
+            let text = "a block device is made longer by what made it (lvextend, for example)";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        probe::lengthen(&self.file, self.length_bytes, length_bytes)?;
+        self.length_bytes = length_bytes;
+        self.found = Fingerprint::of_file(&self.file)?;
         Ok(())
     }
 
@@ -422,6 +431,29 @@ mod tests {
         RawOptions {
             cache: Cache::Buffered,
             ..options
+        }
+    }
+
+    #[test]
+    fn file_is_made_longer_as_it_was_made() {
+        use std::os::unix::fs::MetadataExt;
+
+        let directory = tempfile::tempdir().unwrap();
+        let dense = image(directory.path(), "dense", 1 << 20);
+        let sparse = RawOptions::new("sparse", directory.path().join("sparse"));
+        let file = File::create(&sparse.path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        for (options, allocated) in [(dense, true), (sparse, false)] {
+            let mut replica = RawReplica::open(&buffered(options)).unwrap();
+            replica.lengthen(1 << 19).unwrap();
+            assert_eq!(replica.length_bytes(), 1 << 20);
+            replica.lengthen(1 << 22).unwrap();
+            assert_eq!(replica.length_bytes(), 1 << 22);
+            assert_eq!(replica.found().size_bytes, 1 << 22);
+            let metadata = fs::metadata(replica.path()).unwrap();
+            assert_eq!(metadata.len(), 1 << 22);
+            assert_eq!(metadata.blocks() * 512 >= 1 << 22, allocated);
+            assert_eq!(replica.is_still_there().unwrap(), Presence::There);
         }
     }
 

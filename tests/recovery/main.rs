@@ -8,6 +8,7 @@
 //! - `model`: what each sector may hold.
 //! - `guest`: writes, reads and flushes, checked against the model.
 //! - `failing`: replicas that hang or fail for a while.
+//! - `growing`: the disk becomes longer;
 //! - `leaving`: files that are taken away, exchanged, cut short.
 //! - `kills`: the daemon is killed.
 //! - `power`: unflushed writes are lost.
@@ -24,6 +25,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod failing;
+mod growing;
 mod guest;
 mod kills;
 mod leaving;

@@ -38,6 +38,8 @@ pub struct GuestRequest {
     pub order: u64,
     /// It has that place since the daemon began.
     pub placed: bool,
+    /// It was in flight under a daemon that ended before it was placed: others may have passed.
+    pub passed: bool,
     /// Whether it writes zeroes.
     pub zero: bool,
     /// Of a read.
@@ -57,6 +59,7 @@ impl GuestRequest {
             version: 0,
             order: 0,
             placed: false,
+            passed: false,
             zero: false,
             floors,
             covers: 0,
@@ -298,6 +301,7 @@ impl World {
         } else {
             guest.order = self.model.repeated(guest, ring);
         }
+        guest.passed = false;
         self.model.note_placed(guest, ring);
         let GuestRequest {
             range,

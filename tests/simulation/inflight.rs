@@ -56,6 +56,14 @@ impl Region {
         }
         self.used_known = self.used;
         self.marked.sort_by_key(|request| request.counter);
+        for part in self
+            .marked
+            .iter_mut()
+            .flat_map(|request| &mut request.parts)
+        {
+            let guest = &mut part.guest;
+            guest.passed = guest.version > 0 && !std::mem::take(&mut guest.placed);
+        }
         self.repeats = self.marked.iter().cloned().collect();
         match broken {
             Some(Breach::MarksIgnored) => self.repeats.clear(),
@@ -127,7 +135,6 @@ impl Inflight {
         };
         if let Some(request) = region.marked.iter_mut().find(|request| request.id == id) {
             request.parts[part].guest = known.guest;
-            request.parts[part].guest.placed = false;
         }
     }
 

@@ -157,7 +157,7 @@ impl Model {
             let unseen = settled > order && self.unseen.contains(&settled);
             unseen || placed.is_some_and(|(other, from)| other > order && from != Some(ring))
         };
-        if !(range.start()..range.end()).any(overtaken) {
+        if !guest.passed && !(range.start()..range.end()).any(overtaken) {
             return order;
         }
         // As if it had not happened before.
@@ -224,11 +224,7 @@ impl Model {
             // The latest first: it is nearly always one of these.
             let lives =
                 |&known: &u64| known >= version && !self.dead.contains_key(&(sector, known));
-            return self.sectors[index(sector)]
-                .zeroes
-                .iter()
-                .rev()
-                .any(|v| lives(v));
+            return self.sectors[index(sector)].zeroes.iter().rev().any(lives);
         }
         self.legal(sector, value, version, u64::MAX).is_some()
     }

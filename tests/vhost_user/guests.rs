@@ -422,7 +422,7 @@ fn head_beyond_the_queue_harms_no_other_queue() {
 #[test]
 fn head_made_available_twice_stops_that_queue_alone_where_it_is_tracked() {
     for tracked in [false, true] {
-        let (disk, mut front_end) = start_tracked(features::LINUX, tracked);
+        let (mut disk, mut front_end) = start_tracked(features::LINUX, tracked);
         let p = parts(&mut front_end);
         let chain = [
             descriptor(p.read, 16, NEXT, 1),
@@ -434,10 +434,10 @@ fn head_made_available_twice_stops_that_queue_alone_where_it_is_tracked() {
         push(queue, &chain);
         let seen = (0..2).map_while(|_| queue.wait_used(Duration::from_secs(1)).ok());
         let seen = seen.count();
-        assert!(
-            if tracked { seen < 2 } else { seen == 2 },
-            "{seen} came back"
-        );
+        // The first may have ended before the second is fetched: then it is nothing special.
+        let log = disk.process().log();
+        let stopped = log.contains("is made available while it is in flight");
+        assert!(seen == 2 || tracked && stopped, "{seen} came back: {log}");
         let mut back = [0; SECTOR];
         front_end
             .queue(1)

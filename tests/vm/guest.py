@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "nls_cp437", "nls_ascii", "vfat")
 
 # Programs on the disk of tools.
-TOOLS = ("fio", "mkfs.ext4", "e2fsck", "blkdiscard", "fallocate", "fstrim")
+TOOLS = ("fio", "mkfs.ext4", "e2fsck", "blkdiscard", "fallocate", "fstrim", "resize2fs")
 
 # Quiet for speed; a panic ends QEMU, which is started with -no-reboot.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on"

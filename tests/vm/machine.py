@@ -185,6 +185,16 @@ class Machine:
 
         wait_until(arrived, seconds, f"the migration to be {status}")
 
+    def await_copied_once(self, seconds=90):
+        """Waits until all of the guest's memory has been copied once, and only what changes is."""
+
+        def copied():
+            found = self.qmp("query-migrate")
+            expect(found["status"] in ("setup", "active"), f"the migration is {found}")
+            return found.get("ram", {}).get("dirty-sync-count", 0) > 1
+
+        wait_until(copied, seconds, "the memory to be copied once")
+
     def take_over(self, source):
         """Goes on with the guest that has come from the machine `source`."""
         self._number = source._number

@@ -50,6 +50,13 @@ class Bench:
         """Starts whoever is under test on these replicas."""
         return self._server(self._program, self.folder, replicas, *options, **more)
 
+    def control(self, control, *words):
+        """Asks a daemon that was given this control socket."""
+        words = ["ctl", "--control", control, *map(str, words)]
+        done = subprocess.run([self._program, *words], capture_output=True, text=True)
+        expect(done.returncode == 0, f"{words}: {done.stderr}")
+        return done.stdout
+
     def forget_events(self):
         """Removes what earlier daemons have told."""
         (self.folder / "events.jsonl").unlink(missing_ok=True)
@@ -103,8 +110,10 @@ def run_scenario(name, arguments, guest):
     seconds = time.monotonic() - start
     if problem is None:
         print(f"vm {name} ... ok ({seconds:.1f} s)", flush=True)
+        if arguments.keep_logs:
+            print(f"  logs: {keep_logs(folder, f'passed-{name}')}", flush=True)
     else:
-        kept = keep_logs(folder, name)
+        kept = keep_logs(folder, f"failed-{name}")
         print(f"vm {name} ... FAILED ({seconds:.1f} s)", flush=True)
         print(f"  {problem}\n  logs: {kept}; seed: {arguments.seed}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +122,7 @@ def run_scenario(name, arguments, guest):
 
 def keep_logs(folder, name):
     """Copies logs, not images, to the target folder."""
-    kept = target_folder() / "vm" / f"failed-{name}"
+    kept = target_folder() / "vm" / name
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
     for path in folder.glob("*"):
@@ -154,6 +163,7 @@ def parse_arguments():
     default = target_folder() / "release" / "quorum-blk"
     parser.add_argument("--daemon", type=Path, default=default, help="the program under test")
     parser.add_argument("--scenario", action="append", choices=ALL, help="only these")
+    parser.add_argument("--keep-logs", action="store_true", help="also of what has passed")
     parser.add_argument("--list", action="store_true", help="name the scenarios")
     parser.add_argument("--peer", action="store_true", help="serve with qemu-storage-daemon")
     parser.add_argument("--interactive", action="store_true", help="a guest to type in")

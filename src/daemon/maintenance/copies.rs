@@ -36,6 +36,7 @@ impl Copies {
                 path: path.clone(),
                 beside: record.beside,
                 length_bytes,
+                disk: record.recorder.superblock().disk,
                 maintenance: Arc::clone(mailbox),
             })?);
             copies.away.push(false);

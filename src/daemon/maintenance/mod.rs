@@ -32,7 +32,7 @@ use tracing::{debug, info};
 
 use super::clock::Clock;
 use super::event_loop::{EventLoop, Token};
-use super::warden::{self, WardenSetup};
+use super::warden::{self, Left, WardenSetup};
 use super::worker::{AbortOnPanic, Message};
 use crate::control::events::EventData;
 use crate::control::{Counters, DiskFacts, ReportSender};
@@ -43,7 +43,7 @@ use crate::quorum::{
     KeeperState, Lane, LaneId, OpId, Outcome, PassKind, Report, Shared, Tag, Wakeup,
 };
 use crate::record::{ChangeId, RecordAction, RecordEvent, Recorder, WriteId};
-use crate::replica::{Executor, ExecutorConfig, ExecutorError, Fingerprint, RawOptions, Replica};
+use crate::replica::{Executor, ExecutorConfig, ExecutorError, RawOptions, Replica};
 use crate::units::{ReplicaId, Time};
 use copies::Copies;
 use roster::Roster;
@@ -81,8 +81,8 @@ pub struct MaintenanceSetup {
     pub replicas: Vec<Option<Arc<Replica>>>,
     /// How each of them is opened.
     pub options: Vec<RawOptions>,
-    /// What those that are not open were like when they were left, if that is known.
-    pub left: Vec<Option<Fingerprint>>,
+    /// What those that are not open were like when they were left.
+    pub left: Vec<Left>,
     /// Logical blocks of the disk, in bytes.
     pub block_bytes: u32,
     /// Ring and buffers.

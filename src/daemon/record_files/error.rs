@@ -80,6 +80,20 @@ pub enum RecordFileError {
         #[source]
         source: io::Error,
     },
+    /// A copy could not be made longer.
+    #[error(
+        "cannot make the state record {} {length_bytes} bytes long; its file system must have room",
+        path.display()
+    )]
+    Lengthen {
+        /// The copy.
+        path: PathBuf,
+        /// How long it was to be.
+        length_bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A copy could not be removed.
     #[error("cannot remove the state record {}", path.display())]
     Remove {

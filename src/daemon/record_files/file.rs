@@ -11,6 +11,7 @@ use tracing::warn;
 
 use super::image::RecordImage;
 use crate::daemon::file_lock::{self, Locked};
+use crate::record::BLOCK_BYTES;
 
 /// How much is written at once when a copy is made.
 static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
@@ -202,15 +203,30 @@ pub fn leads_to(path: &Path, number: FileNumber) -> bool {
 /// If that cannot be done.
 pub fn fill(file: &File, path: &Path, length_bytes: u64) -> io::Result<()> {
     file.set_len(0)?;
-    let mut offset = 0;
+    write_zeroes(file, 0, length_bytes)?;
+    sync_folder(path)
+}
+
+/// Makes the file longer, up to `length_bytes`, in the same way; what is in it stays.
+///
+/// # Errors
+/// If that cannot be done; it may be a part of that longer.
+pub fn lengthen(file: &File, length_bytes: u64) -> io::Result<()> {
+    let block_bytes = u64::try_from(BLOCK_BYTES).expect("a block is small");
+    let has = file.metadata()?.len();
+    // A part of a block is left of a lengthening that was cut short.
+    write_zeroes(file, has - has % block_bytes, length_bytes)
+}
+
+/// Writes zeroes from `offset` to `length_bytes` and makes them stable.
+fn write_zeroes(file: &File, mut offset: u64, length_bytes: u64) -> io::Result<()> {
     while offset < length_bytes {
         let left = usize::try_from(length_bytes - offset).unwrap_or(usize::MAX);
         let piece = &ZEROES[..left.min(ZEROES.len())];
         file.write_all_at(piece, offset)?;
         offset += u64::try_from(piece.len()).expect("a piece is small");
     }
-    file.sync_all()?;
-    sync_folder(path)
+    file.sync_all()
 }
 
 /// Makes the names in the folder of `path` stable.

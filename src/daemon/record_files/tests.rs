@@ -70,6 +70,43 @@ fn copy_that_is_created_again_forgets_what_was_in_it() {
 }
 
 #[test]
+fn copy_is_made_longer_and_keeps_what_is_in_it() {
+    let folder = Folder::new();
+    let places = folder.places(&["a", "b"], &[]);
+    let mut files = RecordFiles::open(&places, NOW).unwrap();
+    files.create(0, LENGTH).unwrap();
+    let block = [7; BLOCK_BYTES];
+    let last = LENGTH - 4096;
+    files.files()[0]
+        .file()
+        .unwrap()
+        .write_all_at(&block, last)
+        .unwrap();
+    // A lengthening that was cut short inside a block.
+    files.files()[0]
+        .file()
+        .unwrap()
+        .set_len(LENGTH + 100)
+        .unwrap();
+    files.read_again(Duration::from_secs(10));
+    files.lengthen(0, 2 * LENGTH).unwrap();
+    files.lengthen(1, 2 * LENGTH).unwrap();
+    let metadata = fs::metadata(folder.path("a")).unwrap();
+    assert_eq!(metadata.len(), 2 * LENGTH);
+    assert!(
+        metadata.blocks() * 512 >= 2 * LENGTH,
+        "all of it is allocated"
+    );
+    assert_eq!(files.files()[0].length_bytes(), Some(2 * LENGTH));
+    let bytes = fs::read(folder.path("a")).unwrap();
+    let (old, new) = bytes.split_at(usize::try_from(LENGTH).unwrap());
+    assert!(old.ends_with(&block) && new.iter().all(|&byte| byte == 0));
+    assert!(!folder.path("b").exists(), "what is missing stays so");
+    files.lengthen(0, LENGTH).unwrap();
+    assert_eq!(files.files()[0].length_bytes(), Some(2 * LENGTH));
+}
+
+#[test]
 fn copy_that_somebody_made_meanwhile_is_left_alone() {
     let folder = Folder::new();
     let places = folder.places(&["a"], &[]);

@@ -29,6 +29,11 @@ pub enum Advice {
         /// Why it is not relied on.
         doubt: Doubt,
     },
+    /// The replicas are longer, and the disk stays as it is.
+    NotGrown {
+        /// Why.
+        why: String,
+    },
     /// Fewer than T replicas are as they were left.
     FewUnchanged {
         /// Those.
@@ -110,6 +115,7 @@ impl Advice {
             | Self::ReadOnlyWithoutRecord => false,
             Self::DirtyAfterAll { .. }
             | Self::Changed { .. }
+            | Self::NotGrown { .. }
             | Self::FewUnchanged { .. }
             | Self::AllChanged
             | Self::Absent { .. }
@@ -171,6 +177,7 @@ impl fmt::Display for Advice {
                      became of it is not known: it will be rewritten from the others"
                 ),
             },
+            Self::NotGrown { why } => write!(f, "the disk is not made longer now: {why}"),
             Self::FewUnchanged { names } => write!(
                 f,
                 "fewer replicas than must agree are as the disk left them: what {names} holds \

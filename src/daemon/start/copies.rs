@@ -17,6 +17,13 @@ pub fn prepare(files: &mut RecordFiles, opened: &Opened, beside: bool) -> (Vec<b
     let mut advice: Vec<Advice> = opened.notes.iter().filter_map(of_note).collect();
     for copy in 0..files.files().len() {
         let name = files.files()[copy].path().display().to_string();
+        // One that was absent when the disk became longer is written whole now.
+        if *opened.state(copy) == CopyState::Stale
+            && let Err(error) = files.lengthen(copy, length_bytes)
+        {
+            let text = error.to_string();
+            advice.push(Advice::Copy { text });
+        }
         let file = &files.files()[copy];
         let whole = file.length_bytes() >= Some(length_bytes);
         let usable = match opened.state(copy) {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::decision::Refused;
+use super::growing::GrowError;
 use crate::config::RecordPlaceError;
 use crate::daemon::record_files::RecordFileError;
 use crate::quorum::PolicyError;
@@ -85,6 +86,15 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// It cannot be made longer.
+    #[error(transparent)]
+    Grow(#[from] GrowError),
+    /// Too few copies took the epoch of this run.
+    #[error(
+        "the state record cannot be written on enough of its copies: look at the file systems they \
+         are on"
+    )]
+    RecordNotWritten,
     /// No random bytes.
     #[error("the system gives no random bytes")]
     Random(#[source] io::Error),

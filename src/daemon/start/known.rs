@@ -11,6 +11,7 @@ use crate::record::{Member, MemberState};
 use crate::replica::Fingerprint;
 
 use super::super::fingerprints;
+use super::super::warden::Left;
 
 /// What the record says of a replica.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,12 +83,15 @@ impl Remembered {
     }
 
     /// What the replica must be like when it comes back, if it is to be the one that left: to be
-    /// asked of one that is not there. `None`: it cannot be known.
+    /// asked of one that is not there.
     #[must_use]
-    pub fn left(&self, clean: bool) -> Option<Fingerprint> {
-        match self.mark(clean) {
-            Mark::All(kept) => Some(kept),
-            Mark::Inode(_) | Mark::None => None,
+    pub fn left(&self, clean: bool) -> Left {
+        Left {
+            same: match self.mark(clean) {
+                Mark::All(kept) => Some(kept),
+                Mark::Inode(_) | Mark::None => None,
+            },
+            file: self.fingerprint,
         }
     }
 

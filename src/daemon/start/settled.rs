@@ -11,18 +11,19 @@ use crate::daemon::fingerprints;
 use crate::daemon::first_use::RunIds;
 use crate::daemon::maintenance::OpenRecord;
 use crate::daemon::record_files::RecordFiles;
+use crate::daemon::warden::Left;
 use crate::device::DiskIdentity;
 use crate::quorum::{KeeperStart, KeeperState, ReplicaState, Shared};
 use crate::record::{MemberState, Recorder, Superblock, VERIFIED};
-use crate::replica::{Fingerprint, RawOptions, Replica, SetShape};
+use crate::replica::{RawOptions, Replica, SetShape};
 use crate::units::ReplicaId;
 
 /// The replicas of the disk.
 pub struct ReplicaFiles {
     /// By slot, those that are up.
     pub replicas: Vec<Option<Arc<Replica>>>,
-    /// What each was like when it was left, if that is known.
-    pub left: Vec<Option<Fingerprint>>,
+    /// What each was like when it was left.
+    pub left: Vec<Left>,
     /// How each is opened.
     pub options: Vec<RawOptions>,
     /// What they make.
@@ -102,7 +103,7 @@ impl SettledDisk {
     }
 
     /// What the record says from the moment on at which the disk is served.
-    fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
+    pub fn begin(&self, config: &Config, superblock: &mut Superblock, ids: RunIds) {
         let decision = &self.decision;
         superblock.clean = false;
         // Set by a cold start alone, and kept until everything is resolved (rule S4).

@@ -453,7 +453,12 @@ fn broken_rules_are_noticed() {
         RecordMutation::GrowthForgotten,
     ] {
         // With one copy nothing hides a torn page, with three there are others to forget.
-        let noticed = (0..400).find_map(|seed| {
+        // It takes three cuts in a row; the stories before do not have them.
+        let first = match mutation {
+            RecordMutation::GrowthForgotten => 210,
+            _ => 0,
+        };
+        let noticed = (first..first + 400).find_map(|seed| {
             let copies = if seed % 2 == 0 { 3 } else { 1 };
             let mut story = Story::new(seed, copies, Some(mutation));
             story.play(400).err().map(|what| (seed, what))
