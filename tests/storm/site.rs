@@ -18,6 +18,9 @@ const SLOW: usize = 1;
 /// The replica that leaves and comes back.
 const LEAVING: usize = 2;
 
+/// A longer log is put aside, so that a failure shows the last lives and not thousands.
+const LOG_BYTES_MAX: usize = 128 << 10;
+
 /// However often a replica fails, it is not given up.
 const LENIENT: [&str; 6] = [
     "--max-write-errors",
@@ -36,6 +39,8 @@ pub struct Site {
     images: Vec<PathBuf>,
     /// Where it listens.
     pub socket: PathBuf,
+    /// What was put aside of the log.
+    earlier: String,
     folder: tempfile::TempDir,
 }
 
@@ -60,6 +65,7 @@ impl Site {
             slow,
             process: None,
             socket: folder.path().join("disk.sock"),
+            earlier: String::new(),
             images,
             folder,
         }
@@ -76,6 +82,11 @@ impl Site {
 
     /// Starts a daemon and does not wait for it.
     pub fn launch(&mut self) {
+        let log = self.log();
+        if log.len() > LOG_BYTES_MAX {
+            self.earlier.push_str(&log);
+            fs::remove_file(self.log_path()).expect("ours");
+        }
         let mut arguments: Vec<OsString> = vec!["serve".into(), "--assume-clean".into()];
         for path in self.paths() {
             arguments.extend(["--replica".into(), path.into()]);
@@ -141,10 +152,19 @@ impl Site {
         }
     }
 
-    /// What all daemons have said.
+    fn log_path(&self) -> PathBuf {
+        self.folder.path().join("daemon.log")
+    }
+
+    /// What the last daemons have said.
     pub fn log(&self) -> String {
-        let bytes = fs::read(self.folder.path().join("daemon.log"));
-        String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
+        let bytes = fs::read(self.log_path()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// What all of them have said.
+    pub fn whole_log(&self) -> String {
+        [&self.earlier[..], &self.log()].concat()
     }
 
     fn events_path(&self) -> PathBuf {
