@@ -78,7 +78,7 @@ fn rage(weather: Weather) {
     let (figures, kills) = (storm.figures, storm.kills);
     let stops = storm.clean_stops;
     println!("{kills:?}, {stops} clean stops, {figures:?}");
-    let log = storm.site.log();
+    let log = storm.site.whole_log();
     for complaint in ["panicked", "the queue stops", "ERROR"] {
         let lines = log.lines().filter(|line| line.contains(complaint));
         let lines: Vec<&str> = lines.take(5).collect();

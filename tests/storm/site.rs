@@ -18,6 +18,9 @@ const SLOW: usize = 1;
 /// The replica that leaves and comes back.
 const LEAVING: usize = 2;
 
+/// A longer log is put aside, so that a failure shows the last lives and not thousands.
+const LOG_BYTES_MAX: usize = 128 << 10;
+
 /// However often a replica fails, it is not given up.
 const LENIENT: [&str; 6] = [
     "--max-write-errors",
@@ -36,6 +39,8 @@ pub struct Site {
     images: Vec<PathBuf>,
     /// Where it listens.
     pub socket: PathBuf,
+    /// What was put aside of the log.
+    earlier: String,
     folder: tempfile::TempDir,
 }
 
@@ -60,6 +65,7 @@ impl Site {
             slow,
             process: None,
             socket: folder.path().join("disk.sock"),
+            earlier: String::new(),
             images,
             folder,
         }
@@ -76,6 +82,11 @@ impl Site {
 
     /// Starts a daemon and does not wait for it.
     pub fn launch(&mut self) {
+        let log = self.log();
+        if log.len() > LOG_BYTES_MAX {
+            self.earlier.push_str(&log);
+            fs::remove_file(self.log_path()).expect("ours");
+        }
         let mut arguments: Vec<OsString> = vec!["serve".into(), "--assume-clean".into()];
         for path in self.paths() {
             arguments.extend(["--replica".into(), path.into()]);
@@ -141,10 +152,19 @@ impl Site {
         }
     }
 
-    /// What all daemons have said.
+    fn log_path(&self) -> PathBuf {
+        self.folder.path().join("daemon.log")
+    }
+
+    /// What the last daemons have said.
     pub fn log(&self) -> String {
-        let bytes = fs::read(self.folder.path().join("daemon.log"));
-        String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
+        let bytes = fs::read(self.log_path()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// What all of them have said.
+    pub fn whole_log(&self) -> String {
+        [&self.earlier[..], &self.log()].concat()
     }
 
     fn events_path(&self) -> PathBuf {
@@ -160,20 +180,31 @@ impl Site {
     /// Waits until the daemon says that all replicas are in sync; fails if that takes long.
     #[track_caller]
     pub fn await_healthy(&mut self) {
+        self.await_status("the disk is healthy");
+    }
+
+    /// Waits until nothing is in doubt any more that an unclean end has left.
+    #[track_caller]
+    pub fn await_settled(&mut self) {
+        self.await_status(", 0 to be settled");
+    }
+
+    #[track_caller]
+    fn await_status(&mut self, text: &str) {
         let deadline = Instant::now() + 2 * PATIENCE;
         loop {
             let before = self.log().len();
             self.process().signal(Signal::User1);
             let mut status = String::new();
             while !status.contains("counters") && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(10));
+                std::thread::sleep(Duration::from_millis(5));
                 self.log()[before..].clone_into(&mut status);
             }
-            if status.contains("the disk is healthy") {
+            if status.contains(text) {
                 return;
             }
-            assert!(Instant::now() < deadline, "{status}");
-            std::thread::sleep(Duration::from_millis(50));
+            assert!(Instant::now() < deadline, "not {text:?}: {status}");
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 

@@ -223,6 +223,9 @@ impl Storm {
             self.site.reap(false);
             self.kills.serving += 1;
         } else {
+            if !self.away {
+                self.site.await_settled();
+            }
             self.clean_stops += usize::from(self.site.stop());
         }
         self.guest().note_kill();
