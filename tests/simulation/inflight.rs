@@ -56,7 +56,11 @@ impl Region {
         }
         self.used_known = self.used;
         self.marked.sort_by_key(|request| request.counter);
-        for part in self.marked.iter_mut().flat_map(|request| &mut request.parts) {
+        for part in self
+            .marked
+            .iter_mut()
+            .flat_map(|request| &mut request.parts)
+        {
             let guest = &mut part.guest;
             guest.passed = guest.version > 0 && !std::mem::take(&mut guest.placed);
         }
@@ -108,7 +112,9 @@ impl Inflight {
         let id = self.next_id;
         self.next_id += 1;
         self.outstanding.insert(id);
-        if self.tracked && let Some(region) = self.region(lane, ring) {
+        if self.tracked
+            && let Some(region) = self.region(lane, ring)
+        {
             let counter = region.counter;
             region.counter += 1;
             let parts = parts.to_vec();

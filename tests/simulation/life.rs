@@ -181,9 +181,8 @@ impl World {
             self.begin_warm();
             return self.begin_rings();
         }
-        let cold = |staff: &Maintenance| {
-            staff.recorder.superblock().cold || staff.recorder.is_lost()
-        };
+        let cold =
+            |staff: &Maintenance| staff.recorder.superblock().cold || staff.recorder.is_lost();
         let known = self.maintenance.as_ref().is_none_or(cold);
         if known || self.shared.unresolved.extents() == 0 {
             return self.begin_cold();

@@ -140,13 +140,7 @@ impl World {
     }
 
     /// Begins a request once more that was in flight when the last daemon ended.
-    pub fn repeat(
-        &mut self,
-        lane: usize,
-        ring: usize,
-        id: u64,
-        parts: Vec<Planned>,
-    ) -> Verdict {
+    pub fn repeat(&mut self, lane: usize, ring: usize, id: u64, parts: Vec<Planned>) -> Verdict {
         let repeated = parts[0].guest.kind == Kind::Write;
         let entry = Entry {
             id,
@@ -196,7 +190,7 @@ impl World {
             let mut request = request;
             let mut room = self.workers[lane].lane.has_room();
             let ring = self.workers[lane].rings.sending;
-            if room {
+            if room && guest.version == 0 {
                 self.number(&mut guest, (lane, ring));
             }
             let worker = &mut self.workers[lane];
@@ -212,6 +206,8 @@ impl World {
                 self.clock.after(later, Happening::Resume { lane });
                 return Ok(());
             }
+            // What is repeated has its content, and gets its place when it is sure to be sent.
+            self.number(&mut guest, (lane, ring));
             let tag = self.guests.add(lane, guest);
             if guest.kind == Kind::Flush && self.profile.life.is_some() {
                 let settled = self.model.settled();
