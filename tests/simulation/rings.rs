@@ -190,7 +190,7 @@ impl World {
             let mut request = request;
             let mut room = self.workers[lane].lane.has_room();
             let ring = self.workers[lane].rings.sending;
-            if room {
+            if room && guest.version == 0 {
                 self.number(&mut guest, (lane, ring));
             }
             let worker = &mut self.workers[lane];
@@ -206,6 +206,8 @@ impl World {
                 self.clock.after(later, Happening::Resume { lane });
                 return Ok(());
             }
+            // What is repeated has its content, and gets its place when it is sure to be sent.
+            self.number(&mut guest, (lane, ring));
             let tag = self.guests.add(lane, guest);
             if guest.kind == Kind::Flush && self.profile.life.is_some() {
                 let settled = self.model.settled();
