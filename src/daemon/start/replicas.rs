@@ -68,7 +68,8 @@ pub fn options_of(config: &Config) -> Vec<RawOptions> {
 /// a daemon that was killed keeps its locks until its last operation has landed. The results are in the order of `options`; `None` for those that were skipped.
 ///
 /// # Errors
-/// If two of them are the same storage (rule V8); nothing stays open.
+/// If two of them are the same storage (rule V8), or one is still locked when the wait is given up;
+/// nothing stays open.
 pub fn open_waiting(
     options: &[RawOptions],
     skipped: ReplicaSet,
@@ -98,6 +99,13 @@ pub fn open_waiting(
             let open: Vec<_> = results.iter().flatten().cloned().collect();
             results[at] = open_within(&subset[at], &open, waits.answer);
         }
+    }
+    // Who has given up wants no disk, least of all one that others fall behind on.
+    if waits.given_up.load(Ordering::Relaxed)
+        && let Some(at) = results.iter().position(busy)
+        && let Err(error) = results.swap_remove(at)
+    {
+        return Err(error);
     }
     let mut all: Vec<_> = options.iter().map(|_| None).collect();
     for (slot, result) in wanted.into_iter().zip(results) {
@@ -163,5 +171,49 @@ pub fn describe(replicas: &[Option<Arc<Replica>>], shape: &SetShape, guest_is_re
     }
     if !shape.can_zero_exactly && !guest_is_reader {
         info!("discards are ignored: not every replica can zero exact ranges");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_that_is_given_up_opens_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let options: Vec<_> = ["a", "b", "c"]
+            .iter()
+            .map(|name| {
+                let path = folder.path().join(name);
+                let file = std::fs::File::create(&path).unwrap();
+                file.set_len(1 << 20).unwrap();
+                let mut options = RawOptions::new((*name).to_owned(), path);
+                options.cache = Cache::Buffered;
+                options.format = Some(Format::Raw);
+                options
+            })
+            .collect();
+        let open = |lock, given_up: &AtomicBool| {
+            let answer = Duration::from_secs(10);
+            let waits = Waits {
+                lock,
+                given_up,
+                answer,
+            };
+            open_waiting(&options, ReplicaSet::EMPTY, waits)
+        };
+        let somebody = open_each(&options[1..2], Duration::from_secs(10)).unwrap();
+        assert!(somebody[0].is_ok());
+
+        let given_up = open(Duration::from_secs(60), &AtomicBool::new(true));
+        assert!(given_up.is_err_and(|error| error.is_in_use()));
+        // Without one that is locked for too long the others are served (rule S2).
+        let without = open(Duration::ZERO, &AtomicBool::new(false)).unwrap();
+        let good = without.iter().flatten().map(Result::is_ok);
+        assert_eq!(good.collect::<Vec<_>>(), [true, false, true]);
+        drop((without, somebody));
+        // Nobody is in the way of who is not asked to wait.
+        let all = open(Duration::ZERO, &AtomicBool::new(true)).unwrap();
+        assert!(all.iter().flatten().all(Result::is_ok));
     }
 }
