@@ -268,7 +268,7 @@ impl Disk {
 
     fn open_closed(&self, given_up: &AtomicBool) -> Result<Running, DiskError> {
         let grow = std::mem::take(&mut *lock(&self.grow));
-        match self.open_sized(grow, given_up) {
+        let opened = match self.open_sized(grow, given_up) {
             Err(refusal) if matches!(grow, Grow::To(_)) => {
                 warn!("the disk is opened at its old size: {refusal}");
                 *lock(&self.refusal) = Some(refusal);
@@ -276,7 +276,12 @@ impl Disk {
                 self.open_sized(Grow::Kept, given_up)
             }
             other => other,
+        };
+        if opened.is_err() && matches!(grow, Grow::To(_) | Grow::Kept) {
+            // It may also say so when the next ring tries it again.
+            *lock(&self.grow) = Grow::Kept;
         }
+        opened
     }
 
     fn open_sized(&self, grow: Grow, given_up: &AtomicBool) -> Result<Running, DiskError> {
@@ -332,13 +337,24 @@ impl Disk {
             return Err(ResizeError::Kept(refusal.into()));
         }
         if growth.is_some() {
+            // Nobody asked for that of an attempt after which the disk could not be opened.
+            self.take_refusal();
             *lock(&self.grow) = Grow::To(sectors);
         }
         Ok(growth)
     }
 
+    /// Takes back what [`Disk::growth_to`] asked for, if the disk was not opened since.
+    pub fn withdraw_growth(&self) -> bool {
+        let mut grow = lock(&self.grow);
+        let waits = matches!(*grow, Grow::To(_));
+        if waits {
+            *grow = Grow::No;
+        }
+        waits
+    }
+
     /// Why the disk did not become longer when it was opened.
-    #[must_use]
     pub fn take_refusal(&self) -> Option<DiskError> {
         lock(&self.refusal).take()
     }

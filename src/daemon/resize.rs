@@ -63,8 +63,15 @@ pub fn resize(disk: &Disk, device: &Device, bytes: u64) -> Result<Resized, Resiz
     if growth.is_some() {
         info!("the disk is resized to {bytes} bytes: the guest waits until that is done");
         let given_up = disk.given_up();
-        device.lifecycle().suspended(given_up, || ())?;
-        if let Some(refused) = disk.take_refusal() {
+        let suspended = device.lifecycle().suspended(given_up, || ());
+        let closed = disk.withdraw_growth();
+        suspended?;
+        if closed {
+            // Its guest went elsewhere in the meantime.
+            return Err(ResizeError::Closed);
+        }
+        let is_longer = disk.looks().sectors == bytes / SECTOR_BYTES;
+        if let Some(refused) = disk.take_refusal().filter(|_| !is_longer) {
             return Err(ResizeError::Kept(refused));
         }
     }

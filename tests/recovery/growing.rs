@@ -298,6 +298,38 @@ fn disk_that_cannot_grow_comes_back_at_its_size() {
 }
 
 #[test]
+fn disk_that_cannot_be_opened_again_grows_later() {
+    let (site, path) = site(&[]);
+    let mut control = Control::connect(&path);
+    let mut front_end = guest(&site);
+    front_end
+        .queue(0)
+        .write_data(0, &pattern(1))
+        .expect("a write");
+    let aside = |image: &Path| image.with_extension("aside");
+    for image in &site.images[1..] {
+        fs::rename(image, aside(image)).expect("it goes");
+    }
+    let failed = control.resize(12 * MIB).expect_err("too few replicas");
+    assert!(failed.contains("could not be opened again"), "{failed}");
+    let closed = control.resize(12 * MIB).expect_err("it is closed");
+    assert!(closed.contains("is closed"), "{closed}");
+    drop(front_end);
+    for image in &site.images[1..] {
+        fs::rename(aside(image), image).expect("it comes back");
+    }
+    let mut front_end = guest(&site);
+    expect_pattern(&mut front_end, 0, 1);
+    assert_eq!(control.size(), 8 * MIB);
+    control.await_settled();
+    // What stood in the way of the first attempt is not told of this one.
+    control.resize(12 * MIB).expect("a resize");
+    let capacity = front_end.config().expect("a config").capacity_sectors;
+    assert_eq!(capacity, 12 * MIB / 512);
+    expect_pattern(&mut front_end, 0, 1);
+}
+
+#[test]
 fn replica_that_was_away_is_made_longer_when_it_is_back() {
     let (mut site, path) = site(&[]);
     site.stop();
