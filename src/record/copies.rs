@@ -97,6 +97,8 @@ pub(super) struct Copy {
     /// Sequence of the newest superblock on it.
     superblock_held: u64,
     in_flight: Vec<InFlight>,
+    /// On its return it was waited for once, in vain.
+    pub waited_for: bool,
 }
 
 impl Copy {
@@ -109,6 +111,7 @@ impl Copy {
             superblock_slot,
             superblock_held: 0,
             in_flight: Vec::with_capacity(WRITES_PER_COPY_MAX),
+            waited_for: false,
         }
     }
 
@@ -177,6 +180,12 @@ impl Copy {
         self.slots = slots;
         self.superblock_slot = superblock_slot;
         self.superblock_held = 0;
+        self.waited_for = false;
+    }
+
+    /// Everything it lacked is on its way to it.
+    pub fn is_joining_soon(&self) -> bool {
+        self.standing == Standing::Joining && self.missing.is_empty() && !self.is_idle()
     }
 
     /// It is written no more.

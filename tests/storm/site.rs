@@ -96,6 +96,9 @@ impl Site {
         arguments.extend(LENIENT.map(OsString::from));
         // Fewer pages to fault in at every start.
         arguments.extend(["--workers", "2", "--buffer-memory", "16M"].map(OsString::from));
+        // What a killed daemon held is closed by one thread of the kernel for all processes of the
+        // machine: whatever hangs there holds up the locks of everybody.
+        arguments.extend(["--lock-timeout", "25"].map(OsString::from));
         self.process = Some(Process::start(self.folder.path(), &arguments));
     }
 

@@ -146,7 +146,7 @@ impl Recorder {
         marks: &Marks,
         actions: &mut Vec<RecordAction>,
     ) -> bool {
-        self.paused_until = self.join_pause().filter(|until| now < *until);
+        self.paused_until = self.join_pause(now);
         if self.paused_until.is_some() {
             return false;
         }
@@ -170,12 +170,19 @@ impl Recorder {
     }
 
     /// Until when nothing new is begun for the sake of a copy that returns and whose last writes
-    /// are under way.
-    fn join_pause(&self) -> Option<Time> {
-        let nearly = |c: &&Copy| c.standing == Standing::Joining && c.missing.is_empty();
-        let nearly = self.copies.iter().filter(nearly);
-        let since = nearly.filter_map(Copy::busy_since).max()?;
-        Some(since.after(RECORD_JOIN_PAUSE))
+    /// are under way. Once for each return: a copy that is slow with every write would have the
+    /// others wait again and again.
+    fn join_pause(&mut self, now: Time) -> Option<Time> {
+        let soon = |c: &&mut Copy| c.is_joining_soon() && !c.waited_for;
+        let mut pause = None;
+        for copy in self.copies.iter_mut().filter(soon) {
+            let until = copy.busy_since()?.after(RECORD_JOIN_PAUSE);
+            copy.waited_for = until <= now;
+            if !copy.waited_for {
+                pause = pause.max(Some(until));
+            }
+        }
+        pause
     }
 
     pub(super) fn begin_change(&mut self) {

@@ -295,6 +295,13 @@ fn copy_that_hangs_on_its_return_holds_nothing_up_for_long() {
     machine.tell(RecordEvent::Tick);
     machine.run_without(&[0]);
     assert!(machine.marks.is_settled(number));
+    // It is late, and not waited for again.
+    machine.finish(0, None);
+    machine.poll();
+    let number = machine.marks.ask(d(), 9).unwrap();
+    machine.poll();
+    machine.run_without(&[0]);
+    assert!(machine.marks.is_settled(number));
     // Much later it is given up, and that changes nothing.
     let epoch = machine.recorder.superblock().epoch();
     machine.now = machine.recorder.deadline().unwrap();
