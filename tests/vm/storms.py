@@ -81,7 +81,7 @@ class Served:
     """A disk and one daemon after the other that serves it. Use as a context manager."""
 
     def __init__(self, bench, replicas):
-        self._serve = lambda: bench.serve(replicas, *LENIENT)
+        self._serve = lambda: bench.serve(replicas, *LENIENT, "--lock-timeout", 25)
 
     def __enter__(self):
         self.daemon = self._serve().__enter__()
