@@ -35,7 +35,7 @@ use super::GuestMemory;
 use super::config_space::feature;
 use super::dirty_log::Logging;
 use super::disk::{Began, Device};
-use super::inflight::InflightBuffer;
+use super::inflight::{InflightBuffer, QueueRegion};
 use super::lifecycle::{Gate, OpenDisk, OpenFailed};
 use super::mailbox::{Ack, AckWait, QueueCommand, WorkerGone, WorkerMailbox};
 use super::notify::{Call, Kick};
@@ -210,6 +210,8 @@ struct Ring {
     features: u64,
     /// Who owns the queue; only while it is not idle.
     worker: Option<Arc<dyn WorkerMailbox>>,
+    /// Where the queue that was started last marks what is in flight.
+    inflight: Option<QueueRegion>,
 }
 
 impl Ring {
@@ -308,6 +310,7 @@ impl DeviceVring {
                 ring.worker = Some(Arc::clone(disk.worker_of(queue)));
                 ring.phase = Phase::Running;
                 ring.features = setup.features;
+                ring.inflight.clone_from(&setup.inflight);
                 ring.send(QueueCommand::Start {
                     queue,
                     setup: Box::new(setup),
@@ -386,6 +389,10 @@ impl DeviceVring {
             ring.ready = false;
             ring.enabled = false;
             ring.kick = None;
+            // A queue that had broken leaves marks behind, and its driver owes them to nobody.
+            if let Some(region) = ring.inflight.take() {
+                region.forget();
+            }
         }
         self.inner.set_queue_ready(false);
         self.inner.set_enabled(false);
@@ -505,6 +512,7 @@ impl VringT<ConnectionMemory> for DeviceVring {
                     call: None,
                     features: 0,
                     worker: None,
+                    inflight: None,
                 })),
             };
             making.rings.push(vring.clone());

@@ -461,6 +461,43 @@ fn impossible_region_stops_its_queue_alone() {
     disk.stop_and_compare();
 }
 
+/// A queue that broke leaves marks behind. Its driver has forgotten them when it resets the device,
+/// also where the front-end keeps the buffer.
+#[test]
+fn reset_takes_away_what_a_broken_queue_has_left_behind() {
+    let mut disk = Setup::new().start();
+    let mut front_end = disk.connect(&Options::default());
+    front_end.queue(0).flush().expect("a flush");
+    let queue = front_end.queue(0);
+    queue.ring_mut().set_avail_index(4000).expect("a ring");
+    queue.kick().expect("a kick");
+    let stopped = eventually(|| {
+        let log = disk.process().log();
+        log.contains("the queue stops").then_some(())
+    });
+    stopped.expect("an impossible index");
+    let (shape, file) = front_end.inflight_mut().expect("it is tracked");
+    let (shape, file) = (*shape, file.try_clone().expect("a descriptor"));
+    let mark_at = 16 + 3 * 16;
+    file.write_all_at(&[1], mark_at).expect("a memory file");
+    front_end.ask_replies(true);
+    front_end.reset().expect("RESET_DEVICE is offered");
+    front_end.ask_replies(false);
+    let mut mark = [7];
+    file.read_exact_at(&mut mark, mark_at)
+        .expect("a memory file");
+    assert_eq!(mark, [0]);
+    // Fresh rings, and then the buffer of before.
+    front_end.start().expect("the rings start");
+    front_end.stop().expect("the rings stop");
+    *front_end.inflight_mut().expect("it is tracked") = (shape, file);
+    front_end.resume(0).expect("the rings start");
+    let mut back = [0; SECTOR];
+    front_end.queue(0).read(0, &mut back).expect("a read");
+    drop(front_end);
+    disk.stop_and_compare();
+}
+
 #[test]
 fn impossible_buffers_end_the_connection_with_the_reason() {
     type Spoil = fn(&mut VhostUserInflight);

@@ -280,6 +280,13 @@ impl QueueRegion {
         self.buffer.shape.queue_size
     }
 
+    /// Takes all marks away: the driver has reset the device, and no queue uses the region.
+    pub fn forget(&self) {
+        for head in 0..self.descriptors() {
+            self.store(layout::mark_at(head), 0u8);
+        }
+    }
+
     /// Whether `head` is marked, as the region stands.
     #[cfg(test)]
     pub fn is_marked(&self, head: u16) -> bool {
