@@ -8,6 +8,10 @@
 //! are not added: marks that were cleared since would come back, and those of several moments
 //! together can leave an extent without any current copy.
 //!
+//! One exception: a copy with a damaged superblock slot may have been in the epoch, or may have been
+//! on its way back into it, with images that were made before the newest of the others and are
+//! numbered beyond them. What it has set is added to what is certain, so nothing is lost either way.
+//!
 //! If so many images of a page are damaged or absent that the newest of the rest may be too old, the
 //! page is lost, and all of it counts as set.
 
@@ -86,6 +90,8 @@ pub(super) struct PageSource<'a, R> {
     pub reader: Option<&'a mut R>,
     /// Its bits are merged.
     pub holder: bool,
+    /// It may be no holder: its images may be newer by number and yet know less.
+    pub uncertain: bool,
     /// It took part in the epoch: an image it has lost may have been one that mattered.
     pub counts: bool,
 }
@@ -166,6 +172,19 @@ impl Images {
             _ if a >= b => Some(Slot::A),
             _ => Some(Slot::B),
         }
+    }
+
+    /// The newest valid image: its slot, its sequence.
+    fn newest_image(&self) -> Option<(Slot, u64)> {
+        let slot = self.newest()?;
+        Some((slot, self.sequences[slot.index()]?))
+    }
+
+    /// Sets all bits that the image in `slot` has set.
+    fn add_to(&self, slot: Slot, bits: &mut PageBits) {
+        decode_bits(&self.blocks[slot.index()], |word, value| {
+            bits[word] |= value;
+        });
     }
 
     /// The slot to be written next: that of the older image, or of none (rule R4).
@@ -256,20 +275,30 @@ pub(super) fn merge<R: ReadBlock>(
             if !source.holder {
                 continue;
             }
-            if let Some(slot) = images.newest() {
-                let found = images.sequences[slot.index()];
-                if found > newest {
-                    newest = found;
+            if let Some((slot, found)) = images.newest_image()
+                && !source.uncertain
+            {
+                if Some(found) > newest {
+                    newest = Some(found);
                     *bits = [0; PAGE_WORDS];
                 }
-                if found == newest {
-                    decode_bits(&images.blocks[slot.index()], |word, value| {
-                        bits[word] |= value;
-                    });
+                if Some(found) == newest {
+                    images.add_to(slot, bits);
                 }
             }
             if source.counts && (images.unreadable || images.newest().is_none()) {
                 missing += 1;
+            }
+        }
+        let certain = newest;
+        for (source, images) in sources.iter().zip(&images) {
+            if let Some((slot, found)) = images.newest_image()
+                && source.holder
+                && source.uncertain
+                && Some(found) >= certain
+            {
+                images.add_to(slot, bits);
+                newest = newest.max(Some(found));
             }
         }
         if newest.is_none() || missing > allowed {

@@ -93,6 +93,8 @@ struct Candidate<'a, R> {
     superblock_slot: Slot,
     /// Its pages are merged.
     holder: bool,
+    /// It may as well be one of before that was not written whole yet.
+    uncertain: bool,
 }
 
 impl<R> Candidate<'_, R> {
@@ -138,6 +140,7 @@ pub fn open<R: ReadBlock>(
         pages.push(PageSource {
             reader: candidate.reader.as_deref_mut(),
             holder: candidate.holder,
+            uncertain: candidate.uncertain,
             counts: index.is_some_and(|index| superblock.included & (1 << index) != 0),
         });
     }
@@ -197,6 +200,7 @@ fn inspect<R: ReadBlock>(source: &mut CopySource<R>) -> Result<Candidate<'_, R>,
         heads: None,
         superblock_slot: Slot::A,
         holder: false,
+        uncertain: false,
     };
     match &mut source.found {
         Found::Missing => {}
@@ -336,6 +340,7 @@ fn choose<R>(
     }
     for (&place, holds) in places.iter().zip(holders) {
         let index = candidates[place].newest().map_or(0, |head| head.copy_index);
+        candidates[place].uncertain = matches!(holds, Holds::Perhaps);
         candidates[place].holder = match holds {
             Holds::Yes => true,
             Holds::Perhaps => chosen.included & (1 << index) != 0,

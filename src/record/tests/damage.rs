@@ -3,6 +3,7 @@
 //! copies in the wrong place (rules R5, R9, S6; I13).
 
 use super::support::*;
+use crate::quorum::{PAGE_WORDS, PageName};
 use crate::record::*;
 use crate::units::SECTOR_LEN;
 
@@ -416,4 +417,41 @@ fn too_few_writable_copies_are_refused() {
         needed: 2,
     };
     assert_eq!(refused, Some(expected));
+}
+
+/// A copy that was on its way back has pages that are numbered ahead of those of the others and know
+/// less. With a damaged superblock slot it may pass for one that took part.
+#[test]
+fn damaged_copy_on_its_way_back_takes_no_bit_away() {
+    let mut machine = filled(3);
+    // It fails and is left out; the next run takes it in, but its writes hang.
+    let _ = machine.marks.ask(d(), 4);
+    machine.poll();
+    let failing = machine.pending.iter().position(|p| p.copy == 1).unwrap();
+    machine.finish(failing, Some(5));
+    machine.run();
+    let mut machine = Machine::open(machine.files, 2).unwrap();
+    machine.poll();
+    machine.run_without(&[1]);
+    assert_eq!(machine.recorder.superblock().included, 7);
+    let mut files = machine.files;
+    let name = PageName {
+        bitmap: d(),
+        page: 0,
+    };
+    let page = PageImage {
+        name,
+        sequence: 1000,
+        bits: Box::new([0; PAGE_WORDS]),
+    };
+    put(&mut files[1], 2, &page.encode(DISK));
+    let newest = [0, 1].map(|slot| {
+        let block = &files[1][slot * BLOCK_BYTES..(slot + 1) * BLOCK_BYTES];
+        Superblock::decode(block.try_into().unwrap()).map_or(0, |s| s.sequence)
+    });
+    let older = usize::from(newest[0] > newest[1]);
+    files[1][older * BLOCK_BYTES..][..BLOCK_BYTES].fill(0xee);
+    let opened = open_all(&files).unwrap();
+    assert_eq!(opened.superblock.included, 7);
+    assert_eq!(set_bits(&opened, d()), [1, 3, 4]);
 }
