@@ -275,18 +275,17 @@ impl Model {
                 sector.settled = sector.durable;
             }
             sector.floor = sector.settled;
-            let (floor, dead, failed) = (sector.floor, &mut self.dead, &mut sector.failed);
+            let (floor, dead, failed) = (sector.floor, &self.dead, &mut sector.failed);
             failed.retain(|&(version, _)| version > floor);
             for &version in &sector.sent {
                 let known = failed.iter().any(|&(known, _)| known == version);
                 if version <= floor || known || dead.contains_key(&(s, version)) {
                     continue;
                 }
-                if !warm {
+                // Also what failed before and was overtaken by a write in flight, which was shown: not
+                // all copies need to hold that one yet.
+                if !live.contains(&version) {
                     failed.push((version, step));
-                } else if !live.contains(&version) {
-                    // It got a number and nothing more: it will get another one.
-                    dead.insert((s, version), step);
                 }
             }
         }
