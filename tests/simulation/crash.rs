@@ -155,6 +155,7 @@ impl World {
         self.hand_over(warm);
         let live = self.inflight.orders();
         self.model.crash(power, warm.then_some(live), self.step);
+        self.inflight.renumber(&mut self.model);
         self.guests.restart(self.shape.lanes, power);
         self.clock.keep(|what| {
             matches!(

@@ -8,7 +8,7 @@ use crate::clock::Happening;
 use crate::content::{garbled, written};
 use crate::faults::MS;
 use crate::life::{Event, Stop};
-use crate::model::Floors;
+use crate::model::{Floors, Origin};
 use crate::profile::Ailment;
 use crate::quorum::{Request, Status, Tag};
 use crate::rings::{NO_BUFFER, Planned};
@@ -34,11 +34,11 @@ pub struct GuestRequest {
     pub range: SectorRange,
     /// Of a write.
     pub version: u64,
-    /// Its place among all writes: the version, unless it was repeated after others.
+    /// Its place among all writes: the version, unless it was in flight when a daemon was killed.
     pub order: u64,
     /// It has that place since the daemon began.
     pub placed: bool,
-    /// It was in flight under a daemon that ended before it was placed: others may have passed.
+    /// Its place is one that it must not have any more: a later write was acknowledged.
     pub passed: bool,
     /// Whether it writes zeroes.
     pub zero: bool,
@@ -290,19 +290,18 @@ impl World {
     }
 
     /// Gives a write its version, when its place among all writes is taken; one that is repeated
-    /// keeps its own.
-    pub fn number(&mut self, guest: &mut GuestRequest, ring: (usize, usize)) {
+    /// keeps its content and gets a new place.
+    pub fn number(&mut self, guest: &mut GuestRequest, from: Origin) {
         if guest.kind != Kind::Write || std::mem::replace(&mut guest.placed, true) {
             return;
         }
         if guest.version == 0 {
             guest.version = self.model.next_version(guest.range, guest.zero);
             guest.order = guest.version;
-        } else {
-            guest.order = self.model.repeated(guest, ring);
+        } else if !guest.passed && !self.model.is_out_of_turn(guest.range, from) {
+            guest.order = self.model.renumber(guest);
         }
-        guest.passed = false;
-        self.model.note_placed(guest, ring);
+        self.model.note_placed(guest.range, from);
         let GuestRequest {
             range,
             version,
@@ -310,7 +309,7 @@ impl World {
             ..
         } = *guest;
         self.note(Line::Placed {
-            ring,
+            from,
             range,
             version,
             order,

@@ -19,6 +19,7 @@ use crate::clock::Happening;
 use crate::faults::MS;
 use crate::guest::Kind;
 use crate::life::Event;
+use crate::model::Model;
 use crate::quorum::{KeeperEvent, Wakeup};
 use crate::rings::Planned;
 use crate::trace::{Verdict, violation};
@@ -49,7 +50,7 @@ struct Region {
 
 impl Region {
     /// As a daemon finds it: finishes the last batch, and repeats the rest.
-    fn recover(&mut self, broken: Option<Breach>) {
+    fn recover(&mut self, model: &Model, broken: Option<Breach>) {
         if self.used != self.used_known && broken != Some(Breach::LastBatchForgotten) {
             let batch = std::mem::take(&mut self.last_batch);
             self.marked.retain(|request| !batch.contains(&request.id));
@@ -61,8 +62,9 @@ impl Region {
             .iter_mut()
             .flat_map(|request| &mut request.parts)
         {
-            let guest = &mut part.guest;
-            guest.passed = guest.version > 0 && !std::mem::take(&mut guest.placed);
+            if std::mem::take(&mut part.guest.placed) {
+                part.guest.passed |= model.is_passed(&part.guest);
+            }
         }
         self.repeats = self.marked.iter().cloned().collect();
         match broken {
@@ -196,6 +198,24 @@ impl Inflight {
             .collect()
     }
 
+    /// Numbers writes that are to be repeated anew, those of each ring in its order.
+    pub fn renumber(&mut self, model: &mut Model) {
+        for region in self.regions.iter_mut().flatten() {
+            for request in &mut region.marked {
+                let same = |other: &&mut Marked| other.id == request.id;
+                let Some(repeat) = region.repeats.iter_mut().find(same) else {
+                    continue;
+                };
+                for part in &mut request.parts {
+                    if part.guest.order > 0 && !part.guest.passed {
+                        part.guest.order = model.renumber(&part.guest);
+                    }
+                }
+                repeat.parts.clone_from(&request.parts);
+            }
+        }
+    }
+
     /// Whether writes that are to be repeated overlap this one, and come from the same ring.
     fn overlapping(&self) -> u64 {
         let writes = |request: &&Marked| request.parts[0].guest.kind == Kind::Write;
@@ -226,7 +246,7 @@ impl World {
             return;
         }
         for region in self.inflight.regions.iter_mut().flatten() {
-            region.recover(broken);
+            region.recover(&self.model, broken);
         }
         let repeats = self.inflight.repeats().count();
         self.tally.add("re-executed", repeats as u64);

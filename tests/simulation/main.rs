@@ -15,7 +15,8 @@
 //! copies, a recorder, a keeper and a maintenance lane (`maintenance`), which resolve, resync, scrub,
 //! probe and clean at a pace that fits the virtual time of a run. A daemon lives until it is killed,
 //! stopped or loses power (`crash`); the next one opens the record with what there is of it and
-//! leaves out members that are not there (`start`). Guests begin anew: every start is cold, and now and
+//! leaves out members that are not there (`start`). Guests begin anew (a cold start), or repeat what was
+//! in flight (a warm one, `inflight`, in profiles `warm-...`), and now and
 //! then nothing but majorities is decided until the front-end has connected (rule S4).
 //!
 //! # What goes wrong
@@ -73,7 +74,7 @@
 //! end that nothing is left over: all members back, B, U and D empty, all copies equal after every
 //! sector was read once more (I9).
 //!
-//! Not simulated: warm starts (rule Q), NBD (K3), growing, adding and removing members, suspects and
+//! Not simulated: NBD (K3), growing, adding and removing members, suspects and
 //! budgets of the keeper, forced opening of a minority, several pages of a map.
 //!
 //! # Broken builds

@@ -14,11 +14,15 @@
 //! flushed (rule Y1).
 //!
 //! If the guest lives on when the daemon is killed, its writes in flight have not failed: they are
-//! repeated, and keep their versions, since overlapping writes of one ring are repeated in the order
-//! in which they were sent. Writes of different rings that overlap while both are in flight may
-//! change places in that; the one that comes late then gets a version more. What was shown before
-//! the kill is not taken back; what is shown of such a write afterwards obliges to nothing before it
-//! is acknowledged, since it may be what was there before.
+//! repeated. The guest waits for all of them, so they may take effect in any order, and after writes
+//! that it sends and sees complete meanwhile on other rings. So each of them is numbered anew: at the
+//! kill, after all that was there, since its content may have landed already; and once more when it
+//! gets its lock, because it comes after whatever got it before. Only what the daemon has decided
+//! stays decided, as overlapping requests are served in the order of their arrival (rules L1, L3, Q2): a
+//! write keeps its number if one that got its lock later was acknowledged, or if it is repeated
+//! after a later one of its own ring. What was shown before the kill is not taken back; what is shown of such a
+//! write afterwards obliges to nothing before it is acknowledged, since it may be what was there
+//! before, and others may be repeated before it is.
 //!
 //! Zeroes do not say which write they are of, so showing them obliges to little. That also leaves
 //! room for the one thing that votes without a lock cannot exclude: a read of a sector that is
@@ -36,15 +40,17 @@ use crate::units::SectorRange;
 /// Zeroing writes of a sector that are remembered.
 const ZEROES_KEPT: usize = 256;
 
+/// Where a request comes from: lane, ring, and its name, which rises within a ring.
+pub type Origin = (usize, usize, u64);
+
 struct Sector {
+    /// The last write that got its lock since the daemon began, of each ring.
+    placed: Vec<Origin>,
     /// Nothing older may be returned any more.
     floor: u64,
     /// The same, as far as it was shown to a guest that outlived the daemon: copies may be older
     /// that are to be rewritten before they are shown.
     shown: u64,
-    /// The last write that got its place since the daemon began, and its ring; `None` if it is one
-    /// that has changed places.
-    placed: Option<(u64, Option<(usize, usize)>)>,
     /// The last version that was acknowledged, or shown when it could not be undone any more.
     settled: u64,
     /// The one that was before it.
@@ -92,9 +98,7 @@ pub struct Model {
     volatile: bool,
     /// Versions of writes that were in flight when the daemon was killed, and are repeated.
     live: BTreeSet<u64>,
-    /// Those of them that are not acknowledged again; the guest has not seen it if they were before.
-    unseen: BTreeSet<u64>,
-    /// The versions of contents that came after others when they were repeated.
+    /// The last numbers of writes that were numbered anew, by what their content says.
     moved: BTreeMap<u64, u64>,
 }
 
@@ -102,9 +106,9 @@ impl Model {
     pub fn new(sector_count: u64, volatile: bool) -> Self {
         let sectors = (0..sector_count)
             .map(|_| Sector {
+                placed: Vec::new(),
                 floor: 0,
                 shown: 0,
-                placed: None,
                 settled: 0,
                 below: 0,
                 durable: 0,
@@ -124,7 +128,6 @@ impl Model {
             before_loss: 0,
             volatile,
             live: BTreeSet::new(),
-            unseen: BTreeSet::new(),
             moved: BTreeMap::new(),
         }
     }
@@ -146,40 +149,45 @@ impl Model {
         self.newest
     }
 
-    /// The version that a write has when it is repeated now: its own, or a new one if it has come
-    /// after a younger one of another ring.
-    pub fn repeated(&mut self, guest: &GuestRequest, ring: (usize, usize)) -> u64 {
+    /// The number of a write that is to be repeated, or is repeated now: the last of all.
+    pub fn renumber(&mut self, guest: &GuestRequest) -> u64 {
         let GuestRequest { range, order, .. } = *guest;
-        let overtaken = |s: u64| {
-            let Sector {
-                placed, settled, ..
-            } = self.sectors[index(s)];
-            let unseen = settled > order && self.unseen.contains(&settled);
-            unseen || placed.is_some_and(|(other, from)| other > order && from != Some(ring))
-        };
-        if !guest.passed && !(range.start()..range.end()).any(overtaken) {
-            return order;
-        }
-        // As if it had not happened before.
         for s in range.start()..range.end() {
             self.sectors[index(s)].forget(order);
+            self.dead.remove(&(s, order));
         }
-        let moved = self.next_version(range, guest.zero);
-        self.live.insert(moved);
+        self.live.remove(&order);
+        let number = self.next_version(range, guest.zero);
+        self.live.insert(number);
         if !guest.zero {
-            self.moved.insert(guest.version, moved);
+            self.moved.insert(guest.version, number);
         }
-        moved
+        number
     }
 
-    /// The write has its place among all writes since the daemon began.
-    pub fn note_placed(&mut self, guest: &GuestRequest, ring: (usize, usize)) {
-        let GuestRequest { range, order, .. } = *guest;
-        let ring = (order == guest.version).then_some(ring);
+    /// Whether a write that is in flight, and has its lock, was passed by one that is acknowledged.
+    pub fn is_passed(&self, guest: &GuestRequest) -> bool {
+        let passed = |s: u64| {
+            let settled = self.sectors[index(s)].settled;
+            settled > guest.order && self.acknowledged_at[index(settled)] > 0
+        };
+        (guest.range.start()..guest.range.end()).any(passed)
+    }
+
+    /// Whether a later write of the same ring got its lock there since the daemon began.
+    pub fn is_out_of_turn(&self, range: SectorRange, (lane, ring, id): Origin) -> bool {
+        let later = |&(l, r, other): &Origin| (l, r) == (lane, ring) && other > id;
+        let mut sectors = range.start()..range.end();
+        sectors.any(|s| self.sectors[index(s)].placed.iter().any(later))
+    }
+
+    /// The write has got its lock.
+    pub fn note_placed(&mut self, range: SectorRange, (lane, ring, id): Origin) {
         for s in range.start()..range.end() {
             let placed = &mut self.sectors[index(s)].placed;
-            if placed.is_none_or(|(other, _)| other < order) {
-                *placed = Some((order, ring));
+            match placed.iter_mut().find(|(l, r, _)| (*l, *r) == (lane, ring)) {
+                Some((_, _, last)) => *last = id.max(*last),
+                None => placed.push((lane, ring, id)),
             }
         }
     }
@@ -194,7 +202,6 @@ impl Model {
 
     pub fn acknowledged(&mut self, range: SectorRange, version: u64) {
         self.live.remove(&version);
-        self.unseen.remove(&version);
         self.acknowledged_at[index(version)] = self.step;
         let moment = (self.step, self.step);
         for s in range.start()..range.end() {
@@ -245,11 +252,7 @@ impl Model {
 
     /// The versions that a flush which begins now makes durable, sector by sector.
     pub fn settled(&self) -> Vec<u64> {
-        let of = |sector: &Sector| match self.unseen.contains(&sector.settled) {
-            true => sector.durable,
-            false => sector.settled,
-        };
-        self.sectors.iter().map(of).collect()
+        self.sectors.iter().map(|sector| sector.settled).collect()
     }
 
     /// Such a flush was acknowledged.
@@ -264,27 +267,25 @@ impl Model {
     pub fn crash(&mut self, power: bool, live: Option<BTreeSet<u64>>, step: u64) {
         let warm = live.is_some();
         self.live = live.unwrap_or_default();
-        self.unseen = self.live.clone();
         let live = &self.live;
         for (s, sector) in (0..).zip(&mut self.sectors) {
+            sector.placed.clear();
             sector.shown = if warm { sector.least() } else { 0 };
-            sector.placed = None;
             if power {
                 sector.settled = sector.durable;
             }
             sector.floor = sector.settled;
-            let (floor, dead, failed) = (sector.floor, &mut self.dead, &mut sector.failed);
+            let (floor, dead, failed) = (sector.floor, &self.dead, &mut sector.failed);
             failed.retain(|&(version, _)| version > floor);
             for &version in &sector.sent {
                 let known = failed.iter().any(|&(known, _)| known == version);
                 if version <= floor || known || dead.contains_key(&(s, version)) {
                     continue;
                 }
-                if !warm {
+                // Also what failed before and was overtaken by a write in flight, which was shown: not
+                // all copies need to hold that one yet.
+                if !live.contains(&version) {
                     failed.push((version, step));
-                } else if !live.contains(&version) {
-                    // It got a number and nothing more: it will get another one.
-                    dead.insert((s, version), step);
                 }
             }
         }
@@ -412,8 +413,9 @@ impl Sector {
         }
     }
 
-    /// What was shown of this version, or replied to it, obliges to nothing.
+    /// There is no such version any more, and that it was replied to obliges to nothing.
     fn forget(&mut self, version: u64) {
+        self.failed.retain(|&(failed, _)| failed != version);
         self.sent.retain(|&sent| sent != version);
         self.zeroes.retain(|&zeroes| zeroes != version);
         if self.settled == version {
@@ -422,9 +424,6 @@ impl Sector {
         self.durable = self.durable.min(self.settled);
         if self.floor == version {
             self.floor = self.settled;
-        }
-        if self.shown == version {
-            self.shown = self.settled;
         }
     }
 

@@ -359,13 +359,7 @@ impl Profile {
         let depth = rng.pick(&[1, 4, 16, 32]);
         Shape {
             geometry,
-            // Which of two writes in flight on different rings is repeated first is left open, and
-            // what the guest may see then; one ring leaves nothing open.
-            lanes: if self.is_tracked() {
-                1
-            } else {
-                rng.pick(&[1, 2, 3, 4])
-            },
+            lanes: rng.pick(&[1, 2, 3, 4]),
             depth,
             buffers: rng.pick(&[0, 16, 96]) + 2 * replicas,
             policy,

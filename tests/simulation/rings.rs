@@ -166,7 +166,7 @@ impl World {
             let ranges = parts.iter().map(|part| part.guest.range);
             self.workers[lane].lane.announce(ranges, &self.shared);
             for (number, part) in parts.iter_mut().enumerate() {
-                self.number(&mut part.guest, (lane, ring));
+                self.number(&mut part.guest, (lane, ring, entry.id));
                 self.inflight.note_part(lane, ring, entry.id, number, part);
             }
         }
@@ -189,9 +189,11 @@ impl World {
         while let Some(&Planned { mut guest, request }) = self.workers[lane].rings.unsent.front() {
             let mut request = request;
             let mut room = self.workers[lane].lane.has_room();
-            let ring = self.workers[lane].rings.sending;
+            let rings = &self.workers[lane].rings;
+            let ring = rings.sending;
+            let id = rings.rings[ring].back().expect("begun last").id;
             if room && guest.version == 0 {
-                self.number(&mut guest, (lane, ring));
+                self.number(&mut guest, (lane, ring, id));
             }
             let worker = &mut self.workers[lane];
             if room && let Request::Write { data, .. } = &mut request {
@@ -207,7 +209,7 @@ impl World {
                 return Ok(());
             }
             // What is repeated has its content, and gets its place when it is sure to be sent.
-            self.number(&mut guest, (lane, ring));
+            self.number(&mut guest, (lane, ring, id));
             let tag = self.guests.add(lane, guest);
             if guest.kind == Kind::Flush && self.profile.life.is_some() {
                 let settled = self.model.settled();

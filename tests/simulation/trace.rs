@@ -6,6 +6,7 @@ use std::fmt;
 
 use crate::faults::Fault;
 use crate::life;
+use crate::model::Origin;
 use crate::quorum::{Action, Event, KeeperAction, Operation};
 use crate::units::SectorRange;
 
@@ -58,7 +59,7 @@ pub enum Line {
     },
     Kept(KeeperAction),
     Placed {
-        ring: (usize, usize),
+        from: Origin,
         range: SectorRange,
         version: u64,
         order: u64,

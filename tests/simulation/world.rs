@@ -192,9 +192,7 @@ impl World {
         let tracked = self.profile.is_tracked();
         if !self.inflight.has_regions() {
             let lanes = 0..self.shape.lanes;
-            let rings: Vec<usize> = lanes
-                .map(|_| if tracked { 1 } else { 1 + self.rng.index(3) })
-                .collect();
+            let rings: Vec<usize> = lanes.map(|_| 1 + self.rng.index(3)).collect();
             self.inflight = Inflight::new(&rings, tracked);
         }
         for lane in 0..self.shape.lanes {
