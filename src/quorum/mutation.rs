@@ -50,8 +50,6 @@ pub enum Mutation {
     ResolveNotFlushed,
     /// Y3: after a crash the first replica is believed, not the largest group.
     FirstReplicaBelieved,
-    /// Y3: ties are decided by a choice although the start is warm.
-    ChosenWhenWarm,
     /// Y5: a replica that was resynced is current before it is flushed.
     ResyncNotFlushed,
     /// Y5: a replica is current after a resync although it was kicked meanwhile.

@@ -154,10 +154,6 @@ impl Shared {
     /// Returns what [`Shared::end_repeat`] does.
     #[must_use]
     pub fn begin_warm(&self) -> bool {
-        if super::mutation::broken!(self, ChosenWhenWarm) {
-            self.decide_crash_ties(CrashTie::Choose);
-            return true;
-        }
         let known = self
             .repeats_left
             .fetch_sub(REPEATS_UNKNOWN, Ordering::AcqRel);

@@ -142,7 +142,8 @@ fn s4_dirty_extents_not_resolved_are_noticed() {
 
 #[test]
 fn y1_resolved_and_not_flushed_is_noticed() {
-    mutation_is_noticed(Mutation::ResolveNotFlushed, &[SHORT, POWER], &["I1", "I8"]);
+    let rules = ["I1", "I8", "I5"];
+    mutation_is_noticed(Mutation::ResolveNotFlushed, &[SHORT, POWER], &rules);
 }
 
 #[test]
@@ -164,6 +165,6 @@ fn k2_writes_that_outlive_their_daemon_are_noticed() {
     breach_is_noticed(
         Breach::FlightOutlivesLock,
         &[KILLS],
-        &["I1", "I4", "I8", "I2", "I9", "Y2"],
+        &["I1", "I4", "I8", "I2", "I9", "Y2", "I5"],
     );
 }

@@ -2,7 +2,7 @@
 //! Broken builds of warm starts: what is in flight when a daemon is killed, and what the next one
 //! makes of it (rules L3, Q1, Q2, Y3).
 
-use crate::broken::{breach_is_noticed, hold_unbroken, is_noticed, mutation_is_noticed};
+use crate::broken::{breach_is_noticed, hold_unbroken, is_noticed};
 use crate::lives::{SILENT_KILLS, WARM};
 use crate::profile::{Lives, Profile, QUIET, Rates};
 use crate::quorum::Mutation;
@@ -81,13 +81,4 @@ fn q2_repeats_after_new_requests_are_noticed() {
 #[test]
 fn q2_repeats_out_of_order_are_noticed() {
     breach_is_noticed(Breach::RepeatsOutOfOrder, &[KILLED], &["I1", "I8", "I4"]);
-}
-
-#[test]
-fn y3_choice_in_a_warm_start_is_noticed() {
-    mutation_is_noticed(
-        Mutation::ChosenWhenWarm,
-        &[ROTTEN, WARM[2]],
-        &["I1", "I8", "Y5", "I4", "I2"],
-    );
 }

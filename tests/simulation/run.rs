@@ -175,7 +175,12 @@ const EXERCISED_HARD: [(&str, u64); 18] = [
 ];
 
 /// The same for runs in which the guest outlives the daemon.
-const EXERCISED_WARM: [(&str, u64); 1] = [("requests", 2_500_000)];
+const EXERCISED_WARM: [(&str, u64); 4] = [
+    ("requests", 2_500_000),
+    ("warm starts", 20_000),
+    ("re-executed", 500_000),
+    ("re-executed overlapping", 200_000),
+];
 
 /// Requests of each test. Unoptimised builds make fewer.
 const QUICK: u64 = if cfg!(debug_assertions) {
