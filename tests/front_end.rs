@@ -94,13 +94,26 @@ fn plain_rings_without_call_write_then_read() {
     });
 }
 
+/// The peer makes its socket a moment before it listens on it.
+fn connect(peer: &Peer, options: &Options) -> Result<FrontEnd, FrontEndError> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match FrontEnd::connect(peer.socket(), options) {
+            Err(FrontEndError::Connect { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            end => return end,
+        }
+    }
+}
+
 fn round_trip(options: &Options) {
     let peer = Peer::start(8 << 20, 4);
     let options = Options {
         queues: 4,
         ..*options
     };
-    let mut disk = FrontEnd::connect(peer.socket(), &options).expect("a connection");
+    let mut disk = connect(&peer, &options).expect("a connection");
     let config = disk.config().expect("a configuration space");
     assert_eq!(config.capacity_sectors, 16 << 10);
     assert_eq!(config.num_queues, 4);
@@ -164,7 +177,7 @@ fn any_framing_is_understood() {
             features,
             ..Options::default()
         };
-        let mut disk = FrontEnd::connect(peer.socket(), &options).expect("a connection");
+        let mut disk = connect(&peer, &options).expect("a connection");
         for (round, framing) in framings.iter().enumerate() {
             let queue = disk.queue(0);
             queue.set_framing(*framing);
@@ -180,7 +193,7 @@ fn any_framing_is_understood() {
 #[test]
 fn many_requests_in_flight_complete_once_each() {
     let peer = Peer::start(4 << 20, 1);
-    let mut disk = FrontEnd::connect(peer.socket(), &Options::default()).expect("a connection");
+    let mut disk = connect(&peer, &Options::default()).expect("a connection");
     let queue = disk.queue(0);
     let mut waiting = std::collections::BTreeMap::new();
     let mut submitted = 0;
@@ -223,7 +236,7 @@ fn many_requests_in_flight_complete_once_each() {
 #[test]
 fn bad_requests_are_refused_and_the_queue_lives() {
     let peer = Peer::start(1 << 20, 1);
-    let mut disk = FrontEnd::connect(peer.socket(), &Options::default()).expect("a connection");
+    let mut disk = connect(&peer, &Options::default()).expect("a connection");
     let queue = disk.queue(0);
     let past = Request::Read {
         sector: 2048,
@@ -246,7 +259,7 @@ fn bad_requests_are_refused_and_the_queue_lives() {
 #[test]
 fn end_of_the_back_end_is_noticed_while_waiting() {
     let mut peer = Peer::start(1 << 20, 1);
-    let mut disk = FrontEnd::connect(peer.socket(), &Options::default()).expect("a connection");
+    let mut disk = connect(&peer, &Options::default()).expect("a connection");
     peer.child.kill().expect("a kill");
     peer.child.wait().expect("an end");
     let ended = disk.queue(0).run(&Request::Flush);
