@@ -22,7 +22,6 @@ mod verdict;
 use super::super::activity::Stamp;
 use super::super::event::{BadCause, BufferId, During, Outcome, Status, Tag};
 use super::super::membership::Settled;
-use super::super::shared::CrashTie;
 use super::super::vote::Rule;
 use super::super::{Buffers, LockMode};
 use super::reconcile::{PieceResult, Waiter};
@@ -120,6 +119,9 @@ pub(super) struct Settle {
     stamp: Option<Stamp>,
     /// A current copy of sectors in U could not be flushed: they stay in U, and are not shown.
     undurable: bool,
+    /// It was elected before it was known whether ties are decided by a choice (rule S4). That may be
+    /// known by the time the settlement ends.
+    early: bool,
     /// Everybody who is not current has been marked behind, so that no other version of what leaves
     /// U can come back.
     others_marked: bool,
@@ -261,6 +263,7 @@ impl Lane {
             strays: ReplicaSet::EMPTY,
             stamp: None,
             undurable: false,
+            early: false,
             others_marked: false,
             marks: None,
             asked_at: turn.now,
@@ -547,14 +550,13 @@ impl Lane {
     /// A read that met nothing worse than sectors in U without a majority, before anybody may
     /// choose, waits until it is known what becomes of them (rules S4, Y3). Returns whether it does.
     fn settle_leaves_it_open<B: Buffers>(&mut self, turn: &Turn<'_, B>, slot: SlotId) -> bool {
-        let waits = turn.shared.crash_tie() == CrashTie::MajorityOnly;
         let settle = self.settle_mut(slot);
         let mut undecided = (settle.winners.iter().zip(&settle.open))
             .filter(|(winner, _)| winner.is_empty())
             .peekable();
         let open = undecided.peek().is_some() && undecided.all(|(_, &open)| open);
         let read = settle.matter.during == During::Read;
-        let (true, Some(tag)) = (waits && open && read, settle.origin) else {
+        let (true, Some(tag)) = (settle.early && open && read, settle.origin) else {
             return false;
         };
         // Nothing is replied, so there is nothing to publish.

@@ -38,7 +38,9 @@ impl Lane {
         // crash not everybody wants that (rules S4, Y3), and a guest's read needs T copies to choose
         // from (rule V6).
         let few = settle.parent.is_none() && current < threshold;
-        let open_rule = match shared.crash_tie() {
+        let tie = shared.crash_tie();
+        settle.early = tie == CrashTie::MajorityOnly;
+        let open_rule = match tie {
             _ if few => rule,
             CrashTie::Choose => Rule::LargestFirst { least },
             CrashTie::MajorityOnly | CrashTie::Error if crash => rule,
@@ -171,8 +173,8 @@ impl Lane {
 
     fn settle_report<B: Buffers>(&mut self, turn: &mut Turn<'_, B>, slot: SlotId) {
         let blkverify = turn.shared.policy.blkverify;
-        let waits = turn.shared.crash_tie() == CrashTie::MajorityOnly;
         let settle = self.settle_mut(slot);
+        let waits = settle.early;
         let Matter {
             range,
             during,
